@@ -1,0 +1,157 @@
+"""Configuration objects: frozen dataclasses that travel with weights and checkpoints as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+from semanticblur_core.errors import ConfigError
+
+BackboneName = Literal["vgg16", "resnet34", "resnet50", "efficientnet_b4"]
+Augmentation = Literal["none", "flip", "crop"]
+
+
+class _Config:
+    """Dictionary round trip shared by the configuration dataclasses."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from plain JSON values.
+
+        Raises
+        ------
+        ConfigError
+            If a key is unknown or a value is out of range.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - fields)
+        if unknown:
+            raise ConfigError(
+                f"{cls.__name__}: unknown setting {', '.join(unknown)}; known are "
+                f"{', '.join(sorted(fields))}"
+            )
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; ``from_dict`` reads them back."""
+        return {
+            k: list(v) if isinstance(v, tuple) else v
+            for k, v in dataclasses.asdict(self).items()  # type: ignore[call-overload]
+        }
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Config):
+    """Architecture of a SemanticBlur network.
+
+    Parameters
+    ----------
+    backbone
+        Feature extractor, Table 1 of the paper.
+    channel_attention, spatial_attention, semantic_enhancement
+        Switches of Table 2 (equations 4-6, 7-8 and 10-11).
+    output_stride
+        Stride of the last stage: 32 keeps the paper's stated resolutions, 16 and 8 replace
+        strides by dilation (ResNet-50 only).
+    attention_reduction
+        Width reduction inside the channel attention's shared MLP.
+    semantic_channels
+        Width s of the semantic map (equation 10).
+    decoder_channels
+        Width d of the pyramid (equations 12-13).
+    """
+
+    backbone: BackboneName = "resnet50"
+    channel_attention: bool = True
+    spatial_attention: bool = True
+    semantic_enhancement: bool = True
+    output_stride: int = 32
+    attention_reduction: int = 16
+    semantic_channels: int = 80
+    decoder_channels: int = 128
+
+    def __post_init__(self) -> None:
+        if self.backbone not in get_args(BackboneName):
+            raise ConfigError(
+                f"backbone: expected one of {', '.join(get_args(BackboneName))}, "
+                f"got {self.backbone!r}"
+            )
+        if self.output_stride not in (8, 16, 32):
+            raise ConfigError(f"output_stride: expected 8, 16 or 32, got {self.output_stride}")
+        if self.output_stride != 32 and self.backbone != "resnet50":
+            raise ConfigError(
+                f"output_stride={self.output_stride}: only resnet50 can replace strides by "
+                f"dilation, {self.backbone} runs at 32"
+            )
+        for name in ("attention_reduction", "semantic_channels", "decoder_channels"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TrainConfig(_Config):
+    """Every number of a training run; the defaults are the paper's recipe (section 4.1.1).
+
+    Parameters
+    ----------
+    epochs, batch_size
+        Length of the run and images per step. An incomplete last batch of an epoch is dropped.
+    image_size_px
+        Side of the square that images are resized (squashed) to.
+    learning_rate
+        Initial rate of Adam.
+    poly_power
+        Rate at step t of T: ``learning_rate * (1 - t / T) ** poly_power``.
+    warmup_steps
+        Steps over which the rate first rises linearly from zero.
+    gradient_clip_norm
+        Maximum norm of the whole gradient.
+    weight_decay
+        L2 penalty of Adam.
+    ssim_weight
+        lambda in equation 16.
+    augmentation
+        ``none`` (the paper names none), ``flip`` (left-right) or ``crop`` (flip, crops that are
+        never enlarged beyond the photograph's own pixels, and brightness and colour).
+    crop_min_side
+        Shortest side of a crop as a fraction of the photograph's, for ``crop``.
+    ema_decay
+        Decay per step of the exponential moving average of the weights that is validated and
+        saved; 0 turns it off.
+    seed
+        Seed of initialisation, order and augmentation.
+    """
+
+    epochs: int = 100
+    batch_size: int = 6
+    image_size_px: int = 320
+    learning_rate: float = 1e-4
+    poly_power: float = 0.9
+    warmup_steps: int = 0
+    gradient_clip_norm: float = 0.5
+    weight_decay: float = 0.0
+    ssim_weight: float = 0.1
+    augmentation: Augmentation = "none"
+    crop_min_side: float = 0.6
+    ema_decay: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.image_size_px < 33:
+            raise ConfigError(f"image_size_px: expected at least 33, got {self.image_size_px}")
+        if self.learning_rate <= 0 or self.gradient_clip_norm <= 0:
+            raise ConfigError("learning_rate and gradient_clip_norm must be above 0")
+        if self.augmentation not in get_args(Augmentation):
+            raise ConfigError(
+                f"augmentation: expected one of {', '.join(get_args(Augmentation))}, "
+                f"got {self.augmentation!r}"
+            )
+        if not 0 < self.crop_min_side <= 1:
+            raise ConfigError(f"crop_min_side: expected in (0, 1], got {self.crop_min_side}")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay: expected in [0, 1), got {self.ema_decay}")

@@ -1,0 +1,125 @@
+"""From photographs to network input, and training augmentation.
+
+Two resizes exist on purpose. `squash` is the evaluation protocol's (antialiased bilinear as Pillow
+does it). Training resizes on tensors, whose antialiased bilinear filter agrees with Pillow's to
+one grey level.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from semanticblur_core.config import TrainConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """ImageNet-normalise ``(N, 3, H, W)`` float images in 0..1."""
+    mean = images.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
+    std = images.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
+    return (images - mean) / std
+
+
+def squash(rgb: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:
+    """Resize without keeping the aspect ratio, antialiased bilinear as Pillow does it.
+
+    Parameters
+    ----------
+    rgb
+        ``(H, W, 3)`` uint8, or float32 in 0..1.
+    height, width
+        Size of the result in pixels.
+
+    Returns
+    -------
+    ndarray
+        ``(height, width, 3)`` float32 in 0..1.
+    """
+    size = (width, height)
+    if rgb.dtype == np.uint8:
+        resized = Image.fromarray(rgb).resize(size, Image.Resampling.BILINEAR)
+        return np.asarray(resized, dtype=np.float32) / 255
+    channels = [
+        np.asarray(Image.fromarray(rgb[..., c]).resize(size, Image.Resampling.BILINEAR))
+        for c in range(rgb.shape[2])
+    ]
+    return np.stack(channels, axis=2)
+
+
+def augment(
+    image: Tensor, mask: Tensor, config: TrainConfig, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """One training example of a photograph and its mask.
+
+    Parameters
+    ----------
+    image
+        ``(3, H, W)`` uint8.
+    mask
+        ``(1, H, W)`` uint8, 255 = blurred.
+    config
+        Size and kind of augmentation.
+    rng
+        Source of randomness.
+
+    Returns
+    -------
+    tuple of Tensor
+        ``(3, S, S)`` float32 in 0..1 and ``(1, S, S)`` float32 of 0 and 1.
+
+    Notes
+    -----
+    A resize changes how large a circle of confusion looks. Labels stay true under reduction and
+    under the squash that inference applies too; they would not under enlargement, which makes sharp
+    areas soft, so crops never fall below the size they are resized to (unless the photograph itself
+    does).
+    """
+    if config.augmentation == "crop":
+        top, left, height, width = _crop_box(image.shape[-2:], config, rng)
+        image = image[:, top : top + height, left : left + width]
+        mask = mask[:, top : top + height, left : left + width]
+    if config.augmentation != "none" and rng.random() < 0.5:
+        image, mask = image.flip(-1), mask.flip(-1)
+    size = (config.image_size_px, config.image_size_px)
+    image = _resize(image, size).float() / 255
+    target = (_resize(mask, size) > 127).float()
+    if config.augmentation == "crop":
+        image = _recolour(image, rng)
+    return image, target
+
+
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    channels_last = image[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(channels_last, size=size, mode="bilinear", antialias=True)[0]
+
+
+def _crop_box(
+    shape: torch.Size | tuple[int, ...], config: TrainConfig, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a crop of about the photograph's aspect ratio."""
+    scale = rng.uniform(config.crop_min_side, 1)
+    sides = []
+    for full in shape:
+        side = round(full * min(1, scale * rng.uniform(0.9, 1.1)))
+        sides.append(min(full, max(side, config.image_size_px)))
+    top = int(rng.integers(0, shape[0] - sides[0] + 1))
+    left = int(rng.integers(0, shape[1] - sides[1] + 1))
+    return top, left, sides[0], sides[1]
+
+
+def _recolour(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Random gain, gamma and saturation; none of them changes what is blurred."""
+    grey = image.mean(dim=0, keepdim=True)
+    saturation = 0.0 if rng.random() < 0.1 else rng.uniform(0.6, 1.3)
+    image = grey + (image - grey) * saturation
+    image = (image * rng.uniform(0.75, 1.25)).clamp(0, 1)
+    return image ** rng.uniform(0.8, 1.25)

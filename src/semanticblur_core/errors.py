@@ -1,0 +1,25 @@
+"""Errors whose message is for the person: which file or setting, what is wrong, what would do."""
+
+
+class SemanticBlurError(Exception):
+    """Base of all errors raised on purpose; the command line prints it as one line."""
+
+
+class ConfigError(SemanticBlurError):
+    """A setting is unknown or out of range."""
+
+
+class ImageError(SemanticBlurError):
+    """An image cannot be read, written or analysed."""
+
+
+class WeightsError(SemanticBlurError):
+    """A file of weights is missing, damaged or of another kind."""
+
+
+class DataError(SemanticBlurError):
+    """A folder of images and masks is incomplete or inconsistent."""
+
+
+class TrainingError(SemanticBlurError):
+    """A training run cannot go on."""

@@ -1,0 +1,279 @@
+"""Reading and writing of images, masks and blur maps: the one place that knows file formats."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from semanticblur_core.errors import DataError, ImageError
+
+TIFF_SUFFIXES = (".tif", ".tiff")
+PILLOW_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
+IMAGE_SUFFIXES = (*PILLOW_SUFFIXES, *TIFF_SUFFIXES)
+RAW_SUFFIXES = (
+    *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2"),
+    *(".heic", ".heif"),
+)
+MAX_PIXELS = 1_000_000_000
+
+
+def read_image(path: Path) -> NDArray[Any]:
+    """Read one photograph or one plane.
+
+    Parameters
+    ----------
+    path
+        JPEG, PNG, WebP, BMP, PNM, GIF (first frame) or TIFF.
+
+    Returns
+    -------
+    ndarray
+        ``(H, W)`` or ``(H, W, 3)`` uint8, or the TIFF's or 16-bit PNG's own dtype. The EXIF
+        orientation is applied and an alpha channel is dropped. PNGs of 16-bit *colour* are read
+        at 8 bits.
+
+    Raises
+    ------
+    ImageError
+        If the file is missing, empty, damaged, of a format that is not read, or not one 2D image.
+    """
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        raise ImageError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise ImageError(f"{path}: the file is empty (0 bytes)")
+    if suffix in RAW_SUFFIXES:
+        raise ImageError(
+            f"{path}: camera raw and HEIC files are not read; export it as TIFF or JPEG first"
+        )
+    array = _read_tiff(path) if suffix in TIFF_SUFFIXES else _read_pillow(path)
+    if array.ndim == 3 and array.shape[2] in (2, 4):
+        array = array[..., : array.shape[2] - 1]
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
+        raise ImageError(
+            f"{path}: expected one grey or RGB image, got an array of shape {array.shape}; "
+            "save the wanted plane or channels as an image of their own"
+        )
+    if array.size == 0:
+        raise ImageError(f"{path}: the image has no pixels, shape {array.shape}")
+    return array
+
+
+def read_rgb8(path: Path) -> NDArray[np.uint8]:
+    """Read a photograph as ``(H, W, 3)`` uint8; deeper images are scaled as in `to_unit_range`."""
+    unit = to_unit_range(read_image(path), name=str(path))
+    rgb = as_rgb(unit)
+    if rgb.dtype == np.uint8:
+        return rgb
+    return np.round(rgb * 255).astype(np.uint8)
+
+
+def read_mask(path: Path) -> NDArray[np.bool_]:
+    """Read a mask of 255 (or 1-bit True) = blurred, 0 = sharp: ``(H, W)`` bool.
+
+    Raises
+    ------
+    DataError
+        If it is not grey, or its maximum is 1: then 0/255 and 0/1 cannot be told apart.
+    """
+    array = read_image(path)
+    if array.ndim == 3:
+        if not (array == array[..., :1]).all():
+            raise DataError(f"{path}: expected a grey mask, got colours")
+        array = array[..., 0]
+    if array.dtype == np.bool_:
+        return array
+    if array.dtype != np.uint8:
+        raise DataError(f"{path}: expected an 8-bit or 1-bit mask, got {array.dtype}")
+    if array.max() == 1:
+        raise DataError(
+            f"{path}: its largest value is 1, but a mask is 0 = sharp and 255 = blurred; "
+            "multiply it by 255"
+        )
+    return array > 127
+
+
+def to_unit_range(
+    array: NDArray[Any], *, limits: tuple[float, float] | None = None, name: str = "image"
+) -> NDArray[Any]:
+    """Intensity to 0..1: the convention of every part of this package.
+
+    Parameters
+    ----------
+    array
+        Any real dtype.
+    limits
+        Values that become 0 and 1. None: 0 and 255 for uint8 (returned as it is, to be divided by
+        255 where it is used), False and True for bool, otherwise the 0.1 and 99.9 percentiles.
+    name
+        For error messages.
+
+    Returns
+    -------
+    ndarray
+        uint8 as it came, or float32 in 0..1. A constant image becomes 0. NaN and infinite values
+        count as the low limit.
+
+    Raises
+    ------
+    ImageError
+        If the dtype is not real, no value is finite, or limits are not increasing.
+    """
+    if limits is None and array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.float32)
+    if not (np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)):
+        raise ImageError(f"{name}: expected real numbers, got {array.dtype}")
+    values = array.astype(np.float64 if array.dtype.itemsize > 4 else np.float32)
+    if limits is None:
+        finite = values[np.isfinite(values)]
+        if finite.size == 0:
+            raise ImageError(f"{name}: no finite value (all NaN or infinite)")
+        low, high = (float(v) for v in np.percentile(finite, (0.1, 99.9)))
+    else:
+        low, high = limits
+        if not low < high:
+            raise ImageError(f"range {low:g},{high:g}: expected LOW below HIGH")
+    if high <= low:
+        return np.zeros(array.shape, np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        unit = (values - low) / (high - low)
+    unit = np.nan_to_num(unit, nan=0.0, posinf=0.0, neginf=0.0)
+    return np.clip(unit, 0, 1).astype(np.float32)
+
+
+def as_rgb(array: NDArray[Any]) -> NDArray[Any]:
+    """Grey repeated to three channels: ``(H, W, 3)``."""
+    return np.repeat(array[..., None], 3, axis=2) if array.ndim == 2 else array
+
+
+def write_png(path: Path, array: NDArray[np.uint8]) -> None:
+    """Write ``(H, W)`` or ``(H, W, 3)`` uint8."""
+    with replacing(path) as temporary:
+        Image.fromarray(array).save(temporary, format="PNG", compress_level=3)
+
+
+def write_tiff(path: Path, array: NDArray[np.float32]) -> None:
+    """Write a ``(H, W)`` float32 map, deflate-compressed."""
+    import tifffile
+
+    with replacing(path) as temporary:
+        tifffile.imwrite(temporary, array, compression="zlib", photometric="minisblack")
+
+
+def write_npy(path: Path, array: NDArray[np.float32]) -> None:
+    """Write a numpy file."""
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        np.save(stream, array, allow_pickle=False)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` that takes its place when the block succeeds.
+
+    Raises
+    ------
+    ImageError
+        If the file cannot be written, with the system's reason.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_pillow(path: Path) -> NDArray[Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as opened:
+                _refuse_bomb(path, opened.width * opened.height)
+                image = ImageOps.exif_transpose(opened)
+                return _pillow_array(image)
+    except UnidentifiedImageError:
+        raise ImageError(f"{path}: not an image that can be read") from None
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{path}: damaged or unreadable: {error}") from error
+
+
+def _pillow_array(image: Image.Image) -> NDArray[Any]:
+    if image.mode == "1":
+        return np.asarray(image)
+    if image.mode in ("I;16", "I;16B", "I", "F"):
+        array = np.asarray(image)
+        fits = image.mode == "I" and array.min() >= 0 and array.max() <= 65535
+        return array.astype(np.uint16) if fits else array
+    if image.mode in ("L", "LA"):
+        return np.asarray(image.convert("L"))
+    # Palettes, CMYK, YCbCr, Lab and the rest. RGBA keeps its colours, alpha is dropped.
+    return np.asarray(image.convert("RGB"))
+
+
+def _read_tiff(path: Path) -> NDArray[Any]:
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            series = tiff.series[0]
+            _refuse_bomb(path, int(np.prod(series.shape)))
+            array: NDArray[Any] = series.asarray()
+            axes = series.axes
+            tag = tiff.pages.first.tags.get("Orientation")
+            orientation = int(tag.value) if tag is not None else 1
+            inverted = tiff.pages.first.photometric == tifffile.PHOTOMETRIC.MINISWHITE
+    except ImageError:
+        raise
+    except Exception as error:  # tifffile and its codecs raise many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ImageError(f"{path}: damaged or unreadable: {reason}") from error
+    if axes.startswith("S") and array.ndim == 3:
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim > 2:
+        keep = array.ndim - (3 if axes.endswith("S") else 2)
+        lengths = array.shape[: max(keep, 0)]
+        if all(length == 1 for length in lengths):
+            array = array.reshape(array.shape[len(lengths) :])
+    if inverted and array.dtype == np.uint8:
+        array = 255 - array
+    return _orient(array, orientation)
+
+
+def _orient(array: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Apply an EXIF/TIFF orientation code (1 to 8) to rows and columns."""
+    if orientation in (5, 6, 7, 8):
+        array = np.swapaxes(array, 0, 1)
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    return np.ascontiguousarray(array)
+
+
+def _refuse_bomb(path: Path, n_values: int) -> None:
+    if n_values > MAX_PIXELS:
+        raise ImageError(
+            f"{path}: {n_values / 1e6:.0f} million pixels, more than the limit of "
+            f"{MAX_PIXELS / 1e6:.0f} million"
+        )

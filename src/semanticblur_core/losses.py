@@ -1,0 +1,121 @@
+"""Training loss: binary cross-entropy plus structural similarity (equation 16 of the paper)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SSIM_WINDOW_PX = 11
+SSIM_SIGMA_PX = 1.5
+_C1 = 0.01**2
+_C2 = 0.03**2
+
+
+class BlurLoss(NamedTuple):
+    """Scalars: ``total = bce + ssim_weight * ssim``, where ``ssim`` is 1 - SSIM."""
+
+    total: Tensor
+    bce: Tensor
+    ssim: Tensor
+
+
+def blur_loss(
+    logits: Tensor, target: Tensor, *, labelled: Tensor | None = None, ssim_weight: float = 0.1
+) -> BlurLoss:
+    """Loss of predicted logits against a mask.
+
+    Parameters
+    ----------
+    logits
+        ``(N, 1, H, W)``, any float type; computed in float32.
+    target
+        ``(N, 1, H, W)`` float in 0..1, 1 = blurred; its values where not labelled do not matter.
+    labelled
+        ``(N, 1, H, W)`` bool, False = ignore. None counts every pixel.
+    ssim_weight
+        lambda of equation 16; 0 leaves the SSIM term out.
+
+    Returns
+    -------
+    BlurLoss
+        0 where nothing is labelled (with a gradient of 0, so that ``backward`` works).
+    """
+    logits = logits.float()
+    if labelled is not None:
+        target = torch.where(labelled, target, torch.zeros_like(target))
+    bce_map = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    bce = _masked_mean(bce_map, labelled)
+    if ssim_weight == 0:
+        return BlurLoss(bce, bce, torch.zeros_like(bce))
+    ssim = ssim_loss(torch.sigmoid(logits), target, labelled=labelled)
+    return BlurLoss(bce + ssim_weight * ssim, bce, ssim)
+
+
+def ssim_loss(probability: Tensor, target: Tensor, *, labelled: Tensor | None = None) -> Tensor:
+    """1 - mean SSIM over the windows that are labelled throughout.
+
+    Parameters
+    ----------
+    probability, target
+        ``(N, 1, H, W)`` float32 in 0..1, at least 11 x 11.
+    labelled
+        ``(N, 1, H, W)`` bool or None, as in `blur_loss`.
+
+    Returns
+    -------
+    Tensor
+        Scalar in 0..2; 0 where no window is wholly labelled.
+
+    References
+    ----------
+    Wang, Bovik, Sheikh, Simoncelli, Image quality assessment: from error visibility to structural
+    similarity, IEEE TIP 2004, doi:10.1109/TIP.2003.819861 (Gaussian window 11 x 11, sigma 1.5,
+    K1 = 0.01, K2 = 0.03; windows wholly inside the image).
+    """
+    ssim = _ssim_map(probability, target)
+    if labelled is None:
+        return 1 - ssim.mean()
+    pad = SSIM_WINDOW_PX // 2
+    unlabelled = (~labelled).float()
+    whole = F.max_pool2d(unlabelled, SSIM_WINDOW_PX, stride=1, padding=pad)
+    whole = whole[..., pad:-pad, pad:-pad] == 0
+    return _masked_mean(1 - ssim, whole)
+
+
+def _ssim_map(x: Tensor, y: Tensor) -> Tensor:
+    """SSIM of each window wholly inside the image: ``(N, 1, H - 10, W - 10)``."""
+    stacked = torch.cat([x, y, x * x, y * y, x * y])
+    rows = torch.matmul(_window_matrix(x.shape[-2], x.device), stacked)
+    local = torch.matmul(rows, _window_matrix(x.shape[-1], x.device).t())
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = local.chunk(5)
+    var_x = mean_xx - mean_x**2
+    var_y = mean_yy - mean_y**2
+    covariance = mean_xy - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
+    return luminance * (2 * covariance + _C2) / (var_x + var_y + _C2)
+
+
+@lru_cache(maxsize=16)
+def _window_matrix(size: int, device: torch.device) -> Tensor:
+    """Gaussian window at each place of an axis, ``(size - 10, size)``.
+
+    A product with a banded matrix: convolutions of one channel are slow on CPUs, above all
+    backwards.
+    """
+    offsets = torch.arange(size)[None, :] - torch.arange(size - SSIM_WINDOW_PX + 1)[:, None]
+    distance = offsets - SSIM_WINDOW_PX // 2
+    window = torch.exp(-(distance**2) / (2 * SSIM_SIGMA_PX**2))
+    window[distance.abs() > SSIM_WINDOW_PX // 2] = 0
+    return (window / window.sum(dim=1, keepdim=True)).to(device)
+
+
+def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return values.mean()
+    # where, not a product: an ignored infinity must not become NaN.
+    total = torch.where(mask, values, torch.zeros_like(values)).sum()
+    return total / mask.sum().clamp(min=1)

@@ -1,0 +1,264 @@
+"""The SemanticBlur network (Haider, Gazis, Zahoor 2026, doi:10.62762/TIS.2025.879161).
+
+Between the backbone and the first batch normalisation of the head, equations 9-15 are linear in
+the features once the attention weights are known. The semantic projections (11), the lateral
+convolutions (12-13) and the head's first convolution (15) are therefore multiplied together once
+per call, and each level is read once, by one matrix product to 64 channels; resizing (13-14) then
+happens on 64 channels instead of up to 2048. The function is the same (see
+``tests/core/reference_network.py`` for the equation-by-equation form), at a fraction of the time.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from semanticblur_core.config import ModelConfig
+from semanticblur_core.network.attention import (
+    ChannelAttention,
+    SemanticEnhancement,
+    SpatialAttention,
+)
+from semanticblur_core.network.backbones import Backbone, build_backbone
+from semanticblur_core.network.decoder import HEAD_CHANNELS, FeaturePyramidDecoder
+from semanticblur_core.network.resize import resize, resize_columns, resize_matrix
+
+MIN_SIZE_PX = 33
+
+
+class _Composite(NamedTuple):
+    """Products of consecutive 1x1 convolutions, see ``SemanticBlur._compose``.
+
+    ``level[i]`` is ``(64 [+ s], C_i)``: features to head channels and, on levels 3 and 4, to the
+    semantic map; ``offset[i]`` ``(64,)`` its constant; ``semantic`` ``(4 * 64, s)`` semantic map to
+    head channels of all levels; ``semantic_bias`` ``(s,)``; ``head_bias`` ``(64,)``.
+    """
+
+    level: list[Tensor]
+    offset: list[Tensor]
+    semantic: Tensor | None
+    semantic_bias: Tensor | None
+    head_bias: Tensor
+
+
+class SemanticBlur(nn.Module):
+    """Dilated backbone, semantic-aware attention, feature-pyramid decoder.
+
+    Parameters
+    ----------
+    config
+        Architecture; the default is the paper's, 25.28 million parameters.
+
+    Notes
+    -----
+    Input is ``(N, 3, H, W)`` float, ImageNet-normalised, H and W at least 33. Output is the logits
+    ``(N, 1, H, W)``; their sigmoid is the blur map, 1 = out of focus.
+    """
+
+    def __init__(self, config: ModelConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or ModelConfig()
+        self.backbone: Backbone = build_backbone(self.config)
+        channels = self.backbone.channels
+        self.channel_attention = nn.ModuleList(
+            ChannelAttention(width, self.config.attention_reduction)
+            for width in channels
+            if self.config.channel_attention
+        )
+        self.spatial_attention = nn.ModuleList(
+            SpatialAttention() for _ in channels if self.config.spatial_attention
+        )
+        self.semantic = (
+            SemanticEnhancement(channels, self.config.semantic_channels)
+            if self.config.semantic_enhancement
+            else None
+        )
+        self.decoder = FeaturePyramidDecoder(channels, self.config.decoder_channels)
+        self._fixed: _Composite | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, 1, H, W)`` of images ``(N, 3, H, W)``.
+
+        Raises
+        ------
+        ValueError
+            If the input is not ``(N, 3, H, W)`` or smaller than 33 px.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"expected images (N, 3, H, W), got {tuple(images.shape)}")
+        height, width = images.shape[-2:]
+        if min(height, width) < MIN_SIZE_PX:
+            raise ValueError(
+                f"expected at least {MIN_SIZE_PX} x {MIN_SIZE_PX} px, got {height} x {width}"
+            )
+        features = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        return self._head(features, height, width)
+
+    def for_inference(self, dtype: torch.dtype = torch.float32) -> SemanticBlur:
+        """Copy for inference: batch normalisations folded, constant products done once.
+
+        The copy computes the same function (to rounding) and can no longer be trained.
+        """
+        model = copy.deepcopy(self).eval()
+        _fold_batch_norms(model.backbone)
+        decoder = model.decoder
+        with torch.no_grad():
+            composite = model._compose()
+            scale, shift = _batch_norm_affine(decoder.norm1)
+            # Rows beyond the first 64 feed the semantic map and are not normalised here.
+            head = HEAD_CHANNELS[0]
+            level = [torch.cat([scale[:, None] * w[:head], w[head:]]) for w in composite.level]
+            semantic = composite.semantic
+            if semantic is not None:
+                semantic = (semantic.view(-1, head, semantic.shape[1]) * scale[:, None]).flatten(0, 1)
+            composite = _Composite(
+                level,
+                [scale * offset for offset in composite.offset],
+                semantic,
+                composite.semantic_bias,
+                scale * composite.head_bias + shift,
+            )
+            decoder.norm1 = nn.Identity()  # type: ignore[assignment]
+            decoder.conv2 = fuse_conv_bn_eval(decoder.conv2, decoder.norm2)
+            decoder.norm2 = nn.Identity()  # type: ignore[assignment]
+            model._fixed = _cast(composite, dtype)
+        model.requires_grad_(False)
+        return model.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        if self._fixed is not None:
+            self._fixed = _Composite(
+                [fn(w) for w in self._fixed.level],
+                [fn(w) for w in self._fixed.offset],
+                None if self._fixed.semantic is None else fn(self._fixed.semantic),
+                None if self._fixed.semantic_bias is None else fn(self._fixed.semantic_bias),
+                fn(self._fixed.head_bias),
+            )
+        return super()._apply(fn, recurse)
+
+    def _compose(self) -> _Composite:
+        """Multiply consecutive 1x1 convolutions, in float32."""
+        decoder = self.decoder
+        head = decoder.conv1.weight.flatten(1)
+        level, offset, semantic_parts = [], [], []
+        for i, lateral in enumerate(decoder.lateral):
+            weight = lateral.weight.flatten(1)
+            constant = lateral.bias
+            if self.semantic is not None:
+                project = self.semantic.project[i]
+                semantic_parts.append(
+                    self.semantic.alpha * (head @ (weight @ project.weight.flatten(1)))
+                )
+                constant = constant + self.semantic.alpha * (weight @ project.bias)
+            level.append(head @ weight)
+            offset.append(head @ constant)
+        if self.semantic is None:
+            return _Composite(level, offset, None, None, decoder.conv1.bias)
+        third, fourth = self.backbone.channels[2:]
+        reduce = self.semantic.reduce.weight.flatten(1).split([third, fourth], dim=1)
+        level[2] = torch.cat([level[2], reduce[0]])
+        level[3] = torch.cat([level[3], reduce[1]])
+        return _Composite(
+            level, offset, torch.cat(semantic_parts), self.semantic.reduce.bias, decoder.conv1.bias
+        )
+
+    def _head(self, features: list[Tensor], height: int, width: int) -> Tensor:
+        composite = self._fixed
+        if composite is None:
+            with torch.autocast(features[0].device.type, enabled=False):
+                composite = self._compose()
+        head = HEAD_CHANNELS[0]
+        pyramid = [self._attend(i, f, composite.level[i]) for i, f in enumerate(features)]
+        if composite.semantic is not None:
+            pyramid = _add_semantic(pyramid, composite)
+        # Equations 12-13, in head channels: each level plus everything coarser.
+        for i, constant in enumerate(composite.offset):
+            pyramid[i] = pyramid[i][..., :head] + constant.to(pyramid[i].dtype)
+        for i in (2, 1, 0):
+            pyramid[i] = pyramid[i] + resize(pyramid[i + 1], *pyramid[i].shape[1:3])
+        fused = self._fuse(pyramid, composite.head_bias, height, width)
+        return self.decoder.predict(fused.permute(0, 3, 1, 2))
+
+    def _attend(self, index: int, features: Tensor, weight: Tensor) -> Tensor:
+        """Attended features (equations 4-9) times ``weight``: ``(N, H_i, W_i, K)``."""
+        nhwc = features.permute(0, 2, 3, 1)
+        n, h, w, c = nhwc.shape
+        pixels = nhwc.reshape(n, h * w, c)
+        if self.channel_attention:
+            weight = weight * self.channel_attention[index](pixels)[:, None, :]
+        if not self.spatial_attention:
+            return torch.matmul(pixels, weight.transpose(-1, -2).to(pixels.dtype)).view(n, h, w, -1)
+        # One more row of the product gives the mean over channels (equation 7).
+        average = weight.new_full((*weight.shape[:-2], 1, c), 1 / c)
+        weight = torch.cat([weight, average], dim=-2).transpose(-1, -2).to(pixels.dtype)
+        product = torch.matmul(pixels, weight)
+        maximum = pixels.amax(dim=2).view(n, h, w)
+        mean = product[..., -1].view(n, h, w)
+        attention = self.spatial_attention[index](mean, maximum)
+        return product[..., :-1].view(n, h, w, -1) * attention[..., None].to(product.dtype)
+
+    def _fuse(self, pyramid: list[Tensor], bias: Tensor, height: int, width: int) -> Tensor:
+        """Equation 14 and the head's bias: ``(N, height, width, 64)``.
+
+        Columns are resized level by level; rows of all levels together, by one product with the
+        row weights side by side, scaled by beta, and a last column of ones for the bias.
+        """
+        beta = self.decoder.beta
+        device = pyramid[0].device
+        rows = [
+            beta[i] * resize_matrix(level.shape[1], height, device)
+            for i, level in enumerate(pyramid)
+        ]
+        matrix = torch.cat([*rows, torch.ones(height, 1, device=device)], dim=1)
+        n, _, _, c = pyramid[0].shape
+        wide = [resize_columns(level, width) for level in pyramid]
+        dtype = wide[0].dtype
+        wide.append(bias.to(dtype).expand(n, 1, width, c))
+        stacked = torch.cat(wide, dim=1)
+        return torch.matmul(matrix.to(dtype), stacked.flatten(2)).view(n, height, width, c)
+
+
+def _add_semantic(pyramid: list[Tensor], composite: _Composite) -> list[Tensor]:
+    """Equations 10-11 in head channels; the semantic rows of levels 3 and 4 are consumed."""
+    head = HEAD_CHANNELS[0]
+    assert composite.semantic is not None and composite.semantic_bias is not None
+    third, fourth = pyramid[2], pyramid[3]
+    semantic = third[..., head:] + resize(fourth[..., head:].contiguous(), *third.shape[1:3])
+    semantic = semantic + composite.semantic_bias.to(semantic.dtype)
+    added = torch.matmul(semantic, composite.semantic.t().to(semantic.dtype))
+    return [
+        level[..., :head] + resize(part, *level.shape[1:3])
+        for level, part in zip(pyramid, added.split(head, dim=-1), strict=True)
+    ]
+
+
+def _batch_norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return scale, norm.bias - scale * norm.running_mean
+
+
+def _cast(composite: _Composite, dtype: torch.dtype) -> _Composite:
+    return _Composite(
+        [w.to(dtype) for w in composite.level],
+        [w.to(dtype) for w in composite.offset],
+        None if composite.semantic is None else composite.semantic.to(dtype),
+        None if composite.semantic_bias is None else composite.semantic_bias.to(dtype),
+        composite.head_bias.to(dtype),
+    )
+
+
+def _fold_batch_norms(module: nn.Module) -> None:
+    """Fold each batch normalisation into the convolution registered just before it."""
+    previous: tuple[str, nn.Module] | None = None
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d) and previous and isinstance(previous[1], nn.Conv2d):
+            setattr(module, previous[0], fuse_conv_bn_eval(previous[1], child))
+            setattr(module, name, nn.Identity())
+        else:
+            _fold_batch_norms(child)
+        previous = (name, child)

@@ -1,0 +1,40 @@
+"""Full state of a training run, written as a whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from semanticblur_core import io
+from semanticblur_core.errors import TrainingError
+
+FORMAT_VERSION = 1
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors, numbers and text; the file before it survives a crash at any moment."""
+    with io.replacing(path) as temporary:
+        torch.save(state | {"format_version": FORMAT_VERSION}, temporary)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote, onto the CPU.
+
+    Raises
+    ------
+    TrainingError
+        If the file is missing, damaged or of another kind.
+    """
+    if not path.is_file():
+        raise TrainingError(f"{path}: no such checkpoint; start without --resume")
+    try:
+        # weights_only: a checkpoint is data, and no code in it is ever run.
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(f"{path}: damaged, or not a checkpoint ({reason})") from error
+    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
+        raise TrainingError(f"{path}: not a training checkpoint of this release")
+    return state

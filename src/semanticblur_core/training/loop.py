@@ -1,0 +1,269 @@
+"""The training loop: a generator of updates over Lightning Fabric."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from semanticblur_core.config import TrainConfig
+from semanticblur_core.data.datasets import DecodedPairs
+from semanticblur_core.data.transforms import augment, normalise
+from semanticblur_core.device import DeviceChoice
+from semanticblur_core.errors import TrainingError
+from semanticblur_core.inference.detector import Detector
+from semanticblur_core.losses import blur_loss
+from semanticblur_core.metrics import BlurScorer, Scores
+from semanticblur_core.network import SemanticBlur
+from semanticblur_core.training.checkpoint import load_checkpoint, save_checkpoint
+
+LAST_CHECKPOINT = "last.ckpt"
+HISTORY = "history.csv"
+
+SaveBest = Callable[[SemanticBlur, Scores, int], None]
+
+
+@dataclass(frozen=True)
+class TrainUpdate:
+    """State of a run after one step; ``scores`` only where an epoch has just been validated.
+
+    ``epoch`` counts from 1; ``step`` and ``total_steps`` count over the whole run; ``loss`` is this
+    step's; ``images_per_s`` covers the epoch so far, training only.
+    """
+
+    epoch: int
+    step: int
+    total_steps: int
+    loss: float
+    learning_rate: float
+    images_per_s: float
+    scores: Scores | None = None
+    is_best: bool = False
+
+
+def train(
+    model: SemanticBlur,
+    training: DecodedPairs,
+    validation: DecodedPairs,
+    config: TrainConfig,
+    *,
+    run_dir: Path,
+    device: DeviceChoice,
+    save_best: SaveBest,
+    resume: bool = False,
+) -> Generator[TrainUpdate]:
+    """Train a network; close the generator to stop.
+
+    Parameters
+    ----------
+    model
+        Network to start from; trained in place.
+    training, validation
+        Decoded pairs. The validation set picks the best epoch.
+    config
+        Recipe.
+    run_dir
+        Folder of ``last.ckpt`` (full state, after every epoch) and ``history.csv``.
+    device
+        What to compute on; bfloat16 means mixed precision.
+    save_best
+        Called with the network, its scores and the epoch whenever the validation MAE fell.
+    resume
+        Go on from ``last.ckpt``; with the same recipe, device and thread count the result is that of
+        an uninterrupted run.
+
+    Raises
+    ------
+    TrainingError
+        If the loss stops being finite, the checkpoint does not fit, or there are fewer images than
+        one batch.
+    """
+    from lightning_fabric import Fabric
+
+    steps_per_epoch = len(training) // config.batch_size
+    if steps_per_epoch == 0:
+        raise TrainingError(
+            f"{len(training)} training images are fewer than one batch of {config.batch_size}"
+        )
+    total_steps = steps_per_epoch * config.epochs
+    fabric = Fabric(
+        accelerator=device.device.type,
+        devices=[device.device.index or 0] if device.device.type == "cuda" else 1,
+        precision="bf16-mixed" if device.dtype == torch.bfloat16 else "32-true",
+    )
+    torch.manual_seed(config.seed)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    wrapped, optimizer = fabric.setup(model, optimizer)
+    averaged = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else None
+    first_epoch, best_mae = 0, math.inf
+    if resume:
+        state = _restore(run_dir, model, averaged, optimizer, config)
+        first_epoch, best_mae = int(state["epoch"]), float(state["best_mae"])
+
+    for epoch in range(first_epoch, config.epochs):
+        wrapped.train()
+        started = time.perf_counter()
+        loss_sum = 0.0
+        update: TrainUpdate | None = None
+        for i, (images, targets) in enumerate(_batches(training, config, epoch)):
+            step = epoch * steps_per_epoch + i
+            rate = learning_rate(step, total_steps, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            images, targets = images.to(fabric.device), targets.to(fabric.device)
+            optimizer.zero_grad()
+            logits = wrapped(normalise(images))
+            loss = blur_loss(logits, targets, ssim_weight=config.ssim_weight).total
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the loss became {value} at step {step + 1}; the last good state is "
+                    f"{run_dir / LAST_CHECKPOINT}; a lower learning rate would do"
+                )
+            fabric.backward(loss)
+            fabric.clip_gradients(wrapped, optimizer, max_norm=config.gradient_clip_norm)
+            optimizer.step()
+            if averaged is not None:
+                _average(averaged, model, config.ema_decay, step)
+            loss_sum += value
+            speed = (i + 1) * config.batch_size / (time.perf_counter() - started)
+            update = TrainUpdate(epoch + 1, step + 1, total_steps, value, rate, speed)
+            if i + 1 < steps_per_epoch:
+                yield update
+        assert update is not None
+        candidate = averaged if averaged is not None else model
+        scores = validate(candidate, validation, device)
+        is_best = scores.mae < best_mae
+        if is_best:
+            best_mae = scores.mae
+            save_best(candidate, scores, epoch + 1)
+        save_checkpoint(
+            run_dir / LAST_CHECKPOINT,
+            {
+                "config": config.to_dict(),
+                "architecture": model.config.to_dict(),
+                "model": model.state_dict(),
+                "averaged": averaged.state_dict() if averaged is not None else None,
+                "optimizer": optimizer.state_dict(),
+                "torch_rng": torch.get_rng_state(),
+                "epoch": epoch + 1,
+                "best_mae": best_mae,
+            },
+        )
+        done = TrainUpdate(**(asdict(update) | {"scores": scores, "is_best": is_best}))
+        _append_history(run_dir / HISTORY, done, loss_sum / steps_per_epoch)
+        yield done
+
+
+def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Linear warm-up, then polynomial decay to zero (``poly_power`` 0.9 in the paper)."""
+    rate = config.learning_rate * (1 - step / total_steps) ** config.poly_power
+    if step < config.warmup_steps:
+        rate *= (step + 1) / (config.warmup_steps + 1)
+    return rate
+
+
+def validate(model: SemanticBlur, pairs: DecodedPairs, device: DeviceChoice) -> Scores:
+    """Scores under the protocol of `semanticblur_core.metrics`, in float32."""
+    detector = Detector(model, device=str(device.device), precision="float32")
+    scorer = BlurScorer()
+    for index, name in enumerate(pairs.names):
+        image, mask = pairs[index]
+        blur = detector.detect(image.permute(1, 2, 0).numpy(), upsampling="nearest-exact")
+        scorer.add(blur, mask[0].numpy() > 127, name=name)
+    return scorer.result()
+
+
+def _batches(
+    pairs: DecodedPairs, config: TrainConfig, epoch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of one epoch, the next one made while the current one is used.
+
+    Each example draws from a generator of its own, seeded by run, epoch and image, so that the data
+    do not depend on where a run was interrupted.
+    """
+    order = np.random.default_rng((config.seed, epoch)).permutation(len(pairs))
+
+    def make(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        examples = [
+            augment(*pairs[i], config, np.random.default_rng((config.seed, epoch, i)))
+            for i in indices
+        ]
+        images, targets = zip(*examples, strict=True)
+        return torch.stack(images), torch.stack(targets)
+
+    size = config.batch_size
+    batches = [order[i : i + size].tolist() for i in range(0, len(order) - size + 1, size)]
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = pool.submit(make, batches[0])
+        for following in [*batches[1:], None]:
+            ready = pending
+            if following is not None:
+                pending = pool.submit(make, following)
+            yield ready.result()
+
+
+@torch.no_grad()
+def _average(averaged: SemanticBlur, model: SemanticBlur, decay: float, step: int) -> None:
+    """Exponential moving average of parameters and running statistics, faster at the start."""
+    decay = min(decay, (1 + step) / (10 + step))
+    ours, theirs = averaged.state_dict(), model.state_dict()
+    floating = [k for k, tensor in ours.items() if tensor.is_floating_point()]
+    torch._foreach_lerp_([ours[k] for k in floating], [theirs[k] for k in floating], 1 - decay)
+
+
+def _restore(
+    run_dir: Path,
+    model: SemanticBlur,
+    averaged: SemanticBlur | None,
+    optimizer: Any,
+    config: TrainConfig,
+) -> dict[str, Any]:
+    path = run_dir / LAST_CHECKPOINT
+    state = load_checkpoint(path)
+    for key, mine in (("config", config.to_dict()), ("architecture", model.config.to_dict())):
+        if state[key] != mine:
+            differing = sorted(k for k in mine if state[key].get(k) != mine[k])
+            raise TrainingError(
+                f"{path}: was made with other settings ({', '.join(differing)}); resume with the "
+                "same ones, or start a run in another folder"
+            )
+    model.load_state_dict(state["model"])
+    if averaged is not None:
+        averaged.load_state_dict(state["averaged"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["torch_rng"])
+    return state
+
+
+def _append_history(path: Path, update: TrainUpdate, mean_loss: float) -> None:
+    assert update.scores is not None
+    row = {
+        "epoch": update.epoch,
+        "step": update.step,
+        "mean_loss": f"{mean_loss:.5f}",
+        "learning_rate": f"{update.learning_rate:.3e}",
+        "images_per_s": f"{update.images_per_s:.3f}",
+        "val_mae": f"{update.scores.mae:.5f}",
+        "val_f_beta": f"{update.scores.f_beta:.5f}",
+        "val_iou": f"{update.scores.iou:.5f}",
+    }
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)

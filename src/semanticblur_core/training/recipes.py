@@ -1,0 +1,44 @@
+"""Training recipes as data: every number in sight."""
+
+from __future__ import annotations
+
+from semanticblur_core.config import TrainConfig
+from semanticblur_core.errors import ConfigError
+
+RECIPES: dict[str, TrainConfig] = {
+    # Section 4.1.1 of the paper, which names no augmentation.
+    "paper": TrainConfig(),
+    # For two CPU cores: a first stage at fewer pixels, whose crops show blur at the scale at which
+    # the second stage sees it, then a shorter one at the paper's size.
+    "first-256": TrainConfig(
+        epochs=12,
+        image_size_px=256,
+        learning_rate=2e-4,
+        warmup_steps=50,
+        augmentation="crop",
+        ema_decay=0.995,
+    ),
+    "first-320": TrainConfig(
+        epochs=8,
+        image_size_px=320,
+        learning_rate=1e-4,
+        warmup_steps=20,
+        augmentation="crop",
+        crop_min_side=0.7,
+        ema_decay=0.995,
+        seed=1,
+    ),
+}
+
+
+def recipe(name: str) -> TrainConfig:
+    """Recipe of that name.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"recipe {name!r}: expected one of {', '.join(RECIPES)}")
+    return RECIPES[name]
