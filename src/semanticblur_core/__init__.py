@@ -1,0 +1,57 @@
+"""SemanticBlur: finds the out-of-focus part of an image.
+
+The public names are imported when they are first used; importing the package loads neither torch
+nor any image library.
+
+>>> from semanticblur_core import Detector
+>>> detector = Detector("default", device="auto")
+>>> blur = detector.detect(image)  # (H, W) float32 in 0..1, 1 = out of focus
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from semanticblur_core.config import ModelConfig, TrainConfig
+    from semanticblur_core.errors import SemanticBlurError
+    from semanticblur_core.inference.detector import Detector
+    from semanticblur_core.losses import blur_loss
+    from semanticblur_core.metrics import BlurScorer
+    from semanticblur_core.network import SemanticBlur
+    from semanticblur_core.training.loop import train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlurScorer",
+    "Detector",
+    "ModelConfig",
+    "SemanticBlur",
+    "SemanticBlurError",
+    "TrainConfig",
+    "blur_loss",
+    "train",
+]
+
+_HOMES = {
+    "BlurScorer": "semanticblur_core.metrics",
+    "Detector": "semanticblur_core.inference.detector",
+    "ModelConfig": "semanticblur_core.config",
+    "SemanticBlur": "semanticblur_core.network",
+    "SemanticBlurError": "semanticblur_core.errors",
+    "TrainConfig": "semanticblur_core.config",
+    "blur_loss": "semanticblur_core.losses",
+    "train": "semanticblur_core.training.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -80,7 +80,7 @@ def _named_device(name: str) -> torch.device:
 def bfloat16_pays(device_type: str) -> bool:
     """Whether convolutions run at least 1.2 times as fast in bfloat16; on a CPU it is timed."""
     if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device_type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     seconds = {torch.float32: [0.0] * 5, torch.bfloat16: [0.0] * 5}

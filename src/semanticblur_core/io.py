@@ -135,7 +135,8 @@ def to_unit_range(
         return array.astype(np.float32)
     if not (np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)):
         raise ImageError(f"{name}: expected real numbers, got {array.dtype}")
-    values = array.astype(np.float64 if array.dtype.itemsize > 4 else np.float32)
+    wide = np.float64 if array.dtype.itemsize > 4 else np.float32
+    values: NDArray[Any] = array.astype(wide)
     if limits is None:
         finite = values[np.isfinite(values)]
         if finite.size == 0:
@@ -147,10 +148,9 @@ def to_unit_range(
             raise ImageError(f"range {low:g},{high:g}: expected LOW below HIGH")
     if high <= low:
         return np.zeros(array.shape, np.float32)
-    with np.errstate(invalid="ignore", over="ignore"):
-        unit = (values - low) / (high - low)
-    unit = np.nan_to_num(unit, nan=0.0, posinf=0.0, neginf=0.0)
-    return np.clip(unit, 0, 1).astype(np.float32)
+    values = np.nan_to_num(values, nan=low, posinf=low, neginf=low)
+    unit: NDArray[np.float32] = np.clip((values - low) / (high - low), 0, 1).astype(np.float32)
+    return unit
 
 
 def as_rgb(array: NDArray[Any]) -> NDArray[Any]:
@@ -197,7 +197,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:

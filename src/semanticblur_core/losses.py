@@ -106,11 +106,13 @@ def _window_matrix(size: int, device: torch.device) -> Tensor:
     A product with a banded matrix: convolutions of one channel are slow on CPUs, above all
     backwards.
     """
-    offsets = torch.arange(size)[None, :] - torch.arange(size - SSIM_WINDOW_PX + 1)[:, None]
-    distance = offsets - SSIM_WINDOW_PX // 2
-    window = torch.exp(-(distance**2) / (2 * SSIM_SIGMA_PX**2))
-    window[distance.abs() > SSIM_WINDOW_PX // 2] = 0
-    return (window / window.sum(dim=1, keepdim=True)).to(device)
+    # A cached tensor must also serve training, whichever mode it was first asked for in.
+    with torch.inference_mode(False):
+        offsets = torch.arange(size)[None, :] - torch.arange(size - SSIM_WINDOW_PX + 1)[:, None]
+        distance = offsets - SSIM_WINDOW_PX // 2
+        window = torch.exp(-(distance**2) / (2 * SSIM_SIGMA_PX**2))
+        window[distance.abs() > SSIM_WINDOW_PX // 2] = 0
+        return (window / window.sum(dim=1, keepdim=True)).to(device)
 
 
 def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -57,9 +57,7 @@ def resolve(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    raise WeightsError(
-        f"model {name}: neither a packaged model ({', '.join(PACKAGED)}) nor a file"
-    )
+    raise WeightsError(f"model {name}: neither a packaged model ({', '.join(PACKAGED)}) nor a file")
 
 
 def read_info(path: Path) -> WeightsInfo:
@@ -122,9 +120,7 @@ def load(name: str) -> tuple[SemanticBlur, WeightsInfo]:
     model.load_state_dict(counters, strict=False, assign=True)
     missing = [k for k, t in model.state_dict().items() if t.is_meta]
     if missing:
-        raise WeightsError(
-            f"{info.path}: {len(missing)} tensors are missing, first {missing[0]}"
-        )
+        raise WeightsError(f"{info.path}: {len(missing)} tensors are missing, first {missing[0]}")
     return model.eval().requires_grad_(True), info
 
 
@@ -163,7 +159,9 @@ def save(
     for key, tensor in model.state_dict().items():
         if _is_counter(key):
             continue
-        stored = tensor.detach().cpu().to(torch.float16 if half and tensor.ndim > 1 else torch.float32)
+        stored = (
+            tensor.detach().cpu().to(torch.float16 if half and tensor.ndim > 1 else torch.float32)
+        )
         if not torch.isfinite(stored).all():
             raise WeightsError(f"{path}: {key} is not finite; the weights are not written")
         tensors[key] = stored.contiguous()

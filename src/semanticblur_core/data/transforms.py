@@ -47,7 +47,7 @@ def squash(rgb: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:
     size = (width, height)
     if rgb.dtype == np.uint8:
         resized = Image.fromarray(rgb).resize(size, Image.Resampling.BILINEAR)
-        return np.asarray(resized, dtype=np.float32) / 255
+        return np.asarray(resized, dtype=np.float32) / np.float32(255)
     channels = [
         np.asarray(Image.fromarray(rgb[..., c]).resize(size, Image.Resampling.BILINEAR))
         for c in range(rgb.shape[2])

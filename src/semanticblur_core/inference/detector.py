@@ -118,9 +118,7 @@ class Detector:
         if size == "native":
             squashed = [_prepare(image, value_range, None) for image in images]
             if len({array.shape for array in squashed}) > 1:
-                return [
-                    self.detect(image, size=size, value_range=value_range) for image in images
-                ]
+                return [self.detect(image, size=size, value_range=value_range) for image in images]
         else:
             if size < MIN_SIZE_PX:
                 raise ConfigError(f"size: expected at least {MIN_SIZE_PX} px or native, got {size}")
@@ -138,7 +136,7 @@ class Detector:
 def _upsample(blur: torch.Tensor, shape: tuple[int, ...], mode: str) -> NDArray[np.float32]:
     if blur.shape[-2:] != shape:
         keywords = {"align_corners": False} if mode == "bilinear" else {}
-        blur = F.interpolate(blur, size=shape, mode=mode, **keywords)  # type: ignore[arg-type]
+        blur = F.interpolate(blur, size=shape, mode=mode, **keywords)
     array: NDArray[np.float32] = blur[0, 0].cpu().numpy()
     return array
 
@@ -161,4 +159,6 @@ def _prepare(
     rgb = io.as_rgb(io.to_unit_range(image, limits=value_range))
     if size is not None:
         return squash(rgb, size, size)
-    return rgb.astype(np.float32) / 255 if rgb.dtype == np.uint8 else rgb
+    if rgb.dtype == np.uint8:
+        return rgb.astype(np.float32) / np.float32(255)
+    return rgb

@@ -1,23 +1,22 @@
 """Feature extractors of Table 1, each with four taps of strides 4, 8, 16 and 32.
 
-==================  ==================================  =====================  ======================
-backbone            taps                                widths                 dilation 2, 4, 8
-==================  ==================================  =====================  ======================
-``resnet50``        layer1, layer2, layer3, layer4      256, 512, 1024, 2048   3x3 convolution of each
-                                                                               bottleneck of layer4
-``resnet34``        layer1, layer2, layer3, layer4      64, 128, 256, 512      both 3x3 convolutions of
-                                                                               each block of layer4
-``vgg16``           pool2, pool3, pool4, pool5          128, 256, 512, 512     conv5_1, conv5_2, conv5_3
-``efficientnet_b4`` features[2], [3], [5], [7]          32, 56, 160, 448       depthwise convolutions of
-                                                                               the last three blocks
-==================  ==================================  =====================  ======================
+* ``resnet50``: taps after layer1, 2, 3, 4, widths 256, 512, 1024, 2048; the 3x3 convolutions of the
+  three bottlenecks of layer4 take dilation 2, 4, 8.
+* ``resnet34``: taps after layer1, 2, 3, 4, widths 64, 128, 256, 512; both 3x3 convolutions of the
+  three blocks of layer4 take dilation 2, 4, 8.
+* ``vgg16``: taps after the second to fifth pooling, widths 128, 256, 512, 512; conv5_1, conv5_2 and
+  conv5_3 take dilation 2, 4, 8.
+* ``efficientnet_b4``: taps after ``features`` 2, 3, 5 and 7, widths 32, 56, 160, 448; the depthwise
+  convolutions of the last three blocks take dilation 2, 4, 8.
 
 Dilation (equations 2-3) adds no parameters and, at an output stride of 32, changes no resolution.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,15 +64,14 @@ def build_backbone(config: ModelConfig) -> Backbone:
     return builders[config.backbone](config)
 
 
-def _dilate(convolution: nn.Module, rate: int) -> None:
+def _dilate(convolution: nn.Conv2d, rate: int) -> None:
     """Set the rate of a convolution and the padding that keeps its output size."""
-    assert isinstance(convolution, nn.Conv2d)
+    padding = rate * (convolution.kernel_size[0] // 2)
     convolution.dilation = (rate, rate)
-    kernel = convolution.kernel_size[0]
-    convolution.padding = (rate * (kernel // 2), rate * (kernel // 2))
+    convolution.padding = (padding, padding)
 
 
-def _unstride(layer: nn.Sequential) -> None:
+def _unstride(layer: Any) -> None:
     """Let the first bottleneck of a ResNet stage keep the resolution it is given."""
     layer[0].conv2.stride = (1, 1)
     layer[0].downsample[0].stride = (1, 1)
@@ -86,7 +84,7 @@ def _resnet_stages(net: models.ResNet) -> list[nn.Module]:
 
 def _resnet50(config: ModelConfig) -> Backbone:
     net = models.resnet50()
-    rates = DILATION_RATES
+    rates: tuple[int, ...] = DILATION_RATES
     if config.output_stride <= 16:
         _unstride(net.layer4)
     if config.output_stride == 8:
@@ -118,7 +116,7 @@ def _vgg16(config: ModelConfig) -> Backbone:
         if isinstance(layer, nn.MaxPool2d):
             layer.ceil_mode = True
     ends = (0, 10, 17, 24, 31)
-    stages = [layers[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    stages = [layers[a:b] for a, b in itertools.pairwise(ends)]
     return Backbone(stages, (128, 256, 512, 512))
 
 

@@ -17,11 +17,13 @@ from torch import Tensor
 @lru_cache(maxsize=256)
 def resize_matrix(n_in: int, n_out: int, device: torch.device | None = None) -> Tensor:
     """Weights ``(n_out, n_in)`` float32 that resize an axis; rows sum to one."""
-    position = (torch.arange(n_out, dtype=torch.float64) + 0.5) * (n_in / n_out) - 0.5
-    position = position.clamp(0, n_in - 1)
-    taps = torch.arange(n_in, dtype=torch.float64)
-    weights = (1 - (position[:, None] - taps[None, :]).abs()).clamp(min=0)
-    return weights.to(device=device, dtype=torch.float32)
+    # A cached tensor must also serve training, whichever mode it was first asked for in.
+    with torch.inference_mode(False):
+        position = (torch.arange(n_out, dtype=torch.float64) + 0.5) * (n_in / n_out) - 0.5
+        position = position.clamp(0, n_in - 1)
+        taps = torch.arange(n_in, dtype=torch.float64)
+        weights = (1 - (position[:, None] - taps[None, :]).abs()).clamp(min=0)
+        return weights.to(device=device, dtype=torch.float32)
 
 
 def resize_columns(x: Tensor, width: int) -> Tensor:

@@ -78,7 +78,7 @@ class SemanticBlur(nn.Module):
             else None
         )
         self.decoder = FeaturePyramidDecoder(channels, self.config.decoder_channels)
-        self._fixed: _Composite | None = None
+        self.fixed: _FixedComposite | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(N, 1, H, W)`` of images ``(N, 3, H, W)``.
@@ -114,7 +114,7 @@ class SemanticBlur(nn.Module):
             level = [torch.cat([scale[:, None] * w[:head], w[head:]]) for w in composite.level]
             semantic = composite.semantic
             if semantic is not None:
-                semantic = (semantic.view(-1, head, semantic.shape[1]) * scale[:, None]).flatten(0, 1)
+                semantic = semantic * scale.repeat(len(level))[:, None]
             composite = _Composite(
                 level,
                 [scale * offset for offset in composite.offset],
@@ -125,50 +125,39 @@ class SemanticBlur(nn.Module):
             decoder.norm1 = nn.Identity()  # type: ignore[assignment]
             decoder.conv2 = fuse_conv_bn_eval(decoder.conv2, decoder.norm2)
             decoder.norm2 = nn.Identity()  # type: ignore[assignment]
-            model._fixed = _cast(composite, dtype)
+            model.fixed = _FixedComposite(composite)
         model.requires_grad_(False)
         return model.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        if self._fixed is not None:
-            self._fixed = _Composite(
-                [fn(w) for w in self._fixed.level],
-                [fn(w) for w in self._fixed.offset],
-                None if self._fixed.semantic is None else fn(self._fixed.semantic),
-                None if self._fixed.semantic_bias is None else fn(self._fixed.semantic_bias),
-                fn(self._fixed.head_bias),
-            )
-        return super()._apply(fn, recurse)
 
     def _compose(self) -> _Composite:
         """Multiply consecutive 1x1 convolutions, in float32."""
         decoder = self.decoder
-        head = decoder.conv1.weight.flatten(1)
+        head = _matrix(decoder.conv1)
         level, offset, semantic_parts = [], [], []
         for i, lateral in enumerate(decoder.lateral):
-            weight = lateral.weight.flatten(1)
-            constant = lateral.bias
+            weight = _matrix(lateral)
+            constant: Tensor = lateral.get_parameter("bias")
             if self.semantic is not None:
                 project = self.semantic.project[i]
-                semantic_parts.append(
-                    self.semantic.alpha * (head @ (weight @ project.weight.flatten(1)))
-                )
-                constant = constant + self.semantic.alpha * (weight @ project.bias)
+                alpha = self.semantic.alpha
+                semantic_parts.append(alpha * (head @ (weight @ _matrix(project))))
+                constant = constant + alpha * (weight @ project.get_parameter("bias"))
             level.append(head @ weight)
             offset.append(head @ constant)
+        head_bias = decoder.conv1.get_parameter("bias")
         if self.semantic is None:
-            return _Composite(level, offset, None, None, decoder.conv1.bias)
-        third, fourth = self.backbone.channels[2:]
-        reduce = self.semantic.reduce.weight.flatten(1).split([third, fourth], dim=1)
-        level[2] = torch.cat([level[2], reduce[0]])
-        level[3] = torch.cat([level[3], reduce[1]])
-        return _Composite(
-            level, offset, torch.cat(semantic_parts), self.semantic.reduce.bias, decoder.conv1.bias
-        )
+            return _Composite(level, offset, None, None, head_bias)
+        reduce = _matrix(self.semantic.reduce)
+        third = self.backbone.channels[2]
+        level[2] = torch.cat([level[2], reduce[:, :third]])
+        level[3] = torch.cat([level[3], reduce[:, third:]])
+        semantic_bias = self.semantic.reduce.get_parameter("bias")
+        return _Composite(level, offset, torch.cat(semantic_parts), semantic_bias, head_bias)
 
     def _head(self, features: list[Tensor], height: int, width: int) -> Tensor:
-        composite = self._fixed
-        if composite is None:
+        if self.fixed is not None:
+            composite = self.fixed()
+        else:
             with torch.autocast(features[0].device.type, enabled=False):
                 composite = self._compose()
         head = HEAD_CHANNELS[0]
@@ -198,7 +187,7 @@ class SemanticBlur(nn.Module):
         product = torch.matmul(pixels, weight)
         maximum = pixels.amax(dim=2).view(n, h, w)
         mean = product[..., -1].view(n, h, w)
-        attention = self.spatial_attention[index](mean, maximum)
+        attention: Tensor = self.spatial_attention[index](mean, maximum)
         return product[..., :-1].view(n, h, w, -1) * attention[..., None].to(product.dtype)
 
     def _fuse(self, pyramid: list[Tensor], bias: Tensor, height: int, width: int) -> Tensor:
@@ -225,31 +214,50 @@ class SemanticBlur(nn.Module):
 def _add_semantic(pyramid: list[Tensor], composite: _Composite) -> list[Tensor]:
     """Equations 10-11 in head channels; the semantic rows of levels 3 and 4 are consumed."""
     head = HEAD_CHANNELS[0]
-    assert composite.semantic is not None and composite.semantic_bias is not None
+    assert composite.semantic is not None
+    assert composite.semantic_bias is not None
     third, fourth = pyramid[2], pyramid[3]
     semantic = third[..., head:] + resize(fourth[..., head:].contiguous(), *third.shape[1:3])
     semantic = semantic + composite.semantic_bias.to(semantic.dtype)
     added = torch.matmul(semantic, composite.semantic.t().to(semantic.dtype))
     return [
         level[..., :head] + resize(part, *level.shape[1:3])
-        for level, part in zip(pyramid, added.split(head, dim=-1), strict=True)
+        for level, part in zip(pyramid, torch.split(added, head, dim=-1), strict=True)
     ]
 
 
+def _matrix(convolution: nn.Module) -> Tensor:
+    """Weights ``(out, in)`` of a 1x1 convolution."""
+    return convolution.get_parameter("weight").flatten(1)
+
+
 def _batch_norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     return scale, norm.bias - scale * norm.running_mean
 
 
-def _cast(composite: _Composite, dtype: torch.dtype) -> _Composite:
-    return _Composite(
-        [w.to(dtype) for w in composite.level],
-        [w.to(dtype) for w in composite.offset],
-        None if composite.semantic is None else composite.semantic.to(dtype),
-        None if composite.semantic_bias is None else composite.semantic_bias.to(dtype),
-        composite.head_bias.to(dtype),
-    )
+class _FixedComposite(nn.Module):
+    """A composite computed once, as buffers, so that it follows the model's device and dtype."""
+
+    def __init__(self, composite: _Composite) -> None:
+        super().__init__()
+        for i, (level, offset) in enumerate(zip(composite.level, composite.offset, strict=True)):
+            self.register_buffer(f"level{i}", level)
+            self.register_buffer(f"offset{i}", offset)
+        self.register_buffer("semantic", composite.semantic)
+        self.register_buffer("semantic_bias", composite.semantic_bias)
+        self.register_buffer("head_bias", composite.head_bias)
+
+    def forward(self) -> _Composite:
+        return _Composite(
+            [self.get_buffer(f"level{i}") for i in range(4)],
+            [self.get_buffer(f"offset{i}") for i in range(4)],
+            self._buffers["semantic"],
+            self._buffers["semantic_bias"],
+            self.get_buffer("head_bias"),
+        )
 
 
 def _fold_batch_norms(module: nn.Module) -> None:

@@ -1,0 +1,1 @@
+"""Recipes, checkpoints and the training loop."""

@@ -79,8 +79,8 @@ def train(
     save_best
         Called with the network, its scores and the epoch whenever the validation MAE fell.
     resume
-        Go on from ``last.ckpt``; with the same recipe, device and thread count the result is that of
-        an uninterrupted run.
+        Go on from ``last.ckpt``; with the same recipe, device and thread count the result is that
+        of an uninterrupted run.
 
     Raises
     ------
@@ -102,7 +102,7 @@ def train(
         precision="bf16-mixed" if device.dtype == torch.bfloat16 else "32-true",
     )
     torch.manual_seed(config.seed)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
@@ -170,7 +170,7 @@ def train(
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     """Linear warm-up, then polynomial decay to zero (``poly_power`` 0.9 in the paper)."""
-    rate = config.learning_rate * (1 - step / total_steps) ** config.poly_power
+    rate: float = config.learning_rate * (1 - step / total_steps) ** config.poly_power
     if step < config.warmup_steps:
         rate *= (step + 1) / (config.warmup_steps + 1)
     return rate

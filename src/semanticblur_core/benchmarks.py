@@ -1,0 +1,151 @@
+"""Speed measured on this machine: two things in turn, medians and ratios."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from semanticblur_core.network import SemanticBlur
+
+
+@dataclass(frozen=True)
+class ModelTiming:
+    """Forward times in one precision; ``ratio`` is network over backbone, of the medians."""
+
+    precision: str
+    backbone_ms: float
+    network_ms: float
+    ratio: float
+    n_rounds: int
+
+
+def bench_model(
+    *, size_px: int, n_rounds: int, n_threads: int, precisions: tuple[str, ...], device: str = "cpu"
+) -> Generator[tuple[int, int], None, dict[str, Any]]:
+    """Time the whole network against torchvision's bare ResNet-50 backbone.
+
+    Parameters
+    ----------
+    size_px
+        Side of the square images.
+    n_rounds
+        Rounds per precision; each times both on one new image, in alternating order, after three
+        rounds of warm-up.
+    n_threads
+        Threads that torch may use.
+    precisions
+        Of ``float32`` and ``bfloat16``; the backbone runs in the same.
+    device
+        Where to run.
+
+    Yields
+    ------
+    tuple
+        Rounds done and rounds in all.
+
+    Returns
+    -------
+    dict
+        JSON values: machine, settings, a `ModelTiming` for each precision, numbers of parameters.
+
+    Notes
+    -----
+    Batch 1, eager. The network is as `Detector` runs it (batch normalisations folded), the backbone
+    as torchvision gives it: convolutions of ResNet-50 without pooling and classifier.
+    """
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    network = SemanticBlur().eval()
+    warm_up = 3
+    total = (n_rounds + warm_up) * len(precisions)
+    timings = []
+    try:
+        for index, precision in enumerate(precisions):
+            dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+            contestants: dict[str, nn.Module] = {
+                "backbone": _bare_backbone().to(device, dtype, memory_format=torch.channels_last),  # type: ignore[call-overload]
+                "network": network.for_inference(dtype).to(device),
+            }
+            seconds: dict[str, list[float]] = {name: [] for name in contestants}
+            for i in range(n_rounds + warm_up):
+                image = torch.rand(1, 3, size_px, size_px, device=device).to(
+                    dtype, memory_format=torch.channels_last
+                )
+                names = list(contestants)
+                for name in names if i % 2 else reversed(names):
+                    elapsed = _time_forward(contestants[name], image)
+                    if i >= warm_up:
+                        seconds[name].append(elapsed)
+                yield index * (n_rounds + warm_up) + i + 1, total
+            backbone, whole = (statistics.median(seconds[name]) for name in ("backbone", "network"))
+            timings.append(
+                ModelTiming(precision, backbone * 1e3, whole * 1e3, whole / backbone, n_rounds)
+            )
+    finally:
+        torch.set_num_threads(threads_before)
+    return {
+        "machine": machine(),
+        "device": device,
+        "size_px": size_px,
+        "batch_size": 1,
+        "n_threads": n_threads,
+        "timings": [asdict(timing) for timing in timings],
+        "n_parameters": {
+            "total": _n_parameters(network),
+            "backbone": _n_parameters(network.backbone),
+            "channel_attention": _n_parameters(network.channel_attention),
+            "spatial_attention": _n_parameters(network.spatial_attention),
+        },
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "system": platform.system(),
+        "processor": _processor_name(),
+        "n_cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _bare_backbone() -> nn.Module:
+    net = models.resnet50()
+    return nn.Sequential(
+        *(net.conv1, net.bn1, net.relu, net.maxpool),
+        *(net.layer1, net.layer2, net.layer3, net.layer4),
+    ).eval()
+
+
+@torch.inference_mode()
+def _time_forward(module: nn.Module, image: Tensor) -> float:
+    start = time.perf_counter()
+    module(image)
+    if image.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _n_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:
+            for line in stream:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,182 @@
+"""``semanticblur-core detect``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from semanticblur_core.cli._options import (
+    ListType,
+    RangeType,
+    SizeType,
+    device_option,
+    precision_option,
+    progress_bar,
+)
+
+if TYPE_CHECKING:
+    from semanticblur_core.inference.batch import FileResult
+    from semanticblur_core.inference.detector import Detector
+
+
+@click.command(name="detect", short_help="Find what is out of focus in images.")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    required=True,
+    metavar="PATH|GLOB|DIR|sample:NAME",
+    help="Image, quoted glob, folder, or sample:cat, sample:coffee, sample:astronaut (photographs "
+    "that ship with scikit-image). May be given several times.",
+)
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the results; made if it is not there.",
+)
+@click.option("--recursive", is_flag=True, help="Look into subfolders of an input folder too.")
+@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
+@click.option(
+    "--model", default="default", show_default=True, help="Packaged model or file of weights."
+)
+@device_option
+@precision_option
+@click.option(
+    "--size",
+    type=SizeType(),
+    default=320,
+    show_default=True,
+    help="Side of the square the image is squashed to for analysis (320: the paper's protocol), "
+    "or native. The map is brought back to the image's size.",
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="A pixel is blurred where the map is above it.",
+)
+@click.option(
+    "--format",
+    "formats",
+    type=ListType(("png", "tif", "npy")),
+    default="png",
+    show_default=True,
+    help="png: 8 bits to look at, white = out of focus; tif and npy: float32 in 0..1.",
+)
+@click.option(
+    "--overlay", is_flag=True, help="Also write the photograph with its blurred part tinted."
+)
+@click.option(
+    "--range",
+    "value_range",
+    type=RangeType(),
+    help="Intensities that count as black and white. Default: 0,255 for 8-bit images, else the 0.1 "
+    "and 99.9 percentiles.",
+)
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write what was measured on each file.",
+)
+def command(
+    inputs: tuple[str, ...],
+    output: Path,
+    recursive: bool,
+    overwrite: bool,
+    model: str,
+    device: str,
+    precision: str,
+    size: Any,
+    threshold: float,
+    formats: tuple[str, ...],
+    overlay: bool,
+    value_range: tuple[float, float] | None,
+    json_path: Path | None,
+) -> None:
+    """Find what is out of focus in images.
+
+    For each image a blur map OUTPUT/<folder>/<name>_blur.png (white = out of focus), and with
+    --overlay a picture <name>_overlay.png. A file that cannot be read is reported, the rest is
+    done, and the exit code is 2.
+    """
+    from semanticblur_core.inference.batch import DetectOptions, detect_files, find_jobs
+
+    options = DetectOptions(output, size, threshold, formats, overlay, overwrite, value_range)
+    jobs = find_jobs(inputs, output, recursive=recursive)
+
+    from semanticblur_core.device import keep_freed_memory
+    from semanticblur_core.inference.detector import Detector
+
+    keep_freed_memory()
+    detector = Detector(model, device=device, precision=precision)
+    results = []
+    try:
+        with progress_bar() as progress:
+            task = progress.add_task("Detecting", total=len(jobs))
+            for result in detect_files(jobs, detector, options):
+                results.append(result)
+                progress.advance(task)
+                _report(result, progress.console.is_terminal and len(jobs) > 1)
+    finally:
+        # Written after an interruption too: it tells what was done.
+        if json_path is not None:
+            _write_json(json_path, results, detector, options)
+    failed = sum(result.error is not None for result in results)
+    if len(jobs) > 1:
+        click.echo(f"{len(jobs) - failed} of {len(jobs)} images done ({detector.reason})")
+    if failed:
+        raise SystemExit(2)
+
+
+def _report(result: FileResult, quiet: bool) -> None:
+    if result.error is not None:
+        click.echo(f"semanticblur-core: {result.error}", err=True)
+    elif not quiet:
+        click.echo(
+            f"{result.source}: {result.blurred_fraction:.1%} out of focus, mean blur "
+            f"{result.mean_blur:.3f}, {result.elapsed_s:.2f} s -> "
+            f"{', '.join(str(path) for path in result.outputs)}"
+        )
+
+
+def _write_json(path: Path, results: list[FileResult], detector: Detector, options: Any) -> None:
+    from semanticblur_core import __version__, io
+
+    protocol = {
+        "size": options.size,
+        "map_resize": "bilinear",
+        "blurred_is": f"map > {options.threshold:g}",
+        "device": str(detector.device),
+        "precision": str(detector.dtype).removeprefix("torch."),
+        "value_range": options.value_range,
+    }
+    done = [
+        {
+            "input": result.source,
+            "outputs": [str(output) for output in result.outputs],
+            "height": result.height,
+            "width": result.width,
+            "blurred_fraction": result.blurred_fraction,
+            "mean_blur": result.mean_blur,
+            "threshold": options.threshold,
+            "model": detector.name,
+            "elapsed_s": result.elapsed_s,
+        }
+        for result in results
+        if result.error is None
+    ]
+    document = {
+        "software": f"napari-semanticblur {__version__}",
+        "model": detector.name,
+        "model_sha256": detector.info.sha256 if detector.info else None,
+        "protocol": protocol,
+        "images": done,
+        "failures": [{"input": r.source, "error": r.error} for r in results if r.error is not None],
+    }
+    io.write_text(path, json.dumps(document, indent=1) + "\n")

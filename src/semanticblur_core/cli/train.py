@@ -1,0 +1,195 @@
+"""``semanticblur-core train``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from semanticblur_core.cli._options import device_option, precision_option, progress_bar
+
+BEST = "best.safetensors"
+LICENCE = (
+    "Weights under BSD-3-Clause as far as their authors can grant it; the photographs they were "
+    "trained on are research data sets whose own terms may restrict commercial use."
+)
+
+
+@click.command(name="train", short_help="Train a network on images and masks.")
+@click.option(
+    "--images",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Folder of photographs.",
+)
+@click.option(
+    "--masks",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Folder of masks of the same names, 255 = blurred.",
+)
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for checkpoints, best weights and history.",
+)
+@click.option("--recipe", default="paper", show_default=True, help="paper, first-256 or first-320.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a value of the recipe, for example --set=epochs=5; several times.",
+)
+@click.option(
+    "--val-split",
+    default="cuhk-val",
+    show_default=True,
+    help="Names held out for validation: a packaged list or a text file, one name a line.",
+)
+@click.option(
+    "--backbone-weights",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="safetensors of (part of) torchvision's ImageNet ResNet-50 to start from.",
+)
+@click.option("--init", help="Packaged model or file of weights to start from.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUTPUT.")
+@device_option
+@precision_option
+def command(
+    images: Path,
+    masks: Path,
+    output: Path,
+    recipe: str,
+    overrides: tuple[str, ...],
+    val_split: str,
+    backbone_weights: Path | None,
+    init: str | None,
+    resume: bool,
+    device: str,
+    precision: str,
+) -> None:
+    """Train a network on images and masks.
+
+    Prints a line an epoch; OUTPUT gets best.safetensors (the epoch of lowest validation MAE),
+    last.ckpt (to --resume from) and history.csv.
+    """
+    from semanticblur_core.config import TrainConfig
+    from semanticblur_core.data.datasets import find_pairs, read_split, select
+    from semanticblur_core.errors import ConfigError, TrainingError
+    from semanticblur_core.training.recipes import recipe as find_recipe
+
+    config = find_recipe(recipe)
+    values = dict(_override(text, config) for text in overrides)
+    config = TrainConfig.from_dict(config.to_dict() | values)
+    if init and backbone_weights:
+        raise ConfigError("--init and --backbone-weights: give one of them")
+    if not resume and (output / "last.ckpt").exists():
+        raise TrainingError(f"{output}: holds a run already; --resume goes on with it")
+    pairs = find_pairs(images, masks)
+    held_out = select(pairs, read_split(val_split))
+    names = {pair.name for pair in held_out}
+    training = [pair for pair in pairs if pair.name not in names]
+
+    import torch
+
+    from semanticblur_core import __version__, weights
+    from semanticblur_core.data.datasets import DecodedPairs
+    from semanticblur_core.device import choose_device, keep_freed_memory
+    from semanticblur_core.metrics import Scores
+    from semanticblur_core.network import SemanticBlur
+    from semanticblur_core.training.loop import train
+
+    keep_freed_memory()
+    chosen = choose_device(device, precision)
+    torch.manual_seed(config.seed)
+    start: dict[str, Any] = {"from": "random initialisation"}
+    if init:
+        model, info = weights.load(init)
+        start = {"from": info.path.name, "sha256": info.sha256, "provenance": info.provenance}
+    else:
+        model = SemanticBlur()
+    if backbone_weights:
+        n_set = _load_backbone(model, backbone_weights)
+        start = {"from": backbone_weights.name, "n_parameters_set": n_set}
+    click.echo(f"recipe {recipe}: {json.dumps(config.to_dict())}")
+    click.echo(f"{len(training)} images to train on, {len(held_out)} to validate; {chosen.reason}")
+
+    def save_best(network: SemanticBlur, scores: Scores, epoch: int) -> None:
+        provenance = {
+            "software": f"napari-semanticblur {__version__}, torch {torch.__version__}",
+            "date": datetime.now(UTC).date().isoformat(),
+            "recipe": {"name": recipe} | config.to_dict(),
+            "epoch": epoch,
+            "n_training_images": len(training),
+            "data": str(images.parent.name),
+            "validation_split": val_split,
+            "device": str(chosen.device),
+            "precision": str(chosen.dtype).removeprefix("torch."),
+            "start": start,
+        }
+        metrics = scores.to_dict() | {"data": val_split, "analysis_size_px": 320}
+        weights.save(
+            output / BEST, network, provenance=provenance, metrics=metrics, licence=LICENCE
+        )
+
+    updates = train(
+        model,
+        DecodedPairs(training),
+        DecodedPairs(held_out),
+        config,
+        run_dir=output,
+        device=chosen,
+        save_best=save_best,
+        resume=resume,
+    )
+    with progress_bar() as progress:
+        task = progress.add_task("Training", total=None)
+        for update in updates:
+            progress.update(
+                task,
+                completed=update.step,
+                total=update.total_steps,
+                description=f"epoch {update.epoch}/{config.epochs} loss {update.loss:.3f}",
+            )
+            if update.scores is not None:
+                scores = update.scores
+                click.echo(
+                    f"epoch {update.epoch}/{config.epochs}: MAE {scores.mae:.4f}, F "
+                    f"{scores.f_beta:.4f}, IoU {scores.iou:.4f}, {update.images_per_s:.2f} images/s"
+                    f"{', best so far' if update.is_best else ''}"
+                )
+                if update.epoch == 1:
+                    click.echo(f"  ({scores.protocol.describe()})")
+
+
+def _override(text: str, config: Any) -> tuple[str, Any]:
+    from semanticblur_core.errors import ConfigError
+
+    key, separator, value = text.partition("=")
+    known = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if not separator or key not in known:
+        raise ConfigError(f"--set={text}: expected KEY=VALUE with KEY one of {', '.join(known)}")
+    try:
+        return key, type(known[key])(value)
+    except ValueError:
+        kind = type(known[key]).__name__
+        raise ConfigError(f"--set={text}: expected a value of type {kind}") from None
+
+
+def _load_backbone(model: Any, path: Path) -> int:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from semanticblur_core.errors import WeightsError
+    from semanticblur_core.network.backbones import load_imagenet_resnet50
+
+    try:
+        return load_imagenet_resnet50(model.backbone, load_file(path))
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{path}: not weights of a ResNet-50: {error}") from error

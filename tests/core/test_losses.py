@@ -1,0 +1,80 @@
+"""The loss against scikit-image, hand-computed cases, and the rules for partial labels."""
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+
+from semanticblur_core.losses import blur_loss, ssim_loss
+
+
+@pytest.mark.parametrize("shape", [(11, 11), (40, 57)])
+def test_ssim_agrees_with_scikit_image(rng: np.random.Generator, shape: tuple[int, int]) -> None:
+    x = rng.random(shape)
+    y = np.clip(x + 0.3 * rng.standard_normal(shape), 0, 1)
+    expected = structural_similarity(
+        x, y, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+    )
+    got = ssim_loss(*(torch.tensor(a, dtype=torch.float32)[None, None] for a in (x, y)))
+    assert 1 - float(got) == pytest.approx(expected, abs=2e-5)
+
+
+def test_bce_by_hand() -> None:
+    logits = torch.tensor([0.0, np.log(3.0)]).view(1, 1, 1, 2)
+    target = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
+    # -log(1/2) and -log(1 - 3/4)
+    expected = (np.log(2) + np.log(4)) / 2
+    assert float(blur_loss(logits, target, ssim_weight=0).total) == pytest.approx(expected, 1e-6)
+
+
+def test_total_is_bce_plus_lambda_ssim() -> None:
+    logits, target = torch.randn(2, 1, 30, 30), (torch.rand(2, 1, 30, 30) > 0.5).float()
+    loss = blur_loss(logits, target, ssim_weight=0.3)
+    assert float(loss.total) == pytest.approx(float(loss.bce) + 0.3 * float(loss.ssim), 1e-6)
+
+
+def test_perfect_prediction_costs_nothing() -> None:
+    target = (torch.rand(1, 1, 40, 40) > 0.5).float()
+    loss = blur_loss((target - 0.5) * 100, target)
+    assert float(loss.total) == pytest.approx(0, abs=1e-5)
+
+
+def test_full_labels_equal_no_mask() -> None:
+    logits, target = torch.randn(2, 1, 33, 35), (torch.rand(2, 1, 33, 35) > 0.5).float()
+    whole = torch.ones_like(target, dtype=torch.bool)
+    for a, b in zip(blur_loss(logits, target), blur_loss(logits, target, labelled=whole), strict=True):
+        assert float(a) == pytest.approx(float(b), abs=1e-6)
+
+
+def test_ignored_pixels_change_nothing_and_get_no_gradient() -> None:
+    target = (torch.rand(1, 1, 40, 40) > 0.5).float()
+    labelled = torch.zeros_like(target, dtype=torch.bool)
+    labelled[..., :25, :25] = True
+    logits = torch.randn(1, 1, 40, 40)
+    other = torch.where(labelled, logits, torch.randn(1, 1, 40, 40) * 50).requires_grad_()
+    strange = torch.where(labelled, target, torch.full_like(target, float("nan")))
+    loss = blur_loss(other, strange, labelled=labelled)
+    assert loss.total.item() == pytest.approx(
+        blur_loss(logits, target, labelled=labelled).total.item(), abs=1e-6
+    )
+    loss.total.backward()
+    assert other.grad is not None
+    assert torch.count_nonzero(other.grad[~labelled]) == 0
+    assert torch.isfinite(other.grad).all()
+
+
+def test_only_wholly_labelled_windows_count_for_ssim() -> None:
+    x, y = torch.rand(1, 1, 30, 40), torch.rand(1, 1, 30, 40)
+    labelled = torch.zeros(1, 1, 30, 40, dtype=torch.bool)
+    labelled[..., 4:19, 6:30] = True
+    expected = ssim_loss(x[..., 4:19, 6:30], y[..., 4:19, 6:30])
+    assert float(ssim_loss(x, y, labelled=labelled)) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_nothing_labelled_gives_zero() -> None:
+    logits = torch.randn(1, 1, 20, 20, requires_grad=True)
+    nothing = torch.zeros(1, 1, 20, 20, dtype=torch.bool)
+    loss = blur_loss(logits, torch.zeros(1, 1, 20, 20), labelled=nothing)
+    assert [term.item() for term in loss] == [0, 0, 0]
+    loss.total.backward()
+    assert torch.count_nonzero(logits.grad) == 0

@@ -1,0 +1,71 @@
+"""The field's protocol: by hand, and on the published maps of HiFST."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from semanticblur_core.metrics import BlurScorer
+
+
+def test_scores_by_hand() -> None:
+    scorer = BlurScorer()
+    blur = np.array([[0.9, 0.6, 0.5, 0.1]], np.float32)
+    mask = np.array([[True, False, True, False]])
+    image = scorer.add(blur, mask)
+    assert (image.tp, image.fp, image.fn, image.tn) == (1, 1, 1, 1)  # 0.5 is not above 0.5
+    assert image.mae == pytest.approx((0.1 + 0.6 + 0.5 + 0.1) / 4)
+    assert image.f_beta == pytest.approx(1.3 * 0.5 * 0.5 / (0.3 * 0.5 + 0.5))
+    assert image.iou == pytest.approx(1 / 3)
+
+
+def test_iou_is_pooled_and_f_is_a_mean() -> None:
+    scorer = BlurScorer()
+    scorer.add(np.ones((10, 10), np.float32), np.ones((10, 10), bool))
+    scorer.add(np.ones((1, 2), np.float32), np.array([[True, False]]))
+    result = scorer.result()
+    assert result.iou == pytest.approx(101 / 102)
+    assert result.f_beta == pytest.approx((1 + 1.3 * 0.5 / (0.3 * 0.5 + 1)) / 2)
+
+
+@pytest.mark.parametrize(("predicted", "mae"), [(0.0, 0.0), (1.0, 1.0)])
+def test_a_wholly_sharp_mask_has_f_zero(predicted: float, mae: float) -> None:
+    scorer = BlurScorer()
+    image = scorer.add(np.full((4, 4), predicted, np.float32), np.zeros((4, 4), bool))
+    assert (image.mae, image.f_beta, image.iou) == (mae, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("blur", "mask", "message"),
+    [
+        (np.zeros((2, 2), np.float32), np.zeros((2, 2), np.uint8), "expected bool"),
+        (np.zeros((2, 3), np.float32), np.zeros((2, 2), bool), r"shape \(2, 2\), got \(2, 3\)"),
+        (np.full((2, 2), 1.5, np.float32), np.zeros((2, 2), bool), "in 0..1, got 1.5"),
+        (np.full((2, 2), np.nan, np.float32), np.zeros((2, 2), bool), "in 0..1"),
+    ],
+)
+def test_wrong_input_is_refused(blur: np.ndarray, mask: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BlurScorer().add(blur, mask)
+
+
+def test_published_maps_of_hifst_give_the_published_numbers(data_dir: Path) -> None:
+    oracle = data_dir / "cuhk-te1-oracle"
+    expected = json.loads((oracle / "expected.json").read_text())
+    with (oracle / "expected_per_image.csv").open(newline="") as stream:
+        rows = {row["name"]: row for row in csv.DictReader(stream)}
+    scorer = BlurScorer()
+    for name, row in rows.items():
+        sharp = np.asarray(Image.open(oracle / "hifst" / f"{name}.png"), np.float64) / 255
+        mask = np.asarray(Image.open(oracle / "masks" / f"{name}.png").convert("L")) > 127
+        image = scorer.add(1 - sharp, mask, name=name)
+        for column in ("mae", "f_beta", "iou"):
+            assert getattr(image, column) == pytest.approx(float(row[column]), abs=1e-5), name
+    result = scorer.result()
+    assert result.n_images == 100
+    assert result.mae == pytest.approx(expected["mae_mean_over_images"], abs=1e-5)
+    assert result.f_beta == pytest.approx(expected["f_beta_mean_over_images"], abs=1e-5)
+    assert result.iou == pytest.approx(expected["iou_pooled"], abs=1e-5)
