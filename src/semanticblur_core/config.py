@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, get_args
 from semanticblur_core.errors import ConfigError
 
 BackboneName = Literal["vgg16", "resnet34", "resnet50", "efficientnet_b4"]
-Augmentation = Literal["none", "flip", "crop"]
+Augmentation = Literal["none", "flip", "crop", "colour"]
 
 
 class _Config:
@@ -113,10 +113,10 @@ class TrainConfig(_Config):
     ssim_weight
         lambda in equation 16.
     augmentation
-        ``none`` (the paper names none), ``flip`` (left-right) or ``crop`` (flip, crops that are
-        never enlarged beyond the photograph's own pixels, and brightness and colour).
+        ``none`` (the paper names none), ``flip`` (left-right), ``crop`` (also crops that are never
+        enlarged beyond the photograph's own pixels) or ``colour`` (also gain, gamma, saturation).
     crop_min_side
-        Shortest side of a crop as a fraction of the photograph's, for ``crop``.
+        Shortest side of a crop as a fraction of the photograph's.
     ema_decay
         Decay per step of the exponential moving average of the weights that is validated and
         saved; 0 turns it off.

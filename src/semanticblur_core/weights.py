@@ -89,7 +89,7 @@ def read_info(path: Path) -> WeightsInfo:
             sha256=str(values["sha256"]),
             size_bytes=path.stat().st_size,
         )
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise WeightsError(f"{path}: damaged metadata: {error}") from error
 
 
@@ -109,6 +109,12 @@ def load(name: str) -> tuple[SemanticBlur, WeightsInfo]:
     tensors = _read_tensors(info)
     with torch.device("meta"):
         model = SemanticBlur(info.architecture)
+    foreign = sorted(set(tensors) - set(model.state_dict()))
+    if foreign:
+        raise WeightsError(
+            f"{info.path}: {len(foreign)} tensors do not belong to a "
+            f"{info.architecture.backbone} network, first {foreign[0]}"
+        )
     try:
         model.load_state_dict({k: t.float() for k, t in tensors.items()}, strict=False, assign=True)
     except RuntimeError as error:

@@ -42,7 +42,9 @@ def test_perfect_prediction_costs_nothing() -> None:
 def test_full_labels_equal_no_mask() -> None:
     logits, target = torch.randn(2, 1, 33, 35), (torch.rand(2, 1, 33, 35) > 0.5).float()
     whole = torch.ones_like(target, dtype=torch.bool)
-    for a, b in zip(blur_loss(logits, target), blur_loss(logits, target, labelled=whole), strict=True):
+    for a, b in zip(
+        blur_loss(logits, target), blur_loss(logits, target, labelled=whole), strict=True
+    ):
         assert float(a) == pytest.approx(float(b), abs=1e-6)
 
 

@@ -119,7 +119,7 @@ class DecodedPairs:
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
-        self.names = [pair.name for pair in pairs]
+        self.pairs = list(pairs)
         self._tensors: list[tuple[Tensor, Tensor]] = []
         for pair in pairs:
             image, mask = read_pair(pair)

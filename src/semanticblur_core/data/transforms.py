@@ -83,7 +83,7 @@ def augment(
     areas soft, so crops never fall below the size they are resized to (unless the photograph itself
     does).
     """
-    if config.augmentation == "crop":
+    if config.augmentation in ("crop", "colour"):
         top, left, height, width = _crop_box(image.shape[-2:], config, rng)
         image = image[:, top : top + height, left : left + width]
         mask = mask[:, top : top + height, left : left + width]
@@ -92,7 +92,7 @@ def augment(
     size = (config.image_size_px, config.image_size_px)
     image = _resize(image, size).float() / 255
     target = (_resize(mask, size) > 127).float()
-    if config.augmentation == "crop":
+    if config.augmentation == "colour":
         image = _recolour(image, rng)
     return image, target
 

@@ -33,7 +33,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         # weights_only: a checkpoint is data, and no code in it is ever run.
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise TrainingError(f"{path}: damaged, or not a checkpoint ({reason})") from error
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
         raise TrainingError(f"{path}: not a training checkpoint of this release")

@@ -180,10 +180,10 @@ def validate(model: SemanticBlur, pairs: DecodedPairs, device: DeviceChoice) -> 
     """Scores under the protocol of `semanticblur_core.metrics`, in float32."""
     detector = Detector(model, device=str(device.device), precision="float32")
     scorer = BlurScorer()
-    for index, name in enumerate(pairs.names):
+    for index, pair in enumerate(pairs.pairs):
         image, mask = pairs[index]
         blur = detector.detect(image.permute(1, 2, 0).numpy(), upsampling="nearest-exact")
-        scorer.add(blur, mask[0].numpy() > 127, name=name)
+        scorer.add(blur, mask[0].numpy() > 127, name=pair.name)
     return scorer.result()
 
 

@@ -166,10 +166,10 @@ def test_wrong_configuration_is_refused(values: dict[str, object], message: str)
         ModelConfig.from_dict(values)
 
 
-@pytest.mark.parametrize(("source", "size"), [((5, 7), (20, 28)), ((9, 4), (5, 3)), ((6, 6), (6, 11))])
-def test_resize_is_bilinear_interpolation(
-    source: tuple[int, int], size: tuple[int, int]
-) -> None:
+@pytest.mark.parametrize(
+    ("source", "size"), [((5, 7), (20, 28)), ((9, 4), (5, 3)), ((6, 6), (6, 11))]
+)
+def test_resize_is_bilinear_interpolation(source: tuple[int, int], size: tuple[int, int]) -> None:
     x = torch.randn(2, 3, *source)
     expected = nn.functional.interpolate(x, size=size, mode="bilinear", align_corners=False)
     got = resize(x.permute(0, 2, 3, 1).contiguous(), *size).permute(0, 3, 1, 2)

@@ -1,0 +1,156 @@
+"""The command line as a person meets it: help, exit codes, one-line errors, files and JSON."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+COMMAND = [sys.executable, "-m", "semanticblur_core"]
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=240, cwd=cwd, check=False
+    )
+
+
+def test_help_names_the_commands_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from semanticblur_core.cli import cli\n"
+        "try: cli.main(['-h'])\n"
+        "except SystemExit: pass\n"
+        "print('HEAVY', [m for m in ('torch', 'numpy', 'PIL', 'napari', 'skimage') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in done.stdout
+    for command in ("detect", "models", "train", "bench"):
+        assert command in done.stdout
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    code = (
+        "import sys, semanticblur_core, napari_semanticblur; "
+        "print([m for m in ('torch', 'numpy', 'napari', 'qtpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_version_and_bad_usage() -> None:
+    assert run("--version").stdout.startswith("semanticblur-core, version ")
+    wrong = run("detect", "--input", "x.png")
+    assert wrong.returncode == 2
+    assert "--output" in wrong.stderr
+    assert run("nonsense").returncode == 2
+    assert run("detect", "--input=x", "--output=y", "--size=20").returncode == 2
+
+
+def test_detect_from_files_to_files(tmp_path: Path, rng: np.random.Generator) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(folder / "good.png")
+    (folder / "bad.png").write_bytes(b"broken")
+    done = run(
+        "detect",
+        f"--input={folder}",
+        "--input",
+        "sample:cat",
+        "--output=out",
+        "--overlay",
+        "--format=png,npy",
+        "--json=out/report.json",
+        "--device=cpu",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "bad.png: not an image" in done.stderr
+    assert "2 of 3 images done" in done.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [Path(image["input"]).name for image in report["images"]] == ["good.png", "sample:cat"]
+    assert [Path(failure["input"]).name for failure in report["failures"]] == ["bad.png"]
+    cat = report["images"][1]
+    assert (cat["height"], cat["width"]) == (300, 451)
+    blur = np.load(tmp_path / "out" / "cat_blur.npy")
+    assert cat["mean_blur"] == pytest.approx(float(blur.mean()), abs=1e-6)
+    assert cat["blurred_fraction"] == pytest.approx(float((blur > 0.5).mean()))
+    assert cat["threshold"] == 0.5
+    assert cat["elapsed_s"] > 0
+    assert report["protocol"]["size"] == 320
+    assert len(report["model_sha256"]) == 64
+    assert (tmp_path / "out" / "cat_overlay.png").is_file()
+
+
+def test_detect_refuses_wrong_weights_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "model.pth").write_bytes(b"PK\x03\x04 whatever")
+    done = run("detect", "--input=sample:cat", "--output=out", "--model=model.pth", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "model.pth: not a whole safetensors file" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_models(tmp_path: Path, random_weights: Path) -> None:
+    listed = run("models", "list")
+    assert listed.stdout.startswith("default: resnet50, ")
+    info = json.loads(run("models", "info", str(random_weights)).stdout)
+    assert info["architecture"]["backbone"] == "resnet50"
+    assert info["licence"] == "test"
+    assert "whole" in run("models", "verify", "default").stdout
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(random_weights.read_bytes()[:5000])
+    done = run("models", "verify", str(damaged))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
+def test_train_resume_and_use(tmp_path: Path, pair_folders: tuple[Path, Path]) -> None:
+    (tmp_path / "val.txt").write_text("photo0\nphoto1\n")
+    arguments = [
+        "train",
+        f"--images={pair_folders[0]}",
+        f"--masks={pair_folders[1]}",
+        "--output=run",
+        "--val-split=val.txt",
+        "--set=epochs=1",
+        "--set=batch_size=2",
+        "--set=image_size_px=64",
+        "--device=cpu",
+    ]
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "epoch 1/1: MAE " in done.stdout
+    assert "6 images to train on, 2 to validate" in done.stdout
+    again = run(*arguments, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+    used = run(
+        "detect",
+        f"--input={pair_folders[0]}/photo0.png",
+        "--output=out",
+        "--model=run/best.safetensors",
+        cwd=tmp_path,
+    )
+    assert used.returncode == 0, used.stderr
+
+
+def test_bench_model_reports_ratios_and_counts(tmp_path: Path) -> None:
+    done = run(
+        "bench",
+        "model",
+        "--size=64",
+        "--rounds=3",
+        "--precision=float32",
+        "--json=b.json",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "b.json").read_text())
+    (timing,) = result["timings"]
+    assert timing["ratio"] == pytest.approx(timing["network_ms"] / timing["backbone_ms"])
+    assert result["n_parameters"]["total"] == 25_280_866

@@ -1,0 +1,95 @@
+"""Pairs, splits and augmentation."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from semanticblur_core.config import TrainConfig
+from semanticblur_core.data.datasets import find_pairs, read_pair, read_split, select
+from semanticblur_core.data.transforms import augment
+from semanticblur_core.errors import DataError
+
+
+def test_pairs_are_found_by_stem(pair_folders: tuple[Path, Path]) -> None:
+    images, masks = pair_folders
+    Image.open(images / "photo3.png").save(images / "photo3.bmp")
+    (images / "photo3.png").unlink()
+    pairs = find_pairs(images, masks)
+    assert [pair.name for pair in pairs] == [f"photo{i}" for i in range(8)]
+    image, mask = read_pair(pairs[3])
+    assert image.shape == (72, 96, 3)
+    assert mask[:, :48].all()
+    assert not mask[:, 48:].any()
+
+
+def test_inconsistent_folders_are_refused(pair_folders: tuple[Path, Path]) -> None:
+    images, masks = pair_folders
+    (masks / "photo2.png").unlink()
+    with pytest.raises(DataError, match=r"photo2\.png: no file of the same name"):
+        find_pairs(images, masks)
+    (images / "photo2.png").unlink()
+    Image.open(images / "photo3.png").save(images / "photo3.bmp")
+    with pytest.raises(DataError, match="same name stem"):
+        find_pairs(images, masks)
+    with pytest.raises(DataError, match="no such folder"):
+        find_pairs(images / "nowhere", masks)
+    (images.parent / "empty").mkdir()
+    with pytest.raises(DataError, match="no images in it"):
+        find_pairs(images.parent / "empty", masks)
+
+
+def test_a_mask_of_another_size_is_refused(pair_folders: tuple[Path, Path]) -> None:
+    images, masks = pair_folders
+    Image.new("L", (10, 10)).save(masks / "photo0.png")
+    with pytest.raises(DataError, match="mask of 10 x 10 px for an image of 72 x 96 px"):
+        read_pair(find_pairs(images, masks)[0])
+
+
+def test_splits(tmp_path: Path, pair_folders: tuple[Path, Path]) -> None:
+    (tmp_path / "mine.txt").write_text("photo5\n\nphoto1\n")
+    names = read_split(str(tmp_path / "mine.txt"))
+    assert [p.name for p in select(find_pairs(*pair_folders), names)] == ["photo5", "photo1"]
+    with pytest.raises(DataError, match="2 of 2 names are missing, first x"):
+        select(find_pairs(*pair_folders), ["x", "y"])
+    with pytest.raises(DataError, match="split nonsense"):
+        read_split("nonsense")
+
+
+@pytest.mark.parametrize("kind", ["none", "flip", "crop"])
+def test_image_and_mask_move_together(kind: str) -> None:
+    config = TrainConfig(image_size_px=48, augmentation=kind)
+    mask = torch.zeros(1, 96, 120, dtype=torch.uint8)
+    mask[:, 20:60, 30:80] = 255
+    image = mask.repeat(3, 1, 1) // 2 + 40
+    for seed in range(20):
+        x, y = augment(image, mask, config, np.random.default_rng(seed))
+        assert x.shape == (3, 48, 48)
+        assert y.shape == (1, 48, 48)
+        assert set(y.unique().tolist()) <= {0.0, 1.0}
+        bright = x.mean(dim=0)
+        middle = (bright.max() + bright.min()) / 2
+        assert float(((bright > middle) == (y[0] > 0.5)).float().mean()) > 0.97
+
+
+def test_crops_are_never_enlarged() -> None:
+    from semanticblur_core.data.transforms import _crop_box
+
+    config = TrainConfig(image_size_px=64, augmentation="crop", crop_min_side=0.1)
+    for seed in range(50):
+        top, left, height, width = _crop_box((100, 300), config, np.random.default_rng(seed))
+        assert height >= 64
+        assert width >= 64
+        assert 0 <= top <= 100 - height
+        assert 0 <= left <= 300 - width
+
+
+def test_augmentation_depends_on_its_seed_alone() -> None:
+    image = torch.randint(0, 256, (3, 90, 90), dtype=torch.uint8)
+    mask = torch.zeros(1, 90, 90, dtype=torch.uint8)
+    config = TrainConfig(image_size_px=48, augmentation="crop")
+    a, b, c = (augment(image, mask, config, np.random.default_rng(s))[0] for s in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)

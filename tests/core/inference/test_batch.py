@@ -1,0 +1,135 @@
+"""Files in, files out: what is found, how results are named, and that one bad file is no end."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from semanticblur_core import Detector
+from semanticblur_core.config import ModelConfig
+from semanticblur_core.errors import ImageError
+from semanticblur_core.inference.batch import DetectOptions, Job, detect_files, find_jobs
+from semanticblur_core.inference.overlay import draw_overlay
+from semanticblur_core.network import SemanticBlur
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    torch.manual_seed(1)
+    return Detector(SemanticBlur(ModelConfig(backbone="resnet34")), device="cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, rng: np.random.Generator) -> Path:
+    root = tmp_path / "in"
+    for name in ("a.png", "b.jpg", "b.png", "sub/a.png"):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+def stems(jobs: list[Job]) -> list[str]:
+    return [Path(job.output_stem).as_posix() for job in jobs]
+
+
+def test_a_folder_gives_its_images_and_equal_stems_keep_their_extension(folder: Path) -> None:
+    out = folder.parent / "out"
+    assert stems(find_jobs([str(folder)], out)) == ["a", "b.jpg", "b.png"]
+    deep = find_jobs([str(folder)], out, recursive=True)
+    assert stems(deep) == ["a", "b.jpg", "b.png", "sub/a"]
+
+
+def test_globs_keep_the_folders_below_their_first_wildcard(folder: Path) -> None:
+    jobs = find_jobs([f"{folder}/**/a.png"], folder.parent / "out")
+    assert stems(jobs) == ["a", "sub/a"]
+
+
+def test_an_input_named_twice_is_done_once(folder: Path) -> None:
+    jobs = find_jobs([f"{folder}/a.png", f"{folder}/a.*", "sample:cat"], folder.parent / "out")
+    assert stems(jobs) == ["a", "cat"]
+
+
+def test_earlier_results_are_not_taken_as_input(folder: Path, detector: Detector) -> None:
+    options = DetectOptions(folder, size=64, overlay=True)
+    first = find_jobs([str(folder)], folder)
+    assert all(result.error is None for result in detect_files(first, detector, options))
+    assert (folder / "a_overlay.png").is_file()
+    assert find_jobs([str(folder)], folder) == first
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sample:dog", "expected one of sample:cat, sample:coffee, sample:astronaut"),
+        ("*.nothing", "no file matches"),
+        ("EMPTY", "no images in this folder"),
+    ],
+)
+def test_inputs_that_name_nothing_are_refused(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "EMPTY").mkdir()
+    with pytest.raises(ImageError, match=message):
+        find_jobs([str(tmp_path / name) if name.isupper() else name], tmp_path / "out")
+
+
+def test_inputs_that_would_overwrite_each_other_are_refused(folder: Path) -> None:
+    with pytest.raises(ImageError, match="the same a_blur file"):
+        find_jobs([f"{folder}/a.png", f"{folder}/sub/a.png"], folder.parent / "out")
+
+
+def test_formats_agree_and_have_the_size_of_the_image(folder: Path, detector: Detector) -> None:
+    out = folder.parent / "out"
+    options = DetectOptions(out, size=64, formats=("png", "tif", "npy"), overlay=True)
+    (result,) = detect_files(find_jobs([f"{folder}/a.png"], out), detector, options)
+    assert result.error is None
+    assert sorted(p.name for p in result.outputs) == sorted(p.name for p in out.iterdir())
+    blur = np.load(out / "a_blur.npy")
+    assert blur.dtype == np.float32
+    assert blur.shape == (40, 50)
+    np.testing.assert_array_equal(tifffile.imread(out / "a_blur.tif"), blur)
+    png = np.asarray(Image.open(out / "a_blur.png"))
+    assert png.dtype == np.uint8
+    assert np.abs(png / 255 - blur).max() <= 0.5 / 255 + 1e-6
+    assert np.asarray(Image.open(out / "a_overlay.png")).shape == (40, 50, 3)
+    assert result.mean_blur == pytest.approx(float(blur.mean()), abs=1e-6)
+    assert result.blurred_fraction == pytest.approx(float((blur > 0.5).mean()))
+
+
+def test_bad_files_are_reported_and_the_rest_is_done(folder: Path, detector: Detector) -> None:
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:60])
+    (folder / "zero.jpg").touch()
+    out = folder.parent / "out"
+    results = list(detect_files(find_jobs([str(folder)], out), detector, DetectOptions(out, 64)))
+    errors = {Path(r.source).name: r.error for r in results if r.error}
+    assert set(errors) == {"broken.png", "zero.jpg"}
+    assert all(str(folder) in error and "\n" not in error for error in errors.values())
+    names = {p.name for p in out.iterdir()}
+    assert names == {"a_blur.png", "b.jpg_blur.png", "b.png_blur.png"}
+
+
+def test_results_are_kept_unless_overwriting_is_asked_for(folder: Path, detector: Detector) -> None:
+    out = folder.parent / "out"
+    jobs = find_jobs([f"{folder}/a.png"], out)
+    list(detect_files(jobs, detector, DetectOptions(out, 64)))
+    before = (out / "a_blur.png").stat().st_mtime_ns
+    (again,) = detect_files(jobs, detector, DetectOptions(out, 64))
+    assert again.error is not None
+    assert "exists already; --overwrite" in again.error
+    assert (out / "a_blur.png").stat().st_mtime_ns == before
+    (forced,) = detect_files(jobs, detector, DetectOptions(out, 64, overwrite=True))
+    assert forced.error is None
+
+
+def test_overlay_tints_what_is_blurred_and_only_that() -> None:
+    image = np.full((60, 80, 3), 90, np.uint8)
+    blur = np.zeros((60, 80), np.float32)
+    blur[:, 40:] = 1
+    drawn = draw_overlay(image, blur)
+    np.testing.assert_array_equal(drawn[:, :36], image[:, :36])
+    red, _, blue = drawn[30, 70].astype(int)
+    assert red - blue > 80  # orange
+    assert (drawn[:, 38:42] == 255).all(axis=2).any()

@@ -1,0 +1,118 @@
+"""`Detector`: any image in, a map of its size in 0..1 out, by the protocol it names."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from semanticblur_core import Detector
+from semanticblur_core.config import ModelConfig
+from semanticblur_core.errors import ConfigError, ImageError
+from semanticblur_core.network import SemanticBlur
+
+
+@pytest.fixture(scope="module")
+def network() -> SemanticBlur:
+    torch.manual_seed(1)
+    model = SemanticBlur(ModelConfig(backbone="resnet34"))
+    with torch.no_grad():
+        model.train()(torch.randn(4, 3, 64, 64))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def detector(network: SemanticBlur) -> Detector:
+    return Detector(network, device="cpu", precision="float32")
+
+
+def test_the_protocol_is_squash_sigmoid_nearest_exact(
+    network: SemanticBlur, detector: Detector, rng: np.random.Generator
+) -> None:
+    image = rng.integers(0, 256, (90, 131, 3), dtype=np.uint8)
+    small = Image.fromarray(image).resize((320, 320), Image.Resampling.BILINEAR)
+    x = torch.from_numpy(np.asarray(small, np.float32) / 255).permute(2, 0, 1)[None]
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    with torch.inference_mode():
+        expected = torch.sigmoid(network((x - mean) / std))
+        expected = F.interpolate(expected, size=(90, 131), mode="nearest-exact")[0, 0].numpy()
+    got = detector.detect(image, upsampling="nearest-exact")
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shape", [(50, 70), (50, 70, 3), (50, 70, 4), (40, 300), (7, 5), (1, 1, 3)]
+)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "bool"])
+def test_any_image_gives_a_map_of_its_size(
+    detector: Detector, rng: np.random.Generator, shape: tuple[int, ...], dtype: str
+) -> None:
+    image = (rng.random(shape) * 200).astype(dtype)
+    blur = detector.detect(image, size=64)
+    assert blur.shape == shape[:2]
+    assert blur.dtype == np.float32
+    assert 0 <= blur.min() <= blur.max() <= 1
+
+
+def test_a_batch_gives_what_single_images_give(
+    detector: Detector, rng: np.random.Generator
+) -> None:
+    images = [rng.integers(0, 256, (h, 60, 3), dtype=np.uint8) for h in (40, 50, 50)]
+    for size in (64, "native"):
+        together = detector.detect_batch(images, size=size)
+        for image, blur in zip(images, together, strict=True):
+            np.testing.assert_allclose(blur, detector.detect(image, size=size), atol=1e-4)
+
+
+def test_native_size_analyses_the_pixels_as_they_are(
+    network: SemanticBlur, detector: Detector, rng: np.random.Generator
+) -> None:
+    image = rng.integers(0, 256, (41, 77, 3), dtype=np.uint8)
+    native = detector.detect(image, size="native")
+    assert native.shape == (41, 77)
+    assert np.abs(native - detector.detect(image, size=320)).max() > 1e-3
+    with pytest.raises(ImageError, match="at least 33 x 33 px, got 20 x 77"):
+        detector.detect(image[:20], size="native")
+
+
+def test_grey_is_repeated_and_range_is_honoured(
+    detector: Detector, rng: np.random.Generator
+) -> None:
+    grey = rng.integers(0, 256, (60, 60), dtype=np.uint8)
+    expected = detector.detect(np.dstack([grey] * 3), size=64)
+    np.testing.assert_allclose(detector.detect(grey, size=64), expected, atol=1e-5)
+    deep = grey.astype(np.float64) * 4
+    scaled = detector.detect(deep, size=64, value_range=(0, 1020))
+    np.testing.assert_allclose(scaled, expected, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((5, 40, 40), np.uint8), r"got shape \(5, 40, 40\)"),
+        (np.zeros((40, 40, 5), np.uint8), r"got shape \(40, 40, 5\)"),
+        (np.zeros((0, 40), np.uint8), "no pixels"),
+        (np.full((40, 40), np.nan), "no finite value"),
+    ],
+)
+def test_what_is_no_image_is_refused(detector: Detector, image: np.ndarray, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        detector.detect(image)
+
+
+def test_wrong_settings_are_refused(network: SemanticBlur, detector: Detector) -> None:
+    with pytest.raises(ConfigError, match="at least 33 px or native, got 16"):
+        detector.detect(np.zeros((40, 40), np.uint8), size=16)
+    with pytest.raises(ConfigError, match="device 'abacus'"):
+        Detector(network, device="abacus")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no such GPU"):
+            Detector(network, device="cuda")
+    with pytest.raises(ConfigError, match="precision 'float8'"):
+        Detector(network, precision="float8")
+
+
+def test_a_detector_says_why_it_runs_where_it_runs(network: SemanticBlur) -> None:
+    assert "as asked" in Detector(network, device="cpu", precision="float32").reason
+    assert Detector(network, precision="bfloat16").dtype == torch.bfloat16

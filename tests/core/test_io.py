@@ -1,0 +1,200 @@
+"""Files that people have: kinds, depths, orientations, compressions, and broken ones."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from semanticblur_core import io
+from semanticblur_core.errors import DataError, ImageError
+
+
+@pytest.fixture
+def photo(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".ppm", ".tif"])
+def test_lossless_rgb_comes_back_as_it_was(tmp_path: Path, photo: np.ndarray, suffix: str) -> None:
+    path = tmp_path / f"photo{suffix}"
+    Image.fromarray(photo).save(path)
+    np.testing.assert_array_equal(io.read_image(path), photo)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_lossy_formats_are_read(tmp_path: Path, suffix: str) -> None:
+    smooth = np.linspace(0, 255, 30 * 20 * 3).reshape(20, 30, 3).astype(np.uint8)
+    path = tmp_path / f"photo{suffix}"
+    Image.fromarray(smooth).save(path, quality=95)
+    assert np.abs(io.read_image(path).astype(int) - smooth).mean() < 6
+
+
+@pytest.mark.parametrize("compression", ["lzw", "zlib", "packbits", "zstd", "jpeg", None])
+def test_tiff_compressions(tmp_path: Path, photo: np.ndarray, compression: str | None) -> None:
+    path = tmp_path / "photo.tif"
+    tifffile.imwrite(path, photo, compression=compression, photometric="rgb")
+    assert io.read_image(path).shape == photo.shape
+    if compression != "jpeg":
+        np.testing.assert_array_equal(io.read_image(path), photo)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "float32", "float64"])
+def test_deep_grey_tiff_keeps_its_values(
+    tmp_path: Path, rng: np.random.Generator, dtype: str
+) -> None:
+    array = (rng.random((20, 30)) * 1000).astype(dtype)
+    tifffile.imwrite(tmp_path / "deep.tif", array, photometric="minisblack")
+    read = io.read_image(tmp_path / "deep.tif")
+    assert read.dtype == dtype
+    np.testing.assert_array_equal(read, array)
+
+
+def test_planar_tiff_becomes_channels_last(tmp_path: Path, photo: np.ndarray) -> None:
+    path = tmp_path / "planar.tif"
+    planes = np.ascontiguousarray(photo.transpose(2, 0, 1))
+    tifffile.imwrite(path, planes, photometric="rgb", planarconfig="separate")
+    np.testing.assert_array_equal(io.read_image(path), photo)
+
+
+def test_16_bit_png_keeps_its_depth(tmp_path: Path, rng: np.random.Generator) -> None:
+    array = rng.integers(0, 65536, (20, 30), dtype=np.uint16)
+    Image.fromarray(array).save(tmp_path / "deep.png")
+    np.testing.assert_array_equal(io.read_image(tmp_path / "deep.png"), array)
+
+
+def test_alpha_is_dropped_and_palettes_become_colours(tmp_path: Path, photo: np.ndarray) -> None:
+    rgba = np.dstack([photo, np.full(photo.shape[:2], 7, np.uint8)])
+    Image.fromarray(rgba).save(tmp_path / "rgba.png")
+    np.testing.assert_array_equal(io.read_image(tmp_path / "rgba.png"), photo)
+    tifffile.imwrite(tmp_path / "rgba.tif", rgba, photometric="rgb", extrasamples=["unassalpha"])
+    np.testing.assert_array_equal(io.read_image(tmp_path / "rgba.tif"), photo)
+    flat = Image.new("RGB", (30, 20), (10, 200, 30))
+    flat.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png")
+    np.testing.assert_array_equal(io.read_image(tmp_path / "palette.png"), np.asarray(flat))
+
+
+@pytest.mark.parametrize("code", range(1, 9))
+def test_orientation_is_honoured_alike_in_jpeg_and_tiff(tmp_path: Path, code: int) -> None:
+    stored = np.zeros((16, 32, 3), np.uint8)
+    stored[:8, :8] = 255  # the corner tells all eight orientations apart together with the shape
+    stored[:8, 8:16] = 128
+    exif = Image.Exif()
+    exif[0x0112] = code
+    Image.fromarray(stored).save(tmp_path / "o.png", exif=exif)
+    with Image.open(tmp_path / "o.png") as image:
+        from PIL import ImageOps
+
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    tifffile.imwrite(
+        tmp_path / "o.tif", stored, photometric="rgb", extratags=[(274, "H", 1, code, True)]
+    )
+    np.testing.assert_array_equal(io.read_image(tmp_path / "o.png"), expected)
+    np.testing.assert_array_equal(io.read_image(tmp_path / "o.tif"), expected)
+
+
+def test_unit_range_of_deep_images_is_by_percentile(rng: np.random.Generator) -> None:
+    array = rng.integers(1000, 3000, (100, 100)).astype(np.uint16)
+    array[0, 0] = 65535
+    unit = io.to_unit_range(array)
+    assert unit.dtype == np.float32
+    assert 0.45 < np.median(unit) < 0.55
+    assert (unit.min(), unit.max()) == (0, 1)
+
+
+def test_unit_range_of_8_bit_is_left_to_division_by_255(photo: np.ndarray) -> None:
+    assert io.to_unit_range(photo) is photo
+    given = io.to_unit_range(photo, limits=(0, 128))
+    np.testing.assert_allclose(given, np.clip(photo / 128, 0, 1), atol=1e-6)
+
+
+def test_nan_and_constant_images_are_defined() -> None:
+    array = np.linspace(0, 1, 10_000, dtype=np.float32).reshape(100, 100)
+    array[3, 4], array[5, 6] = np.nan, np.inf
+    unit = io.to_unit_range(array)
+    assert np.isfinite(unit).all()
+    assert unit[3, 4] == 0
+    assert (io.to_unit_range(np.full((9, 9), 7.0)) == 0).all()
+    with pytest.raises(ImageError, match="no finite value"):
+        io.to_unit_range(np.full((9, 9), np.nan))
+    with pytest.raises(ImageError, match="expected real numbers, got complex"):
+        io.to_unit_range(np.zeros((9, 9), complex))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.png", b"", "empty"),
+        ("text.jpg", b"not an image at all", "not an image"),
+        ("text.tif", b"not an image at all", "damaged or unreadable"),
+        ("raw.nef", b"x" * 100, "camera raw"),
+        ("phone.heic", b"x" * 100, "camera raw and HEIC"),
+    ],
+)
+def test_what_is_no_image_is_refused(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ImageError, match=f"{name}.*{message}"):
+        io.read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_truncated_files_are_refused(tmp_path: Path, photo: np.ndarray, suffix: str) -> None:
+    path = tmp_path / f"photo{suffix}"
+    if suffix == ".tif":
+        tifffile.imwrite(path, photo, photometric="rgb")
+    else:
+        Image.fromarray(photo).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ImageError, match="damaged or unreadable"):
+        io.read_image(path)
+
+
+def test_a_stack_is_refused_with_its_shape(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "stack.tif", np.zeros((5, 20, 30), np.uint8), metadata=None)
+    with pytest.raises(ImageError, match=r"shape \(5, 20, 30\)"):
+        io.read_image(tmp_path / "stack.tif")
+
+
+def test_a_decompression_bomb_is_refused(
+    tmp_path: Path, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(io, "MAX_PIXELS", 100)
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(photo).save(tmp_path / name)
+        with pytest.raises(ImageError, match="million pixels"):
+            io.read_image(tmp_path / name)
+
+
+def test_masks(tmp_path: Path) -> None:
+    truth = np.array([[True, False], [False, True]])
+    Image.fromarray(truth).save(tmp_path / "bits.png")
+    Image.fromarray(truth.astype(np.uint8) * 255).save(tmp_path / "bytes.png")
+    for name in ("bits.png", "bytes.png"):
+        np.testing.assert_array_equal(io.read_mask(tmp_path / name), truth)
+    Image.fromarray(truth.astype(np.uint8)).save(tmp_path / "ones.png")
+    with pytest.raises(DataError, match="largest value is 1"):
+        io.read_mask(tmp_path / "ones.png")
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def write_half() -> None:
+        with io.replacing(path) as temporary:
+            temporary.write_text("new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_unwritable_place_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ImageError, match=r"map\.png: cannot be written: "):
+        io.write_png(tmp_path / "file" / "map.png", np.zeros((2, 2), np.uint8))

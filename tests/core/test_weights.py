@@ -1,0 +1,126 @@
+"""Files of weights: round trip, refusal of anything else, the packaged default."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from semanticblur_core import weights
+from semanticblur_core.config import ModelConfig
+from semanticblur_core.errors import WeightsError
+from semanticblur_core.network import SemanticBlur
+
+
+def test_round_trip_keeps_the_function(random_weights: Path) -> None:
+    torch.manual_seed(5)
+    original = SemanticBlur().eval()
+    loaded, info = weights.load(str(random_weights))
+    assert info.architecture == ModelConfig()
+    assert info.size_bytes < 52e6
+    with torch.inference_mode():
+        images = torch.randn(1, 3, 64, 64)
+        a, b = original(images), loaded(images)
+    assert float((a - b).abs().max()) < 0.02 * float(a.max() - a.min())
+
+
+def test_vectors_stay_float32_and_matrices_are_halved(random_weights: Path) -> None:
+    for key, tensor in load_file(random_weights).items():
+        assert tensor.dtype == (torch.float16 if tensor.ndim > 1 else torch.float32), key
+
+
+def test_verify_accepts_a_whole_file(random_weights: Path) -> None:
+    assert weights.verify(str(random_weights)).sha256 == weights.read_info(random_weights).sha256
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as handle:
+        return dict(handle.metadata())
+
+
+def test_a_changed_tensor_is_found(random_weights: Path, tmp_path: Path) -> None:
+    tensors = load_file(random_weights)
+    tensors["decoder.beta"] += 1e-6
+    path = tmp_path / "changed.safetensors"
+    save_file(tensors, path, metadata=metadata_of(random_weights))
+    with pytest.raises(WeightsError, match="do not match their sha256"):
+        weights.verify(str(path))
+
+
+def write_variant(kind: str, good: Path, path: Path) -> None:
+    if kind == "truncated":
+        path.write_bytes(good.read_bytes()[:-1000])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "pickle":
+        torch.save({"a": torch.zeros(2)}, path)
+    elif kind == "foreign":
+        save_file({"a": torch.zeros(2)}, path)
+    elif kind == "missing tensor":
+        tensors = load_file(good)
+        del tensors["decoder.conv2.weight"]
+        save_file(tensors, path, metadata=metadata_of(good))
+    elif kind == "extra tensor":
+        save_file(load_file(good) | {"x": torch.zeros(2)}, path, metadata=metadata_of(good))
+    elif kind in ("newer", "other architecture", "no json", "list"):
+        values = json.loads(metadata_of(good)["semanticblur"])
+        if kind == "newer":
+            values["format_version"] = 99
+        if kind == "other architecture":
+            values["architecture"]["semantic_channels"] = 81
+        text = {"no json": "{", "list": "[]"}.get(kind, json.dumps(values))
+        save_file(load_file(good), path, metadata={"semanticblur": text})
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated", "truncated, or of another kind"),
+        ("empty", "truncated, or of another kind"),
+        ("pickle", "truncated, or of another kind"),
+        ("foreign", "not of SemanticBlur"),
+        ("missing tensor", r"1 tensors are missing, first decoder\.conv2\.weight"),
+        ("extra tensor", "1 tensors do not belong"),
+        ("newer", "format version 99"),
+        ("other architecture", "do not fit the architecture"),
+        ("no json", "damaged metadata"),
+        ("list", "damaged metadata"),
+    ],
+)
+def test_other_files_are_refused_in_one_line(
+    random_weights: Path, tmp_path: Path, kind: str, message: str
+) -> None:
+    path = tmp_path / "model.safetensors"
+    write_variant(kind, random_weights, path)
+    with pytest.raises(WeightsError, match=message) as caught:
+        weights.load(str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(WeightsError, match=r"model nonsense: neither a packaged model \(default"):
+        weights.load("nonsense")
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    model = SemanticBlur(ModelConfig(backbone="resnet34"))
+    with torch.no_grad():
+        model.decoder.conv2.weight[0, 0, 0, 0] = np.inf
+    path = tmp_path / "bad.safetensors"
+    with pytest.raises(WeightsError, match=r"decoder\.conv2\.weight is not finite"):
+        weights.save(path, model, provenance={}, metrics={}, licence="")
+    assert not path.exists()
+
+
+def test_the_packaged_default_is_whole_and_tells_its_story() -> None:
+    info = weights.verify("default")
+    assert info.architecture == ModelConfig()
+    assert info.size_bytes < 52e6
+    assert info.provenance["recipe"]
+    assert info.metrics["n_images"] == 60
+    assert info.metrics["protocol"]["positive_class"] == "blur"
+    assert info.licence

@@ -1,0 +1,148 @@
+"""Training: learns, resumes to the same weights, stops clearly."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from semanticblur_core.config import ModelConfig, TrainConfig
+from semanticblur_core.data.datasets import DecodedPairs, find_pairs
+from semanticblur_core.device import DeviceChoice
+from semanticblur_core.errors import TrainingError
+from semanticblur_core.metrics import Scores
+from semanticblur_core.network import SemanticBlur
+from semanticblur_core.training.loop import TrainUpdate, learning_rate, train
+
+CPU = DeviceChoice(torch.device("cpu"), torch.float32, "test")
+CONFIG = TrainConfig(
+    epochs=2, batch_size=4, image_size_px=64, augmentation="crop", ema_decay=0.9, seed=4
+)
+
+
+@pytest.fixture
+def pairs(pair_folders: tuple[Path, Path]) -> DecodedPairs:
+    return DecodedPairs(find_pairs(*pair_folders))
+
+
+def network() -> SemanticBlur:
+    torch.manual_seed(8)
+    return SemanticBlur(ModelConfig(backbone="resnet34"))
+
+
+class Run:
+    """A run whose updates and best weights are kept."""
+
+    def __init__(self, pairs: DecodedPairs, run_dir: Path, config: TrainConfig = CONFIG) -> None:
+        run_dir.mkdir(exist_ok=True)
+        self.model = network()
+        self.pairs, self.run_dir, self.config = pairs, run_dir, config
+        self.validation = DecodedPairs(pairs.pairs[:1])
+        self.best: list[tuple[int, float]] = []
+        self.final: dict[str, torch.Tensor] = {}
+
+    def keep(self, model: SemanticBlur, scores: Scores, epoch: int) -> None:
+        self.best.append((epoch, scores.mae))
+        self.final = {k: t.clone() for k, t in model.state_dict().items()}
+
+    def updates(self, *, resume: bool = False, epochs: int | None = None) -> list[TrainUpdate]:
+        generator = train(
+            self.model,
+            self.pairs,
+            self.validation,
+            self.config,
+            run_dir=self.run_dir,
+            device=CPU,
+            save_best=self.keep,
+            resume=resume,
+        )
+        done = []
+        for update in generator:
+            done.append(update)
+            if update.scores is not None and update.epoch == epochs:
+                generator.close()
+                break
+        return done
+
+
+def test_training_learns_what_separates_noise_from_smoothness(
+    pairs: DecodedPairs, tmp_path: Path
+) -> None:
+    config = TrainConfig(
+        epochs=8, batch_size=2, image_size_px=64, learning_rate=5e-4, augmentation="flip", seed=1
+    )
+    run = Run(pairs, tmp_path / "run", config)
+    updates = run.updates()
+    losses = [u.loss for u in updates]
+    assert len(losses) == 8 * 4
+    assert np.mean(losses[-4:]) < 0.5 * np.mean(losses[:4])
+    scores = [u.scores for u in updates if u.scores is not None]
+    assert run.best[-1][1] == min(s.mae for s in scores)
+    assert [u.is_best for u in updates if u.scores].count(True) == len(run.best)
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    pairs: DecodedPairs, tmp_path: Path
+) -> None:
+    whole = Run(pairs, tmp_path / "whole")
+    whole.updates()
+    first = Run(pairs, tmp_path / "parts")
+    first.updates(epochs=1)
+    second = Run(pairs, tmp_path / "parts")
+    torch.manual_seed(999)  # resuming must not depend on where the generator stands
+    updates = second.updates(resume=True)
+    assert updates[0].epoch == 2
+    for key, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[key]), key
+    with (tmp_path / "parts" / "history.csv").open(newline="") as stream:
+        assert [row["epoch"] for row in csv.DictReader(stream)] == ["1", "2"]
+
+
+def test_resuming_with_other_settings_is_refused(pairs: DecodedPairs, tmp_path: Path) -> None:
+    Run(pairs, tmp_path / "run").updates(epochs=1)
+    other = TrainConfig.from_dict(CONFIG.to_dict() | {"learning_rate": 0.5, "seed": 1})
+    with pytest.raises(TrainingError, match=r"other settings \(learning_rate, seed\)"):
+        Run(pairs, tmp_path / "run", other).updates(resume=True)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"garbage"])
+def test_a_missing_or_damaged_checkpoint_is_one_clear_line(
+    pairs: DecodedPairs, tmp_path: Path, content: bytes | None
+) -> None:
+    run = Run(pairs, tmp_path / "run")
+    if content is not None:
+        (run.run_dir / "last.ckpt").write_bytes(content)
+    with pytest.raises(TrainingError, match=r"last\.ckpt: ") as caught:
+        run.updates(resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pairs: DecodedPairs, tmp_path: Path) -> None:
+    run = Run(pairs, tmp_path / "run")
+    with torch.no_grad():
+        run.model.decoder.conv3.weight.fill_(np.nan)
+    with pytest.raises(TrainingError, match="the loss became nan at step 1; the last good state"):
+        run.updates()
+
+
+def test_fewer_images_than_a_batch_is_refused(pairs: DecodedPairs, tmp_path: Path) -> None:
+    config = TrainConfig(epochs=1, batch_size=9, image_size_px=64)
+    with pytest.raises(TrainingError, match="8 training images are fewer than one batch of 9"):
+        Run(pairs, tmp_path / "run", config).updates()
+
+
+def test_learning_rate_follows_the_paper() -> None:
+    config = TrainConfig()
+    assert learning_rate(0, 1000, config) == pytest.approx(1e-4)
+    assert learning_rate(500, 1000, config) == pytest.approx(1e-4 * 0.5**0.9)
+    assert 0 < learning_rate(999, 1000, config) < 1e-6
+
+
+def test_the_paper_recipe_is_the_paper() -> None:
+    from semanticblur_core.training.recipes import recipe
+
+    paper = recipe("paper")
+    assert (paper.epochs, paper.batch_size, paper.image_size_px) == (100, 6, 320)
+    assert (paper.learning_rate, paper.poly_power, paper.gradient_clip_norm) == (1e-4, 0.9, 0.5)
+    assert (paper.ssim_weight, paper.augmentation) == (0.1, "none")
