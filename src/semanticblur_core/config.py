@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -31,15 +32,11 @@ class _Config:
                 f"{cls.__name__}: unknown setting {', '.join(unknown)}; known are "
                 f"{', '.join(sorted(fields))}"
             )
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**plain)
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``from_dict`` reads them back."""
-        return {
-            k: list(v) if isinstance(v, tuple) else v
-            for k, v in dataclasses.asdict(self).items()  # type: ignore[call-overload]
-        }
+        return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]
 
 
 @dataclass(frozen=True)
@@ -86,8 +83,9 @@ class ModelConfig(_Config):
                 f"dilation, {self.backbone} runs at 32"
             )
         for name in ("attention_reduction", "semantic_channels", "decoder_channels"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}: expected a whole number of at least 1, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -104,6 +102,10 @@ class TrainConfig(_Config):
         Initial rate of Adam.
     poly_power
         Rate at step t of T: ``learning_rate * (1 - t / T) ** poly_power``.
+    early_rate_factor
+        Rate of the backbone's first three stages, those that ImageNet weights fill, as a multiple.
+    frozen_stages
+        Stages of the backbone, from the image on, that keep their weights and statistics.
     warmup_steps
         Steps over which the rate first rises linearly from zero.
     gradient_clip_norm
@@ -129,6 +131,8 @@ class TrainConfig(_Config):
     image_size_px: int = 320
     learning_rate: float = 1e-4
     poly_power: float = 0.9
+    early_rate_factor: float = 1.0
+    frozen_stages: int = 0
     warmup_steps: int = 0
     gradient_clip_norm: float = 0.5
     weight_decay: float = 0.0
@@ -139,13 +143,19 @@ class TrainConfig(_Config):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.image_size_px < 33:
-            raise ConfigError(f"image_size_px: expected at least 33, got {self.image_size_px}")
-        if self.learning_rate <= 0 or self.gradient_clip_norm <= 0:
-            raise ConfigError("learning_rate and gradient_clip_norm must be above 0")
+        lowest = {"epochs": 1, "batch_size": 1, "image_size_px": 33, "warmup_steps": 0, "seed": 0}
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise ConfigError(f"{name}: expected a whole number of at least {low}, got {value}")
+        for name in ("learning_rate", "gradient_clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}: expected above 0, got {getattr(self, name)}")
+        for name in ("poly_power", "early_rate_factor", "weight_decay", "ssim_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if self.frozen_stages not in range(5):
+            raise ConfigError(f"frozen_stages: expected 0 to 4, got {self.frozen_stages}")
         if self.augmentation not in get_args(Augmentation):
             raise ConfigError(
                 f"augmentation: expected one of {', '.join(get_args(Augmentation))}, "

@@ -6,15 +6,12 @@ import ctypes
 import sys
 import time
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from semanticblur_core.errors import ConfigError
-
-DeviceName = Literal["auto", "cpu", "cuda", "mps"]
-PrecisionName = Literal["auto", "float32", "bfloat16"]
 
 
 class DeviceChoice(NamedTuple):
@@ -81,7 +78,10 @@ def bfloat16_pays(device_type: str) -> bool:
     """Whether convolutions run at least 1.2 times as fast in bfloat16; on a CPU it is timed."""
     if device_type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device_type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    mkldnn_available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if device_type != "cpu" or not mkldnn_available:
+        return False
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     seconds = {torch.float32: [0.0] * 5, torch.bfloat16: [0.0] * 5}
     layers = {dtype: nn.Conv2d(128, 128, 3, padding=1).to(dtype) for dtype in seconds}

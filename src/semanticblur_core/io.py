@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,13 +18,30 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from semanticblur_core.errors import DataError, ImageError
 
 TIFF_SUFFIXES = (".tif", ".tiff")
-PILLOW_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
+PILLOW_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif"),
+    *(".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".gif"),
+)
 IMAGE_SUFFIXES = (*PILLOW_SUFFIXES, *TIFF_SUFFIXES)
 RAW_SUFFIXES = (
-    *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2"),
+    *(
+        ".arw",
+        ".cr2",
+        ".cr3",
+        ".dng",
+        ".nef",
+        ".nrw",
+        ".orf",
+        ".pef",
+        ".raf",
+        ".raw",
+        ".rw2",
+        ".srw",
+    ),
     *(".heic", ".heif"),
 )
 MAX_PIXELS = 1_000_000_000
+_pillow_limit = threading.Lock()
 
 
 def read_image(path: Path) -> NDArray[Any]:
@@ -114,7 +133,8 @@ def to_unit_range(
         Any real dtype.
     limits
         Values that become 0 and 1. None: 0 and 255 for uint8 (returned as it is, to be divided by
-        255 where it is used), False and True for bool, otherwise the 0.1 and 99.9 percentiles.
+        255 where it is used), False and True for bool, otherwise the 0.1 and 99.9 percentiles, or
+        the extremes where these two coincide.
     name
         For error messages.
 
@@ -142,6 +162,8 @@ def to_unit_range(
         if finite.size == 0:
             raise ImageError(f"{name}: no finite value (all NaN or infinite)")
         low, high = (float(v) for v in np.percentile(finite, (0.1, 99.9)))
+        if low == high:  # fewer than one pixel in a thousand differs
+            low, high = float(finite.min()), float(finite.max())
     else:
         low, high = limits
         if not low < high:
@@ -151,6 +173,11 @@ def to_unit_range(
     values = np.nan_to_num(values, nan=low, posinf=low, neginf=low)
     unit: NDArray[np.float32] = np.clip((values - low) / (high - low), 0, 1).astype(np.float32)
     return unit
+
+
+def without_alpha(array: NDArray[Any]) -> NDArray[Any]:
+    """``(H, W, 3)`` of ``(H, W, 4)``; anything else as it is."""
+    return array[..., :3] if array.ndim == 3 and array.shape[2] == 4 else array
 
 
 def as_rgb(array: NDArray[Any]) -> NDArray[Any]:
@@ -185,8 +212,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """A temporary name beside ``path`` that takes its place when the block succeeds.
+
+    Parameters
+    ----------
+    path
+        File to write or replace.
+    durable
+        Wait until the content is on the disk before it takes its place, so that not even a power
+        cut leaves an empty file.
 
     Raises
     ------
@@ -197,6 +232,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if durable:
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:
         raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
@@ -209,14 +247,23 @@ def _read_pillow(path: Path) -> NDArray[Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as opened:
+            with _open_pillow(path) as opened:
                 _refuse_bomb(path, opened.width * opened.height)
-                image = ImageOps.exif_transpose(opened)
-                return _pillow_array(image)
+                return _pillow_array(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
         raise ImageError(f"{path}: not an image that can be read") from None
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"{path}: damaged or unreadable: {error}") from error
+
+
+def _open_pillow(path: Path) -> Image.Image:
+    """Open without Pillow's own limit, which is below a panorama's size; ours is checked next."""
+    with _pillow_limit:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(path)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def _pillow_array(image: Image.Image) -> NDArray[Any]:
@@ -237,13 +284,24 @@ def _read_tiff(path: Path) -> NDArray[Any]:
 
     try:
         with tifffile.TiffFile(path) as tiff:
+            page = tiff.pages.first
+            if not _plain_photometric(page):
+                # Palettes, CMYK, Lab: Pillow knows how to turn them into RGB.
+                return _read_pillow(path)
+            whole = [series for series in tiff.series if not series.keyframe.is_reduced]
+            if len(whole) > 1:
+                raise ImageError(
+                    f"{path}: holds {len(whole)} images of different sizes or kinds; save the "
+                    "wanted one as a file of its own"
+                )
             series = tiff.series[0]
-            _refuse_bomb(path, int(np.prod(series.shape)))
-            array: NDArray[Any] = series.asarray()
             axes = series.axes
-            tag = tiff.pages.first.tags.get("Orientation")
+            samples = series.shape[axes.index("S")] if "S" in axes else 1
+            _refuse_bomb(path, math.prod(series.shape) // max(samples, 1))
+            array: NDArray[Any] = series.asarray()
+            tag = page.tags.get("Orientation")
             orientation = int(tag.value) if tag is not None else 1
-            inverted = tiff.pages.first.photometric == tifffile.PHOTOMETRIC.MINISWHITE
+            inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
     except ImageError:
         raise
     except Exception as error:  # tifffile and its codecs raise many kinds
@@ -251,14 +309,35 @@ def _read_tiff(path: Path) -> NDArray[Any]:
         raise ImageError(f"{path}: damaged or unreadable: {reason}") from error
     if axes.startswith("S") and array.ndim == 3:
         array = np.moveaxis(array, 0, -1)
-    if array.ndim > 2:
-        keep = array.ndim - (3 if axes.endswith("S") else 2)
-        lengths = array.shape[: max(keep, 0)]
-        if all(length == 1 for length in lengths):
-            array = array.reshape(array.shape[len(lengths) :])
-    if inverted and array.dtype == np.uint8:
-        array = 255 - array
+    lengths = array.shape[: max(0, array.ndim - (3 if axes.endswith("S") else 2))]
+    if all(length == 1 for length in lengths):
+        array = array.reshape(array.shape[len(lengths) :])
+    if inverted:
+        array = _invert(array)
     return _orient(array, orientation)
+
+
+def _plain_photometric(page: Any) -> bool:
+    """Whether tifffile's array is grey or RGB as it stands."""
+    from tifffile import COMPRESSION, PHOTOMETRIC
+
+    plain = (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.RGB)
+    # JPEG decoders turn YCbCr into RGB themselves.
+    decoded = page.photometric == PHOTOMETRIC.YCBCR and page.compression in (
+        COMPRESSION.JPEG,
+        COMPRESSION.OJPEG,
+    )
+    return page.photometric in plain or decoded
+
+
+def _invert(array: NDArray[Any]) -> NDArray[Any]:
+    """White-is-zero to black-is-zero, for types that have a white."""
+    if array.dtype == np.bool_:
+        return ~array
+    if np.issubdtype(array.dtype, np.unsignedinteger):
+        inverted: NDArray[Any] = np.iinfo(array.dtype).max - array
+        return inverted
+    return array
 
 
 def _orient(array: NDArray[Any], orientation: int) -> NDArray[Any]:
@@ -272,9 +351,9 @@ def _orient(array: NDArray[Any], orientation: int) -> NDArray[Any]:
     return np.ascontiguousarray(array)
 
 
-def _refuse_bomb(path: Path, n_values: int) -> None:
-    if n_values > MAX_PIXELS:
+def _refuse_bomb(path: Path, n_pixels: int) -> None:
+    if n_pixels > MAX_PIXELS:
         raise ImageError(
-            f"{path}: {n_values / 1e6:.0f} million pixels, more than the limit of "
+            f"{path}: {n_pixels / 1e6:.0f} million pixels, more than the limit of "
             f"{MAX_PIXELS / 1e6:.0f} million"
         )

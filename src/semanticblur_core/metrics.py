@@ -38,13 +38,14 @@ class Protocol:
     f_beta: str = "mean over images, binary at map > threshold"
     iou: str = "pooled over all pixels, blurred class"
     resolution: str = "the mask's own"
+    analysis: str = "maps as given"
 
     def describe(self) -> str:
         """One line for people."""
         return (
             f"{self.positive_class} positive, map > {self.threshold:g}, "
             f"beta^2 {self.beta_squared:g}, MAE and F {self.mae}, IoU pooled, "
-            f"at {self.resolution} resolution"
+            f"at {self.resolution} resolution; {self.analysis}"
         )
 
 
@@ -112,12 +113,12 @@ class BlurScorer:
 
     Parameters
     ----------
-    threshold
-        A pixel is blurred where the map is above it.
+    protocol
+        What is compared and how; printed with the scores.
     """
 
-    def __init__(self, threshold: float = 0.5) -> None:
-        self.protocol = Protocol(threshold=threshold)
+    def __init__(self, protocol: Protocol | None = None) -> None:
+        self.protocol = protocol or Protocol()
         self.images: list[ImageScore] = []
 
     def add(self, blur: NDArray[Any], mask: NDArray[Any], *, name: str = "") -> ImageScore:

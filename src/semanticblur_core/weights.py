@@ -101,12 +101,16 @@ def load(name: str) -> tuple[SemanticBlur, WeightsInfo]:
     WeightsError
         If the file is missing, damaged or of another kind or architecture.
     """
+    info = read_info(resolve(name))
+    return _build(info, _read_tensors(info)), info
+
+
+def _build(info: WeightsInfo, tensors: dict[str, Tensor]) -> SemanticBlur:
+    """Network of the file's architecture holding its tensors."""
     import torch
 
     from semanticblur_core.network import SemanticBlur
 
-    info = read_info(resolve(name))
-    tensors = _read_tensors(info)
     with torch.device("meta"):
         model = SemanticBlur(info.architecture)
     foreign = sorted(set(tensors) - set(model.state_dict()))
@@ -127,7 +131,7 @@ def load(name: str) -> tuple[SemanticBlur, WeightsInfo]:
     missing = [k for k, t in model.state_dict().items() if t.is_meta]
     if missing:
         raise WeightsError(f"{info.path}: {len(missing)} tensors are missing, first {missing[0]}")
-    return model.eval().requires_grad_(True), info
+    return model.eval()
 
 
 def save(
@@ -156,11 +160,14 @@ def save(
     Raises
     ------
     WeightsError
-        If a tensor is not finite, or leaves float16's range.
+        If a tensor is not finite or leaves float16's range, or the file cannot be written.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    if model.fixed is not None:
+        raise WeightsError(f"{path}: a network made for inference cannot be saved; save its origin")
     tensors: dict[str, Tensor] = {}
     for key, tensor in model.state_dict().items():
         if _is_counter(key):
@@ -179,8 +186,11 @@ def save(
         "licence": licence,
         "sha256": digest(tensors),
     }
-    with io.replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(metadata)})
+    with io.replacing(path, durable=True) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(metadata)})
+        except SafetensorError as error:
+            raise WeightsError(f"{path}: cannot be written: {error}") from error
 
 
 def verify(name: str) -> WeightsInfo:
@@ -191,13 +201,15 @@ def verify(name: str) -> WeightsInfo:
     WeightsError
         If they differ, or as in `load`.
     """
-    _, info = load(name)
-    found = digest(_read_tensors(info))
+    info = read_info(resolve(name))
+    tensors = _read_tensors(info)
+    found = digest(tensors)
     if found != info.sha256:
         raise WeightsError(
             f"{info.path}: the tensors do not match their sha256 (expected {info.sha256[:12]}..., "
             f"got {found[:12]}...): the file was changed or damaged"
         )
+    _build(info, tensors)
     return info
 
 

@@ -116,6 +116,9 @@ def test_nan_and_constant_images_are_defined() -> None:
     assert np.isfinite(unit).all()
     assert unit[3, 4] == 0
     assert (io.to_unit_range(np.full((9, 9), 7.0)) == 0).all()
+    sparse = np.zeros((100, 100), np.uint16)
+    sparse[5, 5] = 4000
+    assert io.to_unit_range(sparse)[5, 5] == 1
     with pytest.raises(ImageError, match="no finite value"):
         io.to_unit_range(np.full((9, 9), np.nan))
     with pytest.raises(ImageError, match="expected real numbers, got complex"):
@@ -156,6 +159,44 @@ def test_a_stack_is_refused_with_its_shape(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "stack.tif", np.zeros((5, 20, 30), np.uint8), metadata=None)
     with pytest.raises(ImageError, match=r"shape \(5, 20, 30\)"):
         io.read_image(tmp_path / "stack.tif")
+
+
+@pytest.mark.parametrize("mode", ["P", "CMYK", "L", "1"])
+def test_tiff_colour_spaces_read_as_pillow_reads_them(
+    tmp_path: Path, photo: np.ndarray, mode: str
+) -> None:
+    image = Image.fromarray(photo).convert(mode)
+    image.save(tmp_path / "a.tif")
+    expected = np.asarray(image if mode in ("L", "1") else image.convert("RGB"))
+    np.testing.assert_array_equal(io.read_image(tmp_path / "a.tif"), expected)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16"])
+def test_white_is_zero_tiffs_are_turned_round(tmp_path: Path, dtype: str) -> None:
+    array = np.arange(400).reshape(20, 20).astype(np.uint16).astype(dtype)
+    stored = ~array if dtype == "bool" else np.iinfo(dtype).max - array
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="miniswhite")
+    np.testing.assert_array_equal(io.read_image(tmp_path / "a.tif"), array)
+
+
+def test_a_tiff_of_several_images_is_refused_but_not_for_its_thumbnail(
+    tmp_path: Path, photo: np.ndarray
+) -> None:
+    with tifffile.TiffWriter(tmp_path / "two.tif") as tiff:
+        tiff.write(photo, photometric="rgb")
+        tiff.write(photo[:10, :10], photometric="rgb")
+    with pytest.raises(ImageError, match="holds 2 images of different sizes"):
+        io.read_image(tmp_path / "two.tif")
+    with tifffile.TiffWriter(tmp_path / "thumbnail.tif") as tiff:
+        tiff.write(photo, photometric="rgb")
+        tiff.write(photo[::2, ::2], photometric="rgb", subfiletype=1)
+    np.testing.assert_array_equal(io.read_image(tmp_path / "thumbnail.tif"), photo)
+
+
+def test_a_large_panorama_is_not_taken_for_a_bomb(tmp_path: Path) -> None:
+    # 200 million pixels, above Pillow's own limit; one bit each, so that the test stays small.
+    Image.new("1", (16320, 12255)).save(tmp_path / "large.png")
+    assert io.read_image(tmp_path / "large.png").shape == (12255, 16320)
 
 
 def test_a_decompression_bomb_is_refused(

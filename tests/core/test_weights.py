@@ -65,12 +65,14 @@ def write_variant(kind: str, good: Path, path: Path) -> None:
         save_file(tensors, path, metadata=metadata_of(good))
     elif kind == "extra tensor":
         save_file(load_file(good) | {"x": torch.zeros(2)}, path, metadata=metadata_of(good))
-    elif kind in ("newer", "other architecture", "no json", "list"):
+    elif kind in ("newer", "other architecture", "odd number", "no json", "list"):
         values = json.loads(metadata_of(good)["semanticblur"])
         if kind == "newer":
             values["format_version"] = 99
         if kind == "other architecture":
             values["architecture"]["semantic_channels"] = 81
+        if kind == "odd number":
+            values["architecture"]["attention_reduction"] = 1.5
         text = {"no json": "{", "list": "[]"}.get(kind, json.dumps(values))
         save_file(load_file(good), path, metadata={"semanticblur": text})
 
@@ -86,6 +88,7 @@ def write_variant(kind: str, good: Path, path: Path) -> None:
         ("extra tensor", "1 tensors do not belong"),
         ("newer", "format version 99"),
         ("other architecture", "do not fit the architecture"),
+        ("odd number", "damaged metadata: attention_reduction: expected a whole number"),
         ("no json", "damaged metadata"),
         ("list", "damaged metadata"),
     ],
@@ -124,3 +127,9 @@ def test_the_packaged_default_is_whole_and_tells_its_story() -> None:
     assert info.metrics["n_images"] == 60
     assert info.metrics["protocol"]["positive_class"] == "blur"
     assert info.licence
+
+
+def test_a_network_made_for_inference_is_not_saved(tmp_path: Path) -> None:
+    model = SemanticBlur(ModelConfig(backbone="resnet34")).for_inference()
+    with pytest.raises(WeightsError, match="made for inference cannot be saved"):
+        weights.save(tmp_path / "x.safetensors", model, provenance={}, metrics={}, licence="")

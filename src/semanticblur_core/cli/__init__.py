@@ -2,12 +2,13 @@
 
 Each command lives in a module of its own that is imported only when the command is called, so that
 help and completion answer at once. Exit codes: 0 done, 1 a quality gate failed, 2 bad usage or
-unreadable input.
+unreadable input, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 
 import click
@@ -61,8 +62,20 @@ def main() -> None:
         sys.stderr.reconfigure(errors="replace")  # type: ignore[union-attr]
     except AttributeError:
         pass
+    # tifffile logs what it then raises; one line is enough.
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     try:
-        cli.main(prog_name="semanticblur-core")
+        sys.exit(cli.main(prog_name="semanticblur-core", standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("semanticblur-core: stopped", err=True)
+        sys.exit(130)
     except SemanticBlurError as error:
         click.echo(f"semanticblur-core: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"semanticblur-core: {where}{error.strerror or error}", err=True)
         sys.exit(2)

@@ -108,7 +108,12 @@ def command(
     from semanticblur_core.inference.batch import DetectOptions, detect_files, find_jobs
 
     options = DetectOptions(output, size, threshold, formats, overlay, overwrite, value_range)
-    jobs = find_jobs(inputs, output, recursive=recursive)
+    jobs, left_out = find_jobs(inputs, output, recursive=recursive)
+    if left_out:
+        click.echo(
+            f"{len(left_out)} files in {output} left out as results of an earlier run, first "
+            f"{left_out[0]}"
+        )
 
     from semanticblur_core.device import keep_freed_memory
     from semanticblur_core.inference.detector import Detector

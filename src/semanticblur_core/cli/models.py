@@ -7,6 +7,7 @@ import json
 import click
 
 from semanticblur_core import weights
+from semanticblur_core.metrics import Protocol
 
 
 @click.group(name="models", short_help="List, describe and verify weights.")
@@ -25,6 +26,7 @@ def list_models() -> None:
             f"{metrics['mae']:.3f}, F {metrics['f_beta']:.3f}, IoU {metrics['iou']:.3f} on "
             f"{metrics['n_images']} images of {metrics.get('data', 'its validation set')}"
         )
+        click.echo(f"  ({Protocol(**metrics['protocol']).describe()})")
 
 
 @command.command()

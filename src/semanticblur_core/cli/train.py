@@ -81,18 +81,21 @@ def command(
     """
     from semanticblur_core.config import TrainConfig
     from semanticblur_core.data.datasets import find_pairs, read_split, select
-    from semanticblur_core.errors import ConfigError, TrainingError
+    from semanticblur_core.errors import ConfigError, DataError, TrainingError
     from semanticblur_core.training.recipes import recipe as find_recipe
 
     config = find_recipe(recipe)
     values = dict(_override(text, config) for text in overrides)
     config = TrainConfig.from_dict(config.to_dict() | values)
-    if init and backbone_weights:
-        raise ConfigError("--init and --backbone-weights: give one of them")
+    if sum(map(bool, (init, backbone_weights, resume))) > 1:
+        raise ConfigError("--init, --backbone-weights and --resume: give one of them")
     if not resume and (output / "last.ckpt").exists():
         raise TrainingError(f"{output}: holds a run already; --resume goes on with it")
     pairs = find_pairs(images, masks)
-    held_out = select(pairs, read_split(val_split))
+    try:
+        held_out = select(pairs, read_split(val_split))
+    except DataError as error:
+        raise DataError(f"--val-split={val_split}: {error}; give a list of your own") from error
     names = {pair.name for pair in held_out}
     training = [pair for pair in pairs if pair.name not in names]
 
@@ -103,7 +106,8 @@ def command(
     from semanticblur_core.device import choose_device, keep_freed_memory
     from semanticblur_core.metrics import Scores
     from semanticblur_core.network import SemanticBlur
-    from semanticblur_core.training.loop import train
+    from semanticblur_core.training.checkpoint import load_checkpoint
+    from semanticblur_core.training.loop import VALIDATION_PROTOCOL, train
 
     keep_freed_memory()
     chosen = choose_device(device, precision)
@@ -117,7 +121,11 @@ def command(
     if backbone_weights:
         n_set = _load_backbone(model, backbone_weights)
         start = {"from": backbone_weights.name, "n_parameters_set": n_set}
+    if resume:
+        start = load_checkpoint(output / "last.ckpt")["start"]
     click.echo(f"recipe {recipe}: {json.dumps(config.to_dict())}")
+    click.echo(f"start: {start['from']}, {start.get('n_parameters_set', 'all')} parameters")
+    click.echo(f"scores: {VALIDATION_PROTOCOL.describe()}")
     click.echo(f"{len(training)} images to train on, {len(held_out)} to validate; {chosen.reason}")
 
     def save_best(network: SemanticBlur, scores: Scores, epoch: int) -> None:
@@ -127,13 +135,13 @@ def command(
             "recipe": {"name": recipe} | config.to_dict(),
             "epoch": epoch,
             "n_training_images": len(training),
-            "data": str(images.parent.name),
+            "data": images.resolve().parent.name,
             "validation_split": val_split,
             "device": str(chosen.device),
             "precision": str(chosen.dtype).removeprefix("torch."),
             "start": start,
         }
-        metrics = scores.to_dict() | {"data": val_split, "analysis_size_px": 320}
+        metrics = scores.to_dict() | {"data": val_split}
         weights.save(
             output / BEST, network, provenance=provenance, metrics=metrics, licence=LICENCE
         )
@@ -146,10 +154,12 @@ def command(
         run_dir=output,
         device=chosen,
         save_best=save_best,
+        start=start,
         resume=resume,
     )
     with progress_bar() as progress:
         task = progress.add_task("Training", total=None)
+        update = None
         for update in updates:
             progress.update(
                 task,
@@ -164,8 +174,9 @@ def command(
                     f"{scores.f_beta:.4f}, IoU {scores.iou:.4f}, {update.images_per_s:.2f} images/s"
                     f"{', best so far' if update.is_best else ''}"
                 )
-                if update.epoch == 1:
-                    click.echo(f"  ({scores.protocol.describe()})")
+
+    if update is None:
+        click.echo(f"{output}: all {config.epochs} epochs were done before")
 
 
 def _override(text: str, config: Any) -> tuple[str, Any]:
@@ -192,4 +203,5 @@ def _load_backbone(model: Any, path: Path) -> int:
     try:
         return load_imagenet_resnet50(model.backbone, load_file(path))
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"{path}: not weights of a ResNet-50: {error}") from error
+        reason = str(error).splitlines()[-1].strip()
+        raise WeightsError(f"{path}: not weights of a ResNet-50: {reason}") from error

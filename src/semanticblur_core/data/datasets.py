@@ -68,13 +68,17 @@ def read_split(name: str) -> list[str]:
         ``cuhk-te1`` (the 100 test photographs of the field), or a path.
     """
     packaged = resources.files("semanticblur_core.data") / "splits" / f"{name}.txt"
-    if packaged.is_file():
-        text = packaged.read_text(encoding="utf-8")
-    elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
-    else:
+    source = packaged if packaged.is_file() else Path(name)
+    if not source.is_file():
         raise DataError(f"split {name}: neither a packaged split nor a file")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        text = source.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"split {name}: not a readable text file: {error}") from error
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if not names:
+        raise DataError(f"split {name}: the list is empty")
+    return names
 
 
 def select(pairs: Sequence[Pair], names: Sequence[str]) -> list[Pair]:

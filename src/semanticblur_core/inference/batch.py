@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import glob
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector
 
 SAMPLES = {"cat": "chelsea", "coffee": "coffee", "astronaut": "astronaut"}
-FORMATS = ("png", "tif", "npy")
+_RESULT_NAME = re.compile(r"_blur\.(png|tif|npy)$|_overlay\.png$")
 _SAMPLE_PREFIX = "sample:"
 
 
@@ -64,28 +65,44 @@ class FileResult:
     error: str | None = None
 
 
-def find_jobs(inputs: Iterable[str], output: Path, *, recursive: bool = False) -> list[Job]:
+def find_jobs(
+    inputs: Iterable[str], output: Path, *, recursive: bool = False
+) -> tuple[list[Job], list[str]]:
     """Images named by paths, globs, folders and ``sample:NAME``, in order, each once.
 
-    What an earlier run wrote into the output folder is not taken as input.
+    Returns
+    -------
+    tuple
+        The jobs, and the files that a folder or a glob named but that lie in the output folder
+        under the name of a result: those are taken for results of an earlier run and left out.
 
     Raises
     ------
     ImageError
-        If an input names nothing, or a folder holds no image.
+        If an input names nothing, a folder holds no image or cannot be read, or two inputs would
+        write the same file.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, tuple[str, Path]] = {}
+    left_out = []
     for text in inputs:
-        for source, relative in _expand(text, recursive):
-            if not _is_own_output(source, output):
-                found.setdefault(source, relative)
+        try:
+            for source, relative, named in _expand(text, recursive):
+                if not named and _is_result(source, output):
+                    left_out.append(source)
+                    continue
+                key = source if source.startswith(_SAMPLE_PREFIX) else str(Path(source).resolve())
+                found.setdefault(key, (source, relative))
+        except OSError as error:
+            raise ImageError(f"{text}: cannot be read: {error.strerror or error}") from error
     if not found:
         raise ImageError(f"{output}: the only images found are results of an earlier run")
-    stems = Counter(str(relative.with_suffix("")) for relative in found.values())
+    readable = [p for _, p in found.values() if p.suffix.lower() not in io.RAW_SUFFIXES]
+    stems = Counter(str(relative.with_suffix("")) for relative in readable)
     jobs = []
-    for source, relative in found.items():
+    for source, relative in found.values():
         stem = str(relative.with_suffix(""))
-        jobs.append(Job(source, str(relative) if stems[stem] > 1 else stem))
+        shared = stems[stem] > 1 or relative not in readable
+        jobs.append(Job(source, str(relative) if shared else stem))
     names = Counter(job.output_stem for job in jobs)
     clash = next((job for job in jobs if names[job.output_stem] > 1), None)
     if clash is not None:
@@ -93,7 +110,7 @@ def find_jobs(inputs: Iterable[str], output: Path, *, recursive: bool = False) -
             f"{clash.source}: another input would write the same {clash.output_stem}_blur file; "
             "detect them into different output folders"
         )
-    return jobs
+    return jobs, left_out
 
 
 def detect_files(
@@ -106,9 +123,10 @@ def detect_files(
             result = _detect_file(job, detector, options)
         except SemanticBlurError as error:
             result = FileResult(job.source, error=str(error))
-        except MemoryError:
-            result = FileResult(job.source, error=f"{job.source}: not enough memory")
-        yield FileResult(**(vars(result) | {"elapsed_s": time.perf_counter() - start}))
+        except (MemoryError, OSError, RuntimeError) as error:  # torch's out of memory is the last
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            result = FileResult(job.source, error=f"{job.source}: {reason}")
+        yield replace(result, elapsed_s=time.perf_counter() - start)
 
 
 def _detect_file(job: Job, detector: Detector, options: DetectOptions) -> FileResult:
@@ -156,15 +174,17 @@ def load(source: str) -> NDArray[Any]:
     return io.read_image(Path(source))
 
 
-def _expand(text: str, recursive: bool) -> Iterator[tuple[str, Path]]:
-    """Sources named by one input, each with its path relative to the output folder."""
+def _expand(text: str, recursive: bool) -> Iterator[tuple[str, Path, bool]]:
+    """Sources of one input, each with its path below the output folder and whether it was named."""
     if text.startswith(_SAMPLE_PREFIX):
         name = text.removeprefix(_SAMPLE_PREFIX)
         if name not in SAMPLES:
             raise ImageError(f"{text}: expected one of sample:{', sample:'.join(SAMPLES)}")
-        yield text, Path(name)
+        yield text, Path(name), True
         return
-    path = Path(text)
+    if not text.strip():
+        raise ImageError("an input is empty; expected a path, a glob, a folder or sample:NAME")
+    path = Path(text).expanduser()
     if path.is_dir():
         candidates = sorted(path.rglob("*") if recursive else path.iterdir())
         images = [p for p in candidates if _is_image_name(p) and p.is_file()]
@@ -172,18 +192,18 @@ def _expand(text: str, recursive: bool) -> Iterator[tuple[str, Path]]:
             where = "" if recursive else "; --recursive looks into its subfolders"
             raise ImageError(f"{text}: no images in this folder{where}")
         for image in images:
-            yield str(image), image.relative_to(path)
+            yield str(image), image.relative_to(path), False
     elif path.exists() or not glob.has_magic(text):
         # Missing and unknown files are reported by the reader, so that the rest is done.
-        yield text, Path(path.name)
+        yield str(path), Path(path.name), True
     else:
-        matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
+        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         matches = [match for match in matches if match.is_file()]
         if not matches:
             raise ImageError(f"{text}: no file matches")
         root = _fixed_part(path)
         for match in matches:
-            yield str(match), match.relative_to(root)
+            yield str(match), match.relative_to(root), False
 
 
 def _fixed_part(pattern: Path) -> Path:
@@ -201,9 +221,7 @@ def _is_image_name(path: Path) -> bool:
     return path.suffix.lower() in known and not path.name.startswith(".")
 
 
-def _is_own_output(source: str, output: Path) -> bool:
+def _is_result(source: str, output: Path) -> bool:
     """Whether a file lies in the output folder under one of the names given to results."""
     path = Path(source)
-    if source.startswith(_SAMPLE_PREFIX) or not path.stem.endswith(("_blur", "_overlay")):
-        return False
-    return output.resolve() in path.resolve().parents
+    return bool(_RESULT_NAME.search(path.name)) and output.resolve() in path.resolve().parents

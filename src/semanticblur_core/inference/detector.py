@@ -101,10 +101,9 @@ class Detector:
         ImageError
             If the image is not one grey or RGB image, or is smaller than 33 px at native size.
         """
-        height, width = image.shape[:2]
         return self.detect_batch(
             [image], size=size, value_range=value_range, upsampling=upsampling
-        )[0].reshape(height, width)
+        )[0]
 
     def detect_batch(
         self,
@@ -145,8 +144,7 @@ def _prepare(
     image: NDArray[Any], value_range: tuple[float, float] | None, size: int | None
 ) -> NDArray[np.float32]:
     """``(H, W, 3)`` float32 in 0..1 at the analysis size."""
-    if image.ndim == 3 and image.shape[2] == 4:
-        image = image[..., :3]
+    image = io.without_alpha(image)
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
         raise ImageError(f"expected an image (H, W) or (H, W, 3), got shape {image.shape}")
     height, width = image.shape[:2]

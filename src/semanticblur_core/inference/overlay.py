@@ -26,7 +26,7 @@ def draw_overlay(
     Parameters
     ----------
     image
-        ``(H, W)`` or ``(H, W, 3)``, any real dtype.
+        ``(H, W)`` or ``(H, W, 3)``, any real dtype; a fourth channel (alpha) is dropped.
     blur
         ``(H, W)`` in 0..1, 1 = out of focus.
     threshold
@@ -41,7 +41,7 @@ def draw_overlay(
     """
     from scipy.ndimage import maximum_filter, minimum_filter
 
-    rgb = io.as_rgb(io.to_unit_range(image, limits=value_range))
+    rgb = io.as_rgb(io.to_unit_range(io.without_alpha(image), limits=value_range))
     photo = rgb.astype(np.float32) if rgb.dtype == np.uint8 else rgb * np.float32(255)
     blurred = blur > threshold
     # Grey before the tint, so that the tint shows on any colour.

@@ -143,6 +143,11 @@ def load_imagenet_resnet50(backbone: Backbone, tensors: dict[str, Tensor]) -> in
     -------
     int
         Number of parameters (not running statistics) that were set.
+
+    Raises
+    ------
+    ValueError
+        If no tensor fits, or one has another shape.
     """
     renamed = {}
     for name, tensor in tensors.items():
@@ -151,9 +156,10 @@ def load_imagenet_resnet50(backbone: Backbone, tensors: dict[str, Tensor]) -> in
         places |= {"layer2": "1", "layer3": "2", "layer4": "3"}
         if head in places:
             renamed[f"stages.{places[head]}.{rest}"] = tensor.to(torch.float32)
-    unknown = set(renamed) - set(backbone.state_dict())
-    if unknown:
-        raise ValueError(f"not tensors of a ResNet-50 backbone: {sorted(unknown)[:3]}")
+    state = backbone.state_dict()
+    wrong = sorted(k for k, t in renamed.items() if k not in state or state[k].shape != t.shape)
+    if wrong or not renamed:
+        raise ValueError(f"tensors do not fit a ResNet-50, first {(wrong or sorted(tensors))[:1]}")
     backbone.load_state_dict(renamed, strict=False)
     parameters = dict(backbone.named_parameters())
     return sum(parameters[name].numel() for name in renamed if name in parameters)

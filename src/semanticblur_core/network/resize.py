@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def resize_matrix(n_in: int, n_out: int, device: torch.device | None = None) -> Tensor:
     """Weights ``(n_out, n_in)`` float32 that resize an axis; rows sum to one."""
     # A cached tensor must also serve training, whichever mode it was first asked for in.

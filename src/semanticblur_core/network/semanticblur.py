@@ -102,7 +102,14 @@ class SemanticBlur(nn.Module):
         """Copy for inference: batch normalisations folded, constant products done once.
 
         The copy computes the same function (to rounding) and can no longer be trained.
+
+        Raises
+        ------
+        ValueError
+            If this is such a copy already.
         """
+        if self.fixed is not None:
+            raise ValueError("this network was made for inference already")
         model = copy.deepcopy(self).eval()
         _fold_batch_norms(model.backbone)
         decoder = model.decoder

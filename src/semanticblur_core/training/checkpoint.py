@@ -15,8 +15,12 @@ FORMAT_VERSION = 1
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write tensors, numbers and text; the file before it survives a crash at any moment."""
-    with io.replacing(path) as temporary:
-        torch.save(state | {"format_version": FORMAT_VERSION}, temporary)
+    with io.replacing(path, durable=True) as temporary:
+        try:
+            torch.save(state | {"format_version": FORMAT_VERSION}, temporary)
+        except RuntimeError as error:  # what a full disk becomes
+            reason = str(error).splitlines()[0]
+            raise TrainingError(f"{path}: cannot be written: {reason}") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import csv
+import hashlib
+import io as streams
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from semanticblur_core import io
 from semanticblur_core.config import TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs
 from semanticblur_core.data.transforms import augment, normalise
@@ -23,12 +26,15 @@ from semanticblur_core.device import DeviceChoice
 from semanticblur_core.errors import TrainingError
 from semanticblur_core.inference.detector import Detector
 from semanticblur_core.losses import blur_loss
-from semanticblur_core.metrics import BlurScorer, Scores
+from semanticblur_core.metrics import BlurScorer, Protocol, Scores
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.training.checkpoint import load_checkpoint, save_checkpoint
 
 LAST_CHECKPOINT = "last.ckpt"
 HISTORY = "history.csv"
+VALIDATION_PROTOCOL = Protocol(
+    analysis="images squashed to 320 x 320, maps brought back by nearest-exact"
+)
 
 SaveBest = Callable[[SemanticBlur, Scores, int], None]
 
@@ -60,6 +66,7 @@ def train(
     run_dir: Path,
     device: DeviceChoice,
     save_best: SaveBest,
+    start: dict[str, Any] | None = None,
     resume: bool = False,
 ) -> Generator[TrainUpdate]:
     """Train a network; close the generator to stop.
@@ -78,15 +85,17 @@ def train(
         What to compute on; bfloat16 means mixed precision.
     save_best
         Called with the network, its scores and the epoch whenever the validation MAE fell.
+    start
+        What the network was before (JSON values); kept in the checkpoint.
     resume
-        Go on from ``last.ckpt``; with the same recipe, device and thread count the result is that
-        of an uninterrupted run.
+        Go on from ``last.ckpt``. On a CPU with the same number of threads the result is that of an
+        uninterrupted run; GPUs are not deterministic.
 
     Raises
     ------
     TrainingError
-        If the loss stops being finite, the checkpoint does not fit, or there are fewer images than
-        one batch.
+        If the loss or the gradient stops being finite, the checkpoint does not fit the settings or
+        the data, a file cannot be written, or there are fewer images than one batch.
     """
     from lightning_fabric import Fabric
 
@@ -103,18 +112,26 @@ def train(
     )
     torch.manual_seed(config.seed)
     model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
+    optimizer = torch.optim.Adam(_parameter_groups(model, config), weight_decay=config.weight_decay)
     wrapped, optimizer = fabric.setup(model, optimizer)
     averaged = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else None
+    identity: dict[str, Any] = {
+        "config": config.to_dict(),
+        "architecture": model.config.to_dict(),
+        "images": _names_digest(training, validation),
+        "computed on": f"{device.device.type}, {device.dtype}",
+    }
     first_epoch, best_mae = 0, math.inf
+    history: list[dict[str, str]] = []
     if resume:
-        state = _restore(run_dir, model, averaged, optimizer, config)
+        state = _restore(run_dir, model, averaged, optimizer, identity)
         first_epoch, best_mae = int(state["epoch"]), float(state["best_mae"])
+        history, start = state["history"], state["start"]
 
     for epoch in range(first_epoch, config.epochs):
         wrapped.train()
+        for stage in model.backbone.stages[: config.frozen_stages]:
+            stage.eval()
         started = time.perf_counter()
         loss_sum = 0.0
         update: TrainUpdate | None = None
@@ -122,19 +139,19 @@ def train(
             step = epoch * steps_per_epoch + i
             rate = learning_rate(step, total_steps, config)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["rate_factor"]
             images, targets = images.to(fabric.device), targets.to(fabric.device)
             optimizer.zero_grad()
             logits = wrapped(normalise(images))
             loss = blur_loss(logits, targets, ssim_weight=config.ssim_weight).total
             value = float(loss.detach())
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"the loss became {value} at step {step + 1}; the last good state is "
-                    f"{run_dir / LAST_CHECKPOINT}; a lower learning rate would do"
-                )
+            _require_finite("loss", value, step, run_dir)
             fabric.backward(loss)
-            fabric.clip_gradients(wrapped, optimizer, max_norm=config.gradient_clip_norm)
+            norm = fabric.clip_gradients(
+                wrapped, optimizer, max_norm=config.gradient_clip_norm, error_if_nonfinite=False
+            )
+            assert norm is not None
+            _require_finite("gradient's norm", float(norm), step, run_dir)
             optimizer.step()
             if averaged is not None:
                 _average(averaged, model, config.ema_decay, step)
@@ -150,21 +167,24 @@ def train(
         if is_best:
             best_mae = scores.mae
             save_best(candidate, scores, epoch + 1)
+        done = replace(update, scores=scores, is_best=is_best)
+        history.append(_history_row(done, loss_sum / steps_per_epoch))
         save_checkpoint(
             run_dir / LAST_CHECKPOINT,
             {
-                "config": config.to_dict(),
-                "architecture": model.config.to_dict(),
+                "identity": identity,
+                "start": start,
+                "history": history,
                 "model": model.state_dict(),
                 "averaged": averaged.state_dict() if averaged is not None else None,
                 "optimizer": optimizer.state_dict(),
                 "torch_rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if device.device.type == "cuda" else [],
                 "epoch": epoch + 1,
                 "best_mae": best_mae,
             },
         )
-        done = TrainUpdate(**(asdict(update) | {"scores": scores, "is_best": is_best}))
-        _append_history(run_dir / HISTORY, done, loss_sum / steps_per_epoch)
+        _write_history(run_dir / HISTORY, history)
         yield done
 
 
@@ -176,10 +196,26 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     return rate
 
 
+def _parameter_groups(model: SemanticBlur, config: TrainConfig) -> list[dict[str, Any]]:
+    """Early stages of the backbone at their own rate; frozen stages in no group."""
+    stages = list(model.backbone.stages)
+    for stage in stages[: config.frozen_stages]:
+        stage.requires_grad_(False)
+    early = [p for stage in stages[:3] for p in stage.parameters() if p.requires_grad]
+    known = {id(p) for p in early}
+    late = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    groups = ((early, config.early_rate_factor), (late, 1.0))
+    return [
+        {"params": parameters, "rate_factor": factor, "lr": config.learning_rate * factor}
+        for parameters, factor in groups
+        if parameters
+    ]
+
+
 def validate(model: SemanticBlur, pairs: DecodedPairs, device: DeviceChoice) -> Scores:
     """Scores under the protocol of `semanticblur_core.metrics`, in float32."""
     detector = Detector(model, device=str(device.device), precision="float32")
-    scorer = BlurScorer()
+    scorer = BlurScorer(VALIDATION_PROTOCOL)
     for index, pair in enumerate(pairs.pairs):
         image, mask = pairs[index]
         blur = detector.detect(image.permute(1, 2, 0).numpy(), upsampling="nearest-exact")
@@ -225,35 +261,58 @@ def _average(averaged: SemanticBlur, model: SemanticBlur, decay: float, step: in
     torch._foreach_lerp_([ours[k] for k in floating], [theirs[k] for k in floating], 1 - decay)
 
 
+def _names_digest(training: DecodedPairs, validation: DecodedPairs) -> str:
+    """sha256 of the names of the images trained on and held out, in order."""
+    names = [[pair.name for pair in pairs.pairs] for pairs in (training, validation)]
+    return hashlib.sha256(repr(names).encode()).hexdigest()
+
+
+def _require_finite(what: str, value: float, step: int, run_dir: Path) -> None:
+    if math.isfinite(value):
+        return
+    path = run_dir / LAST_CHECKPOINT
+    kept = f"; the state of the last whole epoch is kept in {path}" if path.exists() else ""
+    raise TrainingError(
+        f"the {what} became {value} at step {step + 1}{kept}; a lower learning rate would do"
+    )
+
+
 def _restore(
     run_dir: Path,
     model: SemanticBlur,
     averaged: SemanticBlur | None,
     optimizer: Any,
-    config: TrainConfig,
+    identity: dict[str, Any],
 ) -> dict[str, Any]:
     path = run_dir / LAST_CHECKPOINT
     state = load_checkpoint(path)
-    for key, mine in (("config", config.to_dict()), ("architecture", model.config.to_dict())):
-        if state[key] != mine:
-            differing = sorted(k for k in mine if state[key].get(k) != mine[k])
-            raise TrainingError(
-                f"{path}: was made with other settings ({', '.join(differing)}); resume with the "
-                "same ones, or start a run in another folder"
-            )
+    differing = []
+    for key, mine in identity.items():
+        theirs = state["identity"].get(key)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            differing += sorted(k for k in mine | theirs if mine.get(k) != theirs.get(k))
+        elif theirs != mine:
+            differing.append(key)
+    if differing:
+        raise TrainingError(
+            f"{path}: was made with other settings ({', '.join(differing)}); resume with the "
+            "same ones, or start a run in another folder"
+        )
     model.load_state_dict(state["model"])
     if averaged is not None:
         averaged.load_state_dict(state["averaged"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["torch_rng"])
+    if state["cuda_rng"]:
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
     return state
 
 
-def _append_history(path: Path, update: TrainUpdate, mean_loss: float) -> None:
+def _history_row(update: TrainUpdate, mean_loss: float) -> dict[str, str]:
     assert update.scores is not None
-    row = {
-        "epoch": update.epoch,
-        "step": update.step,
+    return {
+        "epoch": str(update.epoch),
+        "step": str(update.step),
         "mean_loss": f"{mean_loss:.5f}",
         "learning_rate": f"{update.learning_rate:.3e}",
         "images_per_s": f"{update.images_per_s:.3f}",
@@ -261,9 +320,11 @@ def _append_history(path: Path, update: TrainUpdate, mean_loss: float) -> None:
         "val_f_beta": f"{update.scores.f_beta:.5f}",
         "val_iou": f"{update.scores.iou:.5f}",
     }
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+
+
+def _write_history(path: Path, rows: list[dict[str, str]]) -> None:
+    text = streams.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    io.write_text(path, text.getvalue())

@@ -98,6 +98,7 @@ def test_detect_refuses_wrong_weights_in_one_line(tmp_path: Path) -> None:
 def test_models(tmp_path: Path, random_weights: Path) -> None:
     listed = run("models", "list")
     assert listed.stdout.startswith("default: resnet50, ")
+    assert "blur positive, map > 0.5" in listed.stdout
     info = json.loads(run("models", "info", str(random_weights)).stdout)
     assert info["architecture"]["backbone"] == "resnet50"
     assert info["licence"] == "test"
@@ -125,10 +126,18 @@ def test_train_resume_and_use(tmp_path: Path, pair_folders: tuple[Path, Path]) -
     done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "epoch 1/1: MAE " in done.stdout
+    assert "scores: blur positive, map > 0.5" in done.stdout
     assert "6 images to train on, 2 to validate" in done.stdout
     again = run(*arguments, cwd=tmp_path)
     assert again.returncode == 2
     assert "--resume" in again.stderr
+    resumed = run(*arguments, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "all 1 epochs were done before" in resumed.stdout
+    info = json.loads(run("models", "info", "run/best.safetensors", cwd=tmp_path).stdout)
+    assert info["provenance"]["start"] == {"from": "random initialisation"}
+    assert info["provenance"]["recipe"]["batch_size"] == 2
+    assert "nearest-exact" in info["metrics"]["protocol"]["analysis"]
     used = run(
         "detect",
         f"--input={pair_folders[0]}/photo0.png",
@@ -154,3 +163,23 @@ def test_bench_model_reports_ratios_and_counts(tmp_path: Path) -> None:
     (timing,) = result["timings"]
     assert timing["ratio"] == pytest.approx(timing["network_ms"] / timing["backbone_ms"])
     assert result["n_parameters"]["total"] == 25_280_866
+
+
+def test_a_foreign_backbone_is_refused(tmp_path: Path, pair_folders: tuple[Path, Path]) -> None:
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    save_file({"encoder.weight": zeros(3)}, tmp_path / "other.safetensors")
+    (tmp_path / "val.txt").write_text("photo0\n")
+    done = run(
+        "train",
+        f"--images={pair_folders[0]}",
+        f"--masks={pair_folders[1]}",
+        "--output=run",
+        "--val-split=val.txt",
+        "--backbone-weights=other.safetensors",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "not weights of a ResNet-50" in done.stderr

@@ -56,9 +56,14 @@ def test_splits(tmp_path: Path, pair_folders: tuple[Path, Path]) -> None:
         select(find_pairs(*pair_folders), ["x", "y"])
     with pytest.raises(DataError, match="split nonsense"):
         read_split("nonsense")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(128, 256)))
+    for name, message in (("empty", "the list is empty"), ("binary", "not a readable text file")):
+        with pytest.raises(DataError, match=message):
+            read_split(str(tmp_path / f"{name}.txt"))
 
 
-@pytest.mark.parametrize("kind", ["none", "flip", "crop"])
+@pytest.mark.parametrize("kind", ["none", "flip", "crop", "colour"])
 def test_image_and_mask_move_together(kind: str) -> None:
     config = TrainConfig(image_size_px=48, augmentation=kind)
     mask = torch.zeros(1, 96, 120, dtype=torch.uint8)
@@ -77,7 +82,7 @@ def test_image_and_mask_move_together(kind: str) -> None:
 def test_crops_are_never_enlarged() -> None:
     from semanticblur_core.data.transforms import _crop_box
 
-    config = TrainConfig(image_size_px=64, augmentation="crop", crop_min_side=0.1)
+    config = TrainConfig(image_size_px=64, augmentation="colour", crop_min_side=0.1)
     for seed in range(50):
         top, left, height, width = _crop_box((100, 300), config, np.random.default_rng(seed))
         assert height >= 64
@@ -89,7 +94,7 @@ def test_crops_are_never_enlarged() -> None:
 def test_augmentation_depends_on_its_seed_alone() -> None:
     image = torch.randint(0, 256, (3, 90, 90), dtype=torch.uint8)
     mask = torch.zeros(1, 90, 90, dtype=torch.uint8)
-    config = TrainConfig(image_size_px=48, augmentation="crop")
+    config = TrainConfig(image_size_px=48, augmentation="colour")
     a, b, c = (augment(image, mask, config, np.random.default_rng(s))[0] for s in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)

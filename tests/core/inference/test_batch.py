@@ -39,27 +39,47 @@ def stems(jobs: list[Job]) -> list[str]:
 
 def test_a_folder_gives_its_images_and_equal_stems_keep_their_extension(folder: Path) -> None:
     out = folder.parent / "out"
-    assert stems(find_jobs([str(folder)], out)) == ["a", "b.jpg", "b.png"]
-    deep = find_jobs([str(folder)], out, recursive=True)
+    assert stems(find_jobs([str(folder)], out)[0]) == ["a", "b.jpg", "b.png"]
+    deep, _ = find_jobs([str(folder)], out, recursive=True)
     assert stems(deep) == ["a", "b.jpg", "b.png", "sub/a"]
 
 
 def test_globs_keep_the_folders_below_their_first_wildcard(folder: Path) -> None:
-    jobs = find_jobs([f"{folder}/**/a.png"], folder.parent / "out")
+    jobs, _ = find_jobs([f"{folder}/**/a.png"], folder.parent / "out")
     assert stems(jobs) == ["a", "sub/a"]
 
 
 def test_an_input_named_twice_is_done_once(folder: Path) -> None:
-    jobs = find_jobs([f"{folder}/a.png", f"{folder}/a.*", "sample:cat"], folder.parent / "out")
+    again = f"{folder}/sub/../a.png"
+    inputs = [f"{folder}/a.png", f"{folder}/a.*", again, "sample:cat"]
+    jobs, _ = find_jobs(inputs, folder.parent / "out")
     assert stems(jobs) == ["a", "cat"]
+
+
+def test_a_raw_file_does_not_rename_the_result_of_its_jpeg(folder: Path) -> None:
+    (folder / "a.nef").write_bytes(b"raw")
+    jobs, _ = find_jobs([str(folder)], folder.parent / "out")
+    assert stems(jobs) == ["a.nef", "a", "b.jpg", "b.png"]
 
 
 def test_earlier_results_are_not_taken_as_input(folder: Path, detector: Detector) -> None:
     options = DetectOptions(folder, size=64, overlay=True)
-    first = find_jobs([str(folder)], folder)
+    first, _ = find_jobs([str(folder)], folder)
     assert all(result.error is None for result in detect_files(first, detector, options))
     assert (folder / "a_overlay.png").is_file()
-    assert find_jobs([str(folder)], folder) == first
+    jobs, left_out = find_jobs([str(folder)], folder)
+    assert jobs == first
+    assert f"{folder}/a_overlay.png" in left_out
+    named, left_out = find_jobs([f"{folder}/a_blur.png"], folder)
+    assert stems(named) == ["a_blur"]
+    assert left_out == []
+
+
+def test_a_photograph_called_blur_is_not_taken_for_a_result(folder: Path) -> None:
+    (folder / "b.jpg").rename(folder / "motion_blur.jpg")
+    jobs, left_out = find_jobs([str(folder)], folder)
+    assert "motion_blur" in stems(jobs)
+    assert left_out == []
 
 
 @pytest.mark.parametrize(
@@ -68,23 +88,24 @@ def test_earlier_results_are_not_taken_as_input(folder: Path, detector: Detector
         ("sample:dog", "expected one of sample:cat, sample:coffee, sample:astronaut"),
         ("*.nothing", "no file matches"),
         ("EMPTY", "no images in this folder"),
+        ("", "an input is empty"),
     ],
 )
 def test_inputs_that_name_nothing_are_refused(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "EMPTY").mkdir()
     with pytest.raises(ImageError, match=message):
-        find_jobs([str(tmp_path / name) if name.isupper() else name], tmp_path / "out")
+        find_jobs([str(tmp_path / name) if name == "EMPTY" else name], tmp_path / "out")
 
 
 def test_inputs_that_would_overwrite_each_other_are_refused(folder: Path) -> None:
-    with pytest.raises(ImageError, match="the same a_blur file"):
+    with pytest.raises(ImageError, match=r"same a\.png_blur file"):
         find_jobs([f"{folder}/a.png", f"{folder}/sub/a.png"], folder.parent / "out")
 
 
 def test_formats_agree_and_have_the_size_of_the_image(folder: Path, detector: Detector) -> None:
     out = folder.parent / "out"
     options = DetectOptions(out, size=64, formats=("png", "tif", "npy"), overlay=True)
-    (result,) = detect_files(find_jobs([f"{folder}/a.png"], out), detector, options)
+    (result,) = detect_files(find_jobs([f"{folder}/a.png"], out)[0], detector, options)
     assert result.error is None
     assert sorted(p.name for p in result.outputs) == sorted(p.name for p in out.iterdir())
     blur = np.load(out / "a_blur.npy")
@@ -103,7 +124,7 @@ def test_bad_files_are_reported_and_the_rest_is_done(folder: Path, detector: Det
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:60])
     (folder / "zero.jpg").touch()
     out = folder.parent / "out"
-    results = list(detect_files(find_jobs([str(folder)], out), detector, DetectOptions(out, 64)))
+    results = list(detect_files(find_jobs([str(folder)], out)[0], detector, DetectOptions(out, 64)))
     errors = {Path(r.source).name: r.error for r in results if r.error}
     assert set(errors) == {"broken.png", "zero.jpg"}
     assert all(str(folder) in error and "\n" not in error for error in errors.values())
@@ -113,7 +134,7 @@ def test_bad_files_are_reported_and_the_rest_is_done(folder: Path, detector: Det
 
 def test_results_are_kept_unless_overwriting_is_asked_for(folder: Path, detector: Detector) -> None:
     out = folder.parent / "out"
-    jobs = find_jobs([f"{folder}/a.png"], out)
+    jobs, _ = find_jobs([f"{folder}/a.png"], out)
     list(detect_files(jobs, detector, DetectOptions(out, 64)))
     before = (out / "a_blur.png").stat().st_mtime_ns
     (again,) = detect_files(jobs, detector, DetectOptions(out, 64))
@@ -133,3 +154,23 @@ def test_overlay_tints_what_is_blurred_and_only_that() -> None:
     red, _, blue = drawn[30, 70].astype(int)
     assert red - blue > 80  # orange
     assert (drawn[:, 38:42] == 255).all(axis=2).any()
+
+
+def test_running_out_of_memory_on_one_image_does_not_end_the_batch(
+    folder: Path, detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detect = detector.detect
+
+    def failing(image: np.ndarray, **keywords: object) -> np.ndarray:
+        if image.shape[0] == 41:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nmore")
+        return detect(image, **keywords)
+
+    monkeypatch.setattr(detector, "detect", failing)
+    Image.new("RGB", (50, 41)).save(folder / "c.png")
+    out = folder.parent / "out"
+    results = list(detect_files(find_jobs([str(folder)], out)[0], detector, DetectOptions(out, 64)))
+    (error,) = [r.error for r in results if r.error]
+    assert "c.png: [enforce fail] DefaultCPUAllocator" in error
+    assert "\n" not in error
+    assert len(results) == 4

@@ -10,9 +10,10 @@ import torch
 from semanticblur_core.config import ModelConfig, TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs, find_pairs
 from semanticblur_core.device import DeviceChoice
-from semanticblur_core.errors import TrainingError
+from semanticblur_core.errors import ConfigError, TrainingError
 from semanticblur_core.metrics import Scores
 from semanticblur_core.network import SemanticBlur
+from semanticblur_core.training.checkpoint import load_checkpoint
 from semanticblur_core.training.loop import TrainUpdate, learning_rate, train
 
 CPU = DeviceChoice(torch.device("cpu"), torch.float32, "test")
@@ -40,11 +41,9 @@ class Run:
         self.pairs, self.run_dir, self.config = pairs, run_dir, config
         self.validation = DecodedPairs(pairs.pairs[:1])
         self.best: list[tuple[int, float]] = []
-        self.final: dict[str, torch.Tensor] = {}
 
     def keep(self, model: SemanticBlur, scores: Scores, epoch: int) -> None:
         self.best.append((epoch, scores.mae))
-        self.final = {k: t.clone() for k, t in model.state_dict().items()}
 
     def updates(self, *, resume: bool = False, epochs: int | None = None) -> list[TrainUpdate]:
         generator = train(
@@ -90,13 +89,48 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     first = Run(pairs, tmp_path / "parts")
     first.updates(epochs=1)
     second = Run(pairs, tmp_path / "parts")
-    torch.manual_seed(999)  # resuming must not depend on where the generator stands
     updates = second.updates(resume=True)
     assert updates[0].epoch == 2
-    for key, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, second.model.state_dict()[key]), key
-    with (tmp_path / "parts" / "history.csv").open(newline="") as stream:
-        assert [row["epoch"] for row in csv.DictReader(stream)] == ["1", "2"]
+    ends = [load_checkpoint(tmp_path / name / "last.ckpt") for name in ("whole", "parts")]
+    for kind in ("model", "averaged"):
+        for key, tensor in ends[0][kind].items():
+            assert torch.equal(tensor, ends[1][kind][key]), (kind, key)
+    assert ends[0]["best_mae"] == ends[1]["best_mae"]
+    assert whole.best == first.best + second.best
+    columns = ("epoch", "mean_loss", "val_mae", "val_f_beta", "val_iou")
+    tables = []
+    for name in ("whole", "parts"):
+        with (tmp_path / name / "history.csv").open(newline="") as stream:
+            tables.append([[row[c] for c in columns] for row in csv.DictReader(stream)])
+    assert tables[0] == tables[1]
+    assert [row[0] for row in tables[0]] == ["1", "2"]
+
+
+def test_averaged_weights_differ_from_the_last_ones(pairs: DecodedPairs, tmp_path: Path) -> None:
+    Run(pairs, tmp_path / "run").updates(epochs=1)
+    state = load_checkpoint(tmp_path / "run" / "last.ckpt")
+    key = "decoder.conv2.weight"
+    assert not torch.equal(state["model"][key], state["averaged"][key])
+
+
+def test_frozen_stages_keep_their_weights_and_statistics(
+    pairs: DecodedPairs, tmp_path: Path
+) -> None:
+    config = TrainConfig.from_dict(
+        CONFIG.to_dict() | {"epochs": 1, "frozen_stages": 1, "early_rate_factor": 0.0}
+    )
+    run = Run(pairs, tmp_path / "run", config)
+    before = {k: t.clone() for k, t in run.model.state_dict().items()}
+    run.updates()
+    after = run.model.state_dict()
+    for key, tensor in before.items():
+        if key.startswith("backbone.stages.0."):
+            assert torch.equal(tensor, after[key]), key
+    # A rate of zero keeps the weights of early stages, but not their statistics.
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert "backbone.stages.1.0.conv1.weight" not in changed
+    assert "backbone.stages.1.0.bn1.running_mean" in changed
+    assert "backbone.stages.3.0.conv1.weight" in changed
 
 
 def test_resuming_with_other_settings_is_refused(pairs: DecodedPairs, tmp_path: Path) -> None:
@@ -104,6 +138,10 @@ def test_resuming_with_other_settings_is_refused(pairs: DecodedPairs, tmp_path: 
     other = TrainConfig.from_dict(CONFIG.to_dict() | {"learning_rate": 0.5, "seed": 1})
     with pytest.raises(TrainingError, match=r"other settings \(learning_rate, seed\)"):
         Run(pairs, tmp_path / "run", other).updates(resume=True)
+    fewer = Run(pairs, tmp_path / "run")
+    fewer.validation = DecodedPairs(pairs.pairs[1:2])
+    with pytest.raises(TrainingError, match=r"other settings \(images\)"):
+        fewer.updates(resume=True)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"garbage"])
@@ -122,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pairs: DecodedPairs, tmp_path: 
     run = Run(pairs, tmp_path / "run")
     with torch.no_grad():
         run.model.decoder.conv3.weight.fill_(np.nan)
-    with pytest.raises(TrainingError, match="the loss became nan at step 1; the last good state"):
+    with pytest.raises(TrainingError, match="the loss became nan at step 1; a lower"):
         run.updates()
 
 
@@ -130,6 +168,25 @@ def test_fewer_images_than_a_batch_is_refused(pairs: DecodedPairs, tmp_path: Pat
     config = TrainConfig(epochs=1, batch_size=9, image_size_px=64)
     with pytest.raises(TrainingError, match="8 training images are fewer than one batch of 9"):
         Run(pairs, tmp_path / "run", config).updates()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"seed": -1}, "seed: expected a whole number of at least 0, got -1"),
+        ({"epochs": 0}, "epochs"),
+        ({"batch_size": 2.5}, "batch_size"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected above 0, got nan"),
+        ({"ssim_weight": -0.1}, "ssim_weight"),
+        ({"frozen_stages": 5}, "frozen_stages"),
+        ({"augmentation": "rotate"}, "rotate"),
+        ({"ema_decay": 1}, "ema_decay"),
+        ({"momentum": 1}, "unknown setting momentum"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(setting: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict(setting)
 
 
 def test_learning_rate_follows_the_paper() -> None:
