@@ -8,7 +8,7 @@ from semanticblur_core.errors import ConfigError
 RECIPES: dict[str, TrainConfig] = {
     # Section 4.1.1 of the paper, which names no augmentation.
     "paper": TrainConfig(),
-    # The two stages of the shipped weights, for two CPU cores: fewer pixels first, whose crops show
+    # The stages of the shipped weights, for two CPU cores: fewer pixels first, whose crops show
     # blur at the scale at which the second stage sees it, then the paper's size.
     "first-256": TrainConfig(
         epochs=12,
@@ -27,6 +27,16 @@ RECIPES: dict[str, TrainConfig] = {
         crop_min_side=0.8,
         ema_decay=0.995,
         seed=1,
+    ),
+    # Whole frames: where in the frame things lie says much about what is in focus.
+    "first-320-whole": TrainConfig(
+        epochs=8,
+        image_size_px=320,
+        learning_rate=1.5e-4,
+        warmup_steps=20,
+        augmentation="flip",
+        ema_decay=0.99,
+        seed=2,
     ),
 }
 
