@@ -124,13 +124,13 @@ def dilated(model: SemanticBlur) -> dict[str, int]:
             {"backbone": "resnet34"},
             {f"stages.3.{i}.conv{j}": 2 ** (i + 1) for i in range(3) for j in (1, 2)},
         ),
-        ({"backbone": "vgg16"}, {"stages.3.0": 2, "stages.3.2": 4, "stages.3.4": 8}),
+        ({"backbone": "vgg16"}, {"stages.3.24": 2, "stages.3.26": 4, "stages.3.28": 8}),
         (
             {"backbone": "efficientnet_b4"},
             {
-                "stages.3.0.7.block.1.0": 2,
-                "stages.3.1.0.block.1.0": 4,
-                "stages.3.1.1.block.1.0": 8,
+                "stages.3.6.7.block.1.0": 2,
+                "stages.3.7.0.block.1.0": 4,
+                "stages.3.7.1.block.1.0": 8,
             },
         ),
     ],
