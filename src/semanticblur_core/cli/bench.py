@@ -10,7 +10,7 @@ import click
 from semanticblur_core.cli._options import ListType, device_option, progress_bar
 
 
-@click.group(name="bench", short_help="Measure speed on this machine.")
+@click.group(name="bench")
 def command() -> None:
     """Measure speed on this machine."""
 

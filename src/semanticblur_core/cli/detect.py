@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector
 
 
-@click.command(name="detect", short_help="Find what is out of focus in images.")
+@click.command(name="detect")
 @click.option(
     "--input",
     "inputs",

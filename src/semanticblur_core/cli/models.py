@@ -10,7 +10,7 @@ from semanticblur_core import weights
 from semanticblur_core.metrics import Protocol
 
 
-@click.group(name="models", short_help="List, describe and verify weights.")
+@click.group(name="models")
 def command() -> None:
     """List, describe and verify weights."""
 

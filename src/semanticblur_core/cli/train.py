@@ -19,7 +19,7 @@ LICENCE = (
 )
 
 
-@click.command(name="train", short_help="Train a network on images and masks.")
+@click.command(name="train")
 @click.option(
     "--images",
     required=True,

@@ -96,12 +96,12 @@ def find_jobs(
             raise ImageError(f"{text}: cannot be read: {error.strerror or error}") from error
     if not found:
         raise ImageError(f"{output}: the only images found are results of an earlier run")
-    readable = [p for _, p in found.values() if p.suffix.lower() not in io.RAW_SUFFIXES]
-    stems = Counter(str(relative.with_suffix("")) for relative in readable)
+    # A raw file is refused later; it must not rename the result of the JPEG beside it.
+    stems = Counter(_stem(relative) for _, relative in found.values() if not _is_raw(relative))
     jobs = []
     for source, relative in found.values():
-        stem = str(relative.with_suffix(""))
-        shared = stems[stem] > 1 or relative not in readable
+        stem = _stem(relative)
+        shared = stems[stem] > 1 or _is_raw(relative)
         jobs.append(Job(source, str(relative) if shared else stem))
     names = Counter(job.output_stem for job in jobs)
     clash = next((job for job in jobs if names[job.output_stem] > 1), None)
@@ -214,6 +214,14 @@ def _fixed_part(pattern: Path) -> Path:
             break
         parts.append(part)
     return Path(*parts)
+
+
+def _stem(relative: Path) -> str:
+    return str(relative.with_suffix(""))
+
+
+def _is_raw(path: Path) -> bool:
+    return path.suffix.lower() in io.RAW_SUFFIXES
 
 
 def _is_image_name(path: Path) -> bool:

@@ -114,15 +114,13 @@ class Detector:
         upsampling: Literal["bilinear", "nearest-exact"] = "bilinear",
     ) -> list[NDArray[np.float32]]:
         """Blur maps of several images, as `detect`; one pass unless the size is native."""
-        if size == "native":
-            squashed = [_prepare(image, value_range, None) for image in images]
-            if len({array.shape for array in squashed}) > 1:
-                return [self.detect(image, size=size, value_range=value_range) for image in images]
-        else:
-            if size < MIN_SIZE_PX:
-                raise ConfigError(f"size: expected at least {MIN_SIZE_PX} px or native, got {size}")
-            squashed = [_prepare(image, value_range, size) for image in images]
-        batch = torch.from_numpy(np.stack(squashed)).to(self.device).permute(0, 3, 1, 2)
+        if size == "native" and len({image.shape[:2] for image in images}) > 1:
+            return [self.detect(image, size=size, value_range=value_range) for image in images]
+        if size != "native" and size < MIN_SIZE_PX:
+            raise ConfigError(f"size: expected at least {MIN_SIZE_PX} px or native, got {size}")
+        side = None if size == "native" else size
+        prepared = [_prepare(image, value_range, side) for image in images]
+        batch = torch.from_numpy(np.stack(prepared)).to(self.device).permute(0, 3, 1, 2)
         with torch.inference_mode():
             logits = self._network(normalise(batch).to(self.dtype))
             blur = torch.sigmoid(logits.float())
