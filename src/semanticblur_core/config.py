@@ -96,6 +96,10 @@ class TrainConfig(_Config):
     ----------
     epochs, batch_size
         Length of the run and images per step. An incomplete last batch of an epoch is dropped.
+    synthetic_photographs, synthetic_microscopy
+        How many images of each batch are synthetic defocus, made of sharp photographs and of sharp
+        microscopy (`semanticblur_core.data.defocus`); the rest are pairs. An epoch is one pass over
+        the pairs.
     image_size_px
         Side of the square that images are resized (squashed) to.
     learning_rate
@@ -128,6 +132,8 @@ class TrainConfig(_Config):
 
     epochs: int = 100
     batch_size: int = 6
+    synthetic_photographs: int = 0
+    synthetic_microscopy: int = 0
     image_size_px: int = 320
     learning_rate: float = 1e-4
     poly_power: float = 0.9
@@ -144,10 +150,13 @@ class TrainConfig(_Config):
 
     def __post_init__(self) -> None:
         lowest = {"epochs": 1, "batch_size": 1, "image_size_px": 33, "warmup_steps": 0, "seed": 0}
+        lowest |= {"synthetic_photographs": 0, "synthetic_microscopy": 0}
         for name, low in lowest.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name}: expected a whole number of at least {low}, got {value}")
+        if self.n_pairs_per_batch < 1:
+            raise ConfigError("batch_size: leaves no place for pairs beside the synthetic images")
         for name in ("learning_rate", "gradient_clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected above 0, got {getattr(self, name)}")
@@ -165,3 +174,8 @@ class TrainConfig(_Config):
             raise ConfigError(f"crop_min_side: expected in (0, 1], got {self.crop_min_side}")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: expected in [0, 1), got {self.ema_decay}")
+
+    @property
+    def n_pairs_per_batch(self) -> int:
+        """Images of each batch that are photographs with masks."""
+        return self.batch_size - self.synthetic_photographs - self.synthetic_microscopy

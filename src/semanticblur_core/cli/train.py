@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ LICENCE = (
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for checkpoints, best weights and history.",
 )
-@click.option("--recipe", default="paper", show_default=True, help="paper, first-256 or first-320.")
+@click.option("--recipe", default="paper", show_default=True, help="A name, or a wrong one to list them.")
 @click.option(
     "--set",
     "overrides",
@@ -51,6 +52,23 @@ LICENCE = (
     default="cuhk-val",
     show_default=True,
     help="Names held out for validation: a packaged list or a text file, one name a line.",
+)
+@click.option(
+    "--sharp",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Folder of sharp photographs, for recipes with synthetic defocus; one in eight is held "
+    "out.",
+)
+@click.option(
+    "--sharp-masks",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Folder of masks of an object in some of them, 255 = object.",
+)
+@click.option(
+    "--sharp-microscopy",
+    multiple=True,
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Folder of sharp microscopy images; several times.",
 )
 @click.option(
     "--backbone-weights",
@@ -68,6 +86,9 @@ def command(
     recipe: str,
     overrides: tuple[str, ...],
     val_split: str,
+    sharp: Path | None,
+    sharp_masks: Path | None,
+    sharp_microscopy: tuple[Path, ...],
     backbone_weights: Path | None,
     init: str | None,
     resume: bool,
@@ -103,6 +124,7 @@ def command(
 
     from semanticblur_core import __version__, weights
     from semanticblur_core.data.datasets import DecodedPairs
+    from semanticblur_core.data.defocus import SharpImages
     from semanticblur_core.device import choose_device, keep_freed_memory
     from semanticblur_core.metrics import Scores
     from semanticblur_core.network import SemanticBlur
@@ -128,6 +150,14 @@ def command(
     click.echo(f"scores: {VALIDATION_PROTOCOL.describe()}")
     click.echo(f"{len(training)} images to train on, {len(held_out)} to validate; {chosen.reason}")
 
+    sources: dict[str, SharpImages] = {}
+    if config.synthetic_photographs and sharp:
+        sources["photograph"] = SharpImages(_training_part([sharp]), masks=sharp_masks)
+    if config.synthetic_microscopy and sharp_microscopy:
+        sources["microscopy"] = SharpImages(_training_part(sharp_microscopy), kind="microscopy")
+    for kind, source in sources.items():
+        click.echo(f"synthetic defocus from {len(source)} sharp images ({kind})")
+
     def save_best(network: SemanticBlur, scores: Scores, epoch: int) -> None:
         provenance = {
             "software": f"napari-semanticblur {__version__}, torch {torch.__version__}",
@@ -137,6 +167,7 @@ def command(
             "n_training_images": len(training),
             "data": images.resolve().parent.name,
             "validation_split": val_split,
+            "n_sharp_images": {kind: len(source) for kind, source in sources.items()},
             "device": str(chosen.device),
             "precision": str(chosen.dtype).removeprefix("torch."),
             "start": start,
@@ -154,6 +185,7 @@ def command(
         run_dir=output,
         device=chosen,
         save_best=save_best,
+        sharp=sources,
         start=start,
         resume=resume,
     )
@@ -177,6 +209,14 @@ def command(
 
     if update is None:
         click.echo(f"{output}: all {config.epochs} epochs were done before")
+
+
+def _training_part(folders: Sequence[Path]) -> list[Path]:
+    from semanticblur_core.data.datasets import list_images
+    from semanticblur_core.data.defocus import is_held_out
+
+    found = [path for folder in folders for path in list_images(folder)]
+    return [path for path in found if not is_held_out(path.stem)]
 
 
 def _override(text: str, config: Any) -> tuple[str, Any]:

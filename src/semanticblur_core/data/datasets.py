@@ -43,18 +43,32 @@ def find_pairs(images: Path, masks: Path) -> list[Pair]:
     return [Pair(stem, by_stem[0][stem], by_stem[1][stem]) for stem in sorted(by_stem[0])]
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
+def list_images(folder: Path) -> list[Path]:
+    """Image files right in a folder, sorted by name; hidden files are left out.
+
+    Raises
+    ------
+    DataError
+        If the folder is missing or holds none.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
+    found = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in io.IMAGE_SUFFIXES and not path.name.startswith(".")
+    ]
+    if not found:
+        raise DataError(f"{folder}: no images in it ({', '.join(io.IMAGE_SUFFIXES)})")
+    return found
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in io.IMAGE_SUFFIXES or path.name.startswith("."):
-            continue
+    for path in list_images(folder):
         if path.stem in found:
             raise DataError(f"{path}: {found[path.stem].name} has the same name stem")
         found[path.stem] = path
-    if not found:
-        raise DataError(f"{folder}: no images in it ({', '.join(io.IMAGE_SUFFIXES)})")
     return found
 
 

@@ -8,7 +8,7 @@ import hashlib
 import io as streams
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 from semanticblur_core import io
 from semanticblur_core.config import TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs
+from semanticblur_core.data.defocus import SharpImages, synthesise
 from semanticblur_core.data.transforms import augment, normalise
 from semanticblur_core.device import DeviceChoice
 from semanticblur_core.errors import TrainingError
@@ -66,6 +67,7 @@ def train(
     run_dir: Path,
     device: DeviceChoice,
     save_best: SaveBest,
+    sharp: Mapping[str, SharpImages] | None = None,
     start: dict[str, Any] | None = None,
     resume: bool = False,
 ) -> Generator[TrainUpdate]:
@@ -85,6 +87,9 @@ def train(
         What to compute on; bfloat16 means mixed precision.
     save_best
         Called with the network, its scores and the epoch whenever the validation MAE fell.
+    sharp
+        Sharp images by kind, ``photograph`` and ``microscopy``, for the synthetic images of the
+        recipe.
     start
         What the network was before (JSON values); kept in the checkpoint.
     resume
@@ -94,16 +99,19 @@ def train(
     Raises
     ------
     TrainingError
-        If the loss or the gradient stops being finite, the checkpoint does not fit the settings or
+        If sharp images that the recipe asks for are missing, the loss or the gradient stops being
+        finite, the checkpoint does not fit the settings or
         the data, a file cannot be written, or there are fewer images than one batch.
     """
     from lightning_fabric import Fabric
 
-    steps_per_epoch = len(training) // config.batch_size
+    steps_per_epoch = len(training) // config.n_pairs_per_batch
     if steps_per_epoch == 0:
         raise TrainingError(
-            f"{len(training)} training images are fewer than one batch of {config.batch_size}"
+            f"{len(training)} training images are fewer than the {config.n_pairs_per_batch} of one "
+            "batch"
         )
+    synthetic = _synthetic_sources(config, sharp or {})
     total_steps = steps_per_epoch * config.epochs
     fabric = Fabric(
         accelerator=device.device.type,
@@ -118,7 +126,7 @@ def train(
     identity: dict[str, Any] = {
         "config": config.to_dict(),
         "architecture": model.config.to_dict(),
-        "images": _names_digest(training, validation),
+        "images": _names_digest(training, validation, synthetic),
         "computed on": f"{device.device.type}, {device.dtype}",
     }
     first_epoch, best_mae = 0, math.inf
@@ -135,15 +143,19 @@ def train(
         started = time.perf_counter()
         loss_sum = 0.0
         update: TrainUpdate | None = None
-        for i, (images, targets) in enumerate(_batches(training, config, epoch)):
+        batches = _batches(training, synthetic, config, epoch)
+        for i, (images, targets, labelled) in enumerate(batches):
             step = epoch * steps_per_epoch + i
             rate = learning_rate(step, total_steps, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate_factor"]
             images, targets = images.to(fabric.device), targets.to(fabric.device)
+            labelled = None if labelled is None else labelled.to(fabric.device)
             optimizer.zero_grad()
             logits = wrapped(normalise(images))
-            loss = blur_loss(logits, targets, ssim_weight=config.ssim_weight).total
+            loss = blur_loss(
+                logits, targets, labelled=labelled, ssim_weight=config.ssim_weight
+            ).total
             value = float(loss.detach())
             _require_finite("loss", value, step, run_dir)
             fabric.backward(loss)
@@ -223,25 +235,55 @@ def validate(model: SemanticBlur, pairs: DecodedPairs, device: DeviceChoice) -> 
     return scorer.result()
 
 
+def _synthetic_sources(
+    config: TrainConfig, sharp: Mapping[str, SharpImages]
+) -> list[tuple[SharpImages, int]]:
+    """Sources of synthetic images and how many of each batch come from them."""
+    wanted = {
+        "photograph": config.synthetic_photographs,
+        "microscopy": config.synthetic_microscopy,
+    }
+    for kind, count in wanted.items():
+        if count and kind not in sharp:
+            raise TrainingError(
+                f"the recipe makes {count} of each batch from sharp images ({kind}), and none are "
+                "given"
+            )
+    return [(sharp[kind], count) for kind, count in wanted.items() if count]
+
+
 def _batches(
-    pairs: DecodedPairs, config: TrainConfig, epoch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of one epoch, the next one made while the current one is used.
+    pairs: DecodedPairs,
+    synthetic: Sequence[tuple[SharpImages, int]],
+    config: TrainConfig,
+    epoch: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Images, targets and what of them is labelled, the next batch made while one is used.
 
     Each example draws from a generator of its own, seeded by run, epoch and image, so that the data
-    do not depend on where a run was interrupted.
+    do not depend on where a run was interrupted; so do the synthetic images of each batch.
     """
     order = np.random.default_rng((config.seed, epoch)).permutation(len(pairs))
 
-    def make(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def make(indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
         examples = [
             augment(*pairs[i], config, np.random.default_rng((config.seed, epoch, i)))
             for i in indices
         ]
-        images, targets = zip(*examples, strict=True)
-        return torch.stack(images), torch.stack(targets)
+        images, targets = (torch.stack(tensors) for tensors in zip(*examples, strict=True))
+        if not synthetic:
+            return images, targets, None
+        # The first index names the batch: every image occurs once in an epoch.
+        rng = np.random.default_rng((config.seed, epoch, indices[0], 1))
+        made = [synthesise(s, count, config.image_size_px, rng) for s, count in synthetic]
+        labelled = torch.ones_like(targets, dtype=torch.bool)
+        return (
+            torch.cat([images, *(example.image for example in made)]),
+            torch.cat([targets, *(example.blurred.float() for example in made)]),
+            torch.cat([labelled, *(example.labelled for example in made)]),
+        )
 
-    size = config.batch_size
+    size = config.n_pairs_per_batch
     batches = [order[i : i + size].tolist() for i in range(0, len(order) - size + 1, size)]
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending = pool.submit(make, batches[0])
@@ -261,9 +303,14 @@ def _average(averaged: SemanticBlur, model: SemanticBlur, decay: float, step: in
     torch._foreach_lerp_([ours[k] for k in floating], [theirs[k] for k in floating], 1 - decay)
 
 
-def _names_digest(training: DecodedPairs, validation: DecodedPairs) -> str:
+def _names_digest(
+    training: DecodedPairs,
+    validation: DecodedPairs,
+    synthetic: Sequence[tuple[SharpImages, int]],
+) -> str:
     """sha256 of the names of the images trained on and held out, in order."""
     names = [[pair.name for pair in pairs.pairs] for pairs in (training, validation)]
+    names += [[path.stem for path in source.paths] for source, _ in synthetic]
     return hashlib.sha256(repr(names).encode()).hexdigest()
 
 

@@ -1,0 +1,475 @@
+"""Synthetic defocus: partly blurred images with exact masks, made from sharp ones.
+
+Two layers are blurred by the circle of confusion (CoC) of their depth and composited in linear
+light: a back layer whose radius may vary from place to place, and a front layer (an object mask)
+of one radius, whose edge is mixed with what lies behind it as a lens mixes it. A sharp front layer
+leaves no halo, because the back layer is blurred without the pixels the object hides
+(normalised convolution).
+
+**What counts as blurred.** A pixel is blurred where the radius of its circle of confusion is above
+`BLURRED_RADIUS_PX` (1 pixel, at the size the network sees). Pixels between `DOUBTFUL_RADIUS_PX`,
+and those inside the soft edge of a defocused front layer, are left unlabelled: people disagree
+about them. In microscopy, empty background of a partly defocused image is neither sharp nor blurred
+and unlabelled too.
+"""
+
+from __future__ import annotations
+
+import io as streams
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from semanticblur_core import io
+from semanticblur_core.errors import DataError
+
+BLURRED_RADIUS_PX = 1.0
+DOUBTFUL_RADIUS_PX = (0.6, 1.5)
+MAX_RADIUS_PX = 16.0
+GAMMA = 2.2
+_N_LEVELS = 5
+_CONTENT_CONTRAST = 0.06
+_CONTENT_REACH_PX = 9
+
+Kind = Literal["photograph", "microscopy"]
+
+
+class Example(NamedTuple):
+    """A batch of synthetic images.
+
+    ``image`` is ``(N, 3, S, S)`` float32 in 0..1 as a camera would store it; ``blurred``
+    ``(N, 1, S, S)`` bool; ``labelled`` ``(N, 1, S, S)`` bool, False where the truth is in doubt;
+    ``radius_px`` ``(N, 1, S, S)`` float32, radius of the circle of confusion.
+    """
+
+    image: Tensor
+    blurred: Tensor
+    labelled: Tensor
+    radius_px: Tensor
+
+
+def aperture_kernels(
+    radius_px: Tensor, *, n_blades: Tensor, rotation_rad: Tensor, size_px: int
+) -> Tensor:
+    """Point spread functions of a defocused lens, each of sum 1.
+
+    Parameters
+    ----------
+    radius_px
+        ``(N,)`` radius of the circle of confusion; 0 gives a point. Of a polygon, its
+        circumscribed circle's.
+    n_blades
+        ``(N,)`` int, sides of the aperture; below 3 it is a disc.
+    rotation_rad
+        ``(N,)`` turn of the polygon.
+    size_px
+        Odd side of the kernels.
+
+    Returns
+    -------
+    Tensor
+        ``(N, size_px, size_px)`` float32; edges are antialiased, so that radii of fractions of a
+        pixel differ.
+    """
+    axis = torch.arange(size_px, device=radius_px.device, dtype=torch.float32) - size_px // 2
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    distance = torch.hypot(x, y)
+    angle = torch.atan2(y, x) - rotation_rad[:, None, None]
+    sector = 2 * math.pi / n_blades.clamp(min=3)[:, None, None]
+    to_middle = torch.remainder(angle, sector) - sector / 2
+    polygon = distance * torch.cos(to_middle) / torch.cos(sector / 2)
+    reach = torch.where(n_blades[:, None, None] < 3, distance, polygon)
+    kernels = (radius_px[:, None, None] + 0.5 - reach).clamp(0, 1)
+    # Below half a pixel the neighbours get nothing: let them fade in instead, as r squared.
+    point = (distance == 0).float()
+    small = radius_px[:, None, None] < 0.5
+    kernels = torch.where(small, point, kernels)
+    return kernels / kernels.sum(dim=(1, 2), keepdim=True)
+
+
+def blur_levels(images: Tensor, kernels: Tensor) -> Tensor:
+    """Convolve each image with each of its kernels, edges mirrored.
+
+    Parameters
+    ----------
+    images
+        ``(N, C, H, W)`` float32.
+    kernels
+        ``(N, K, P, P)``, P odd.
+
+    Returns
+    -------
+    Tensor
+        ``(N, K, C, H, W)`` float32.
+    """
+    pad = kernels.shape[-1] // 2
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (pad, pad, pad, pad), mode="reflect")
+    shape = padded.shape[-2:]
+    spectrum = torch.fft.rfft2(padded)
+    transfer = torch.fft.rfft2(kernels, s=shape)
+    blurred = torch.fft.irfft2(spectrum[:, None] * transfer[:, :, None], s=shape)
+    # The kernel's centre lies at (pad, pad), which shifts the result by as much.
+    return blurred[..., 2 * pad : 2 * pad + height, 2 * pad : 2 * pad + width]
+
+
+def defocus(
+    back: Tensor,
+    radius_px: Tensor,
+    *,
+    front: Tensor | None = None,
+    alpha: Tensor | None = None,
+    hidden: Tensor | None = None,
+    front_radius_px: Tensor | None = None,
+    n_blades: Tensor | None = None,
+    rotation_rad: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Blur two layers by their depth and composite them, in linear light.
+
+    Parameters
+    ----------
+    back
+        ``(N, 3, H, W)`` linear intensities.
+    radius_px
+        ``(N, 1, H, W)`` radius of the circle of confusion of the back layer, at most 16.
+    front, alpha
+        ``(N, 3, H, W)`` and ``(N, 1, H, W)`` in 0..1: the layer before it and where it is.
+    hidden
+        ``(N, 1, H, W)`` in 0..1: where ``back`` shows the object rather than what is behind it,
+        and must not leak into the blurred background.
+    front_radius_px
+        ``(N,)`` radius of the front layer.
+    n_blades, rotation_rad
+        Aperture, as in `aperture_kernels`; None is a disc.
+
+    Returns
+    -------
+    tuple of Tensor
+        The image ``(N, 3, H, W)`` and the share of the front layer in each pixel ``(N, 1, H, W)``.
+
+    Notes
+    -----
+    The back layer is interpolated between five blurred versions, evenly spaced in radius between 0
+    and its largest: exact where the radius is 0 or the largest.
+    """
+    n = len(back)
+    device = back.device
+    if n_blades is None:
+        n_blades = torch.zeros(n, dtype=torch.long, device=device)
+    if rotation_rad is None:
+        rotation_rad = torch.zeros(n, device=device)
+    largest = radius_px.amax(dim=(1, 2, 3))
+    steps = torch.arange(1, _N_LEVELS, device=device) / (_N_LEVELS - 1)
+    radii = (largest[:, None] * steps).reshape(-1)
+    reach = float(largest.max())
+    if front_radius_px is not None:
+        reach = max(reach, float(front_radius_px.max()))
+    if reach > MAX_RADIUS_PX:
+        raise ValueError(f"radius_px: at most {MAX_RADIUS_PX}, got {reach:.1f}")
+    size = 2 * math.ceil(reach + 1) + 1
+    kernels = aperture_kernels(
+        radii,
+        n_blades=n_blades.repeat_interleave(len(steps)),
+        rotation_rad=rotation_rad.repeat_interleave(len(steps)),
+        size_px=size,
+    ).view(n, len(steps), size, size)
+    seen = torch.ones_like(back[:, :1]) if hidden is None else 1 - hidden
+    # What is hidden everywhere around still needs some value.
+    seen = seen.clamp(min=1e-3)
+    layers = torch.cat([back * seen, seen], dim=1)
+    blurred = blur_levels(layers, kernels)
+    stack = torch.cat([layers[:, None], blurred], dim=1)
+    stack = stack[:, :, :3] / stack[:, :, 3:].clamp(min=1e-6)
+    place = (radius_px / largest.clamp(min=1e-6)[:, None, None, None]) * (_N_LEVELS - 1)
+    image = torch.zeros_like(back)
+    for level in range(_N_LEVELS):
+        image += stack[:, level] * (1 - (place - level).abs()).clamp(min=0)
+    if front is None or alpha is None or front_radius_px is None:
+        return image, torch.zeros_like(seen)
+    front_kernels = aperture_kernels(
+        front_radius_px, n_blades=n_blades, rotation_rad=rotation_rad, size_px=size
+    )
+    over = blur_levels(torch.cat([front * alpha, alpha], dim=1), front_kernels[:, None])[:, 0]
+    share = over[:, 3:].clamp(0, 1)
+    return image * (1 - share) + over[:, :3], share
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a sharp image is kept out of training, by its name stem: about one in eight."""
+    return zlib.crc32(name.encode()) % 8 == 0
+
+
+class SharpImages:
+    """Sharp images, and masks of an object in some of them, decoded once.
+
+    Parameters
+    ----------
+    images
+        Files of sharp images.
+    masks
+        Folder of object masks (255 or True = object) named as the images; not every image needs
+        one.
+    kind
+        What they are; microscopy is defocused in linear light without gamma and stretched like a
+        16-bit image.
+    """
+
+    def __init__(
+        self, images: Sequence[Path], *, masks: Path | None = None, kind: Kind = "photograph"
+    ) -> None:
+        if not images:
+            raise DataError("no sharp images given")
+        self.kind = kind
+        self.paths = list(images)
+        self._images: list[Tensor] = []
+        self._masks: dict[int, Tensor] = {}
+        by_stem = {p.stem: p for p in masks.iterdir()} if masks is not None else {}
+        for i, path in enumerate(self.paths):
+            rgb = io.read_rgb8(path)
+            self._images.append(torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1))))
+            if path.stem in by_stem:
+                mask = io.read_mask(by_stem[path.stem])
+                if mask.shape != rgb.shape[:2]:
+                    raise DataError(f"{by_stem[path.stem]}: not of the size of {path}")
+                self._masks[i] = torch.from_numpy(mask[None].astype(np.uint8) * 255)
+        self.with_mask = sorted(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def crop(
+        self, index: int, size_px: int, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        """A random part of an image at ``size_px``, and its object mask; float32 in 0..1.
+
+        Never enlarged by more than a quarter, so that a sharp source stays sharp.
+        """
+        image, mask = self._images[index], self._masks.get(index)
+        height, width = image.shape[-2:]
+        box = []
+        scale = rng.uniform(0.65, 1)
+        for full in (height, width):
+            side = min(full, max(round(full * scale), round(size_px * 0.8)))
+            start = int(rng.integers(0, full - side + 1))
+            box.append(slice(start, start + side))
+        flip = rng.random() < 0.5
+        upright = self.kind == "photograph" or rng.random() < 0.5
+
+        def cut(tensor: Tensor) -> Tensor:
+            part = tensor[:, box[0], box[1]]
+            part = part.flip(-1) if flip else part
+            part = part if upright else part.transpose(-1, -2)
+            part = part[None].contiguous(memory_format=torch.channels_last)
+            size = (size_px, size_px)
+            return F.interpolate(part, size, mode="bilinear", antialias=True)[0].float() / 255
+
+        return cut(image), None if mask is None else cut(mask)
+
+
+def synthesise(
+    sources: SharpImages, n: int, size_px: int, rng: np.random.Generator, device: str = "cpu"
+) -> Example:
+    """Draw a batch of images of random defocus.
+
+    Parameters
+    ----------
+    sources
+        Where the sharp images come from.
+    n, size_px
+        Images in the batch and their side in pixels.
+    rng
+        Source of all randomness.
+    device
+        Where to compute; only decoded crops and the JPEG step go through the processor.
+
+    Returns
+    -------
+    Example
+
+    Notes
+    -----
+    Of photographs 14 % are wholly sharp, 12 % wholly blurred, 26 % vary smoothly in depth, and the
+    rest have an object or a random shape before a background at another depth. Radii are
+    log-uniform between 1.5 and 12 pixels.
+    """
+    drawn = [_draw(sources, size_px, rng) for _ in range(n)]
+    back, front, alpha, hidden, radius = (
+        torch.stack([getattr(scene, name) for scene in drawn]).to(device)
+        for name in ("back", "front", "alpha", "hidden", "radius_px")
+    )
+    front_radius = torch.tensor([scene.front_radius_px for scene in drawn], device=device)
+    blades = torch.from_numpy(rng.choice([0, 0, 0, 5, 6, 7, 8], n)).to(device)
+    rotation = torch.from_numpy(rng.uniform(0, math.pi, n)).float().to(device)
+    gamma = GAMMA if sources.kind == "photograph" else 1.0
+    linear_back, linear_front = back**gamma, front**gamma
+    if gamma != 1:
+        # Clipped highlights were brighter than they look; only so do they become bokeh.
+        boost = torch.from_numpy(rng.choice([0.0, 0.0, 1.0, 4.0], n)).float().to(device)
+        boost = boost[:, None, None, None]
+        linear_back, linear_front = (
+            x * (1 + boost * ((x - 0.85) / 0.15).clamp(0, 1)) for x in (linear_back, linear_front)
+        )
+    image, share = defocus(
+        linear_back,
+        radius,
+        front=linear_front,
+        alpha=alpha,
+        hidden=hidden,
+        front_radius_px=front_radius,
+        n_blades=blades,
+        rotation_rad=rotation,
+    )
+    coc = torch.where(share > 0.5, front_radius[:, None, None, None], radius)
+    low, high = DOUBTFUL_RADIUS_PX
+    labelled = (coc <= low) | (coc >= high)
+    soft_edge = (share > 0.1) & (share < 0.9) & (front_radius[:, None, None, None] > low)
+    labelled &= ~soft_edge
+    if sources.kind == "microscopy":
+        whole = (coc == coc.amin(dim=(1, 2, 3), keepdim=True)).all(dim=3).all(dim=2)
+        labelled &= _content(back) | whole[..., None, None]
+    image = _develop(image, gamma, sources.kind, rng)
+    return Example(image, coc > BLURRED_RADIUS_PX, labelled, coc)
+
+
+@dataclass(frozen=True)
+class _Scene:
+    back: Tensor
+    front: Tensor
+    alpha: Tensor
+    hidden: Tensor
+    radius_px: Tensor
+    front_radius_px: float
+
+
+def _draw(sources: SharpImages, size_px: int, rng: np.random.Generator) -> _Scene:
+    """Choose the images, the geometry and the radii of one scene."""
+    shape = (1, size_px, size_px)
+    nothing = torch.zeros(shape)
+
+    def pick() -> tuple[Tensor, Tensor | None]:
+        return sources.crop(int(rng.integers(len(sources))), size_px, rng)
+
+    def uniform_radius() -> float:
+        return float(np.exp(rng.uniform(np.log(1.5), np.log(12))))
+
+    kind = rng.random()
+    back, _ = pick()
+    if kind < 0.14:
+        slight = float(rng.choice([0.0, 0.0, 0.5]))
+        return _Scene(back, back, nothing, nothing, nothing + slight, 0.0)
+    if kind < 0.26:
+        return _Scene(back, back, nothing, nothing, nothing + uniform_radius(), 0.0)
+    if kind < 0.52 or sources.kind == "microscopy":
+        field = _depth_field(size_px, rng)
+        focus = rng.uniform(0, 1)
+        radius = (field - focus).abs() * rng.uniform(6, 20)
+        radius = (radius - rng.uniform(0, 2.5)).clamp(0, 12)
+        return _Scene(back, back, nothing, nothing, radius, 0.0)
+    back_radius = rng.uniform(0, 0.5)
+    front_radius = rng.uniform(0, 0.5)
+    near, far = uniform_radius(), uniform_radius()
+    if rng.random() < 0.6:
+        back_radius = far
+        if rng.random() < 0.15:
+            front_radius = near
+    else:
+        front_radius = near
+    behind = nothing + back_radius
+    if sources.with_mask and rng.random() < 0.7:
+        object_index = sources.with_mask[int(rng.integers(len(sources.with_mask)))]
+        front, alpha = sources.crop(object_index, size_px, rng)
+        assert alpha is not None
+        if rng.random() < 0.65:
+            return _Scene(front, front, alpha, _grown(alpha), behind, front_radius)
+        return _Scene(back, front, alpha, nothing, behind, front_radius)
+    front, _ = pick()
+    field = _depth_field(size_px, rng)
+    level = float(torch.quantile(field.flatten()[::7], rng.uniform(0.25, 0.75)))
+    alpha = ((field - level) * size_px / 2 + 0.5).clamp(0, 1)
+    front = back if rng.random() < 0.4 else front
+    return _Scene(back, front, alpha, nothing, behind, front_radius)
+
+
+def _grown(alpha: Tensor) -> Tensor:
+    """Object mask made larger by two pixels: hand-made masks cut off the object's rim."""
+    return F.max_pool2d(alpha[None], 5, stride=1, padding=2)[0]
+
+
+def _depth_field(size_px: int, rng: np.random.Generator) -> Tensor:
+    """Smooth relative depth ``(1, S, S)`` in 0..1: a tilted plane plus bumps, in random shares."""
+    axis = torch.linspace(-1, 1, size_px)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    angle = rng.uniform(0, 2 * math.pi)
+    plane = (x * math.cos(angle) + y * math.sin(angle))[None]
+    cells = int(rng.integers(3, 8))
+    bumps = torch.from_numpy(rng.standard_normal((1, 1, cells, cells))).float()
+    bumps = F.interpolate(bumps, (size_px, size_px), mode="bicubic", align_corners=True)[0]
+    field = plane + bumps * rng.choice([0.0, 0.3, 1.5])
+    return (field - field.min()) / (field.max() - field.min())
+
+
+def _content(sharp: Tensor) -> Tensor:
+    """Where a sharp image ``(N, 3, H, W)`` holds something, and its neighbourhood."""
+    grey = sharp.mean(dim=1, keepdim=True)
+    low, high = grey.amin(dim=(1, 2, 3), keepdim=True), grey.amax(dim=(1, 2, 3), keepdim=True)
+    grey = (grey - low) / (high - low).clamp(min=1e-3)
+    contrast = F.max_pool2d(grey, 7, 1, 3) + F.max_pool2d(-grey, 7, 1, 3)
+    side = 2 * _CONTENT_REACH_PX + 1
+    found = (contrast > _CONTENT_CONTRAST).float()
+    return F.max_pool2d(found, side, stride=1, padding=_CONTENT_REACH_PX) > 0
+
+
+def _develop(linear: Tensor, gamma: float, kind: Kind, rng: np.random.Generator) -> Tensor:
+    """What a camera makes of the light: exposure, colour, noise, stretch, JPEG."""
+    n = len(linear)
+    device = linear.device
+
+    def draw(low: float, high: float, share: float = 1.0) -> Tensor:
+        values = rng.uniform(low, high, n) * (rng.random(n) < share)
+        return torch.from_numpy(values).float().to(device)[:, None, None, None]
+
+    image = linear.clamp(min=0)
+    seed = int(rng.integers(2**31))
+    generator = torch.Generator(device=device).manual_seed(seed)
+    noise = torch.randn(image.shape, generator=generator, device=device)
+    grey = draw(1, 1, 0.12 if kind == "photograph" else 0.5) > 0
+    image = torch.where(grey, image.mean(dim=1, keepdim=True), image)
+    noise = torch.where(grey, noise[:, :1], noise)
+    if kind == "microscopy":
+        haze = draw(0.0, 0.2, 0.3)
+        image = image * (1 - haze) + haze * image.mean(dim=(2, 3), keepdim=True)
+        shot, read = draw(0.0, 0.05, 0.6), draw(0.0, 0.015, 0.6)
+        image = image + noise * (shot**2 * image + read**2).sqrt()
+        flat = image.flatten(1)[:, ::5]
+        low = torch.quantile(flat, 0.001, dim=1)[:, None, None, None]
+        high = torch.quantile(flat, 0.999, dim=1)[:, None, None, None]
+        stretched = (image - low) / (high - low).clamp(min=0.02)
+        image = torch.where(draw(1, 1, 0.6) > 0, stretched, image * draw(0.6, 1.3))
+        return _jpeg(image.clamp(0, 1), rng, share=0.3)
+    image = (image * draw(0.6, 1.3)).clamp(0, 1) ** (1 / gamma)
+    shot, read = draw(0.0, 0.04, 0.4), draw(0.0, 0.02, 0.4)
+    image = (image + noise * (shot**2 * image + read**2).sqrt()).clamp(0, 1)
+    mean = image.mean(dim=1, keepdim=True)
+    image = (mean + (image - mean) * draw(0.6, 1.3)).clamp(0, 1)
+    return _jpeg(image, rng, share=0.6)
+
+
+def _jpeg(images: Tensor, rng: np.random.Generator, *, share: float) -> Tensor:
+    """Store some of the images as JPEG of quality 40 to 95 and read them back."""
+    result = images.clone()
+    for i in np.flatnonzero(rng.random(len(images)) < share):
+        pixels = (images[i].permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+        stream = streams.BytesIO()
+        Image.fromarray(pixels).save(stream, "JPEG", quality=int(rng.integers(40, 96)))
+        decoded = torch.from_numpy(np.asarray(Image.open(stream)).copy())
+        result[i] = decoded.permute(2, 0, 1).to(images) / 255
+    return result
