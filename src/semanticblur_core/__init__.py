@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from semanticblur_core.config import ModelConfig, TrainConfig
     from semanticblur_core.errors import SemanticBlurError
+    from semanticblur_core.evaluation import evaluate
     from semanticblur_core.inference.detector import Detector
     from semanticblur_core.losses import blur_loss
     from semanticblur_core.metrics import BlurScorer
@@ -32,6 +33,7 @@ __all__ = [
     "SemanticBlurError",
     "TrainConfig",
     "blur_loss",
+    "evaluate",
     "train",
 ]
 
@@ -43,6 +45,7 @@ _HOMES = {
     "SemanticBlurError": "semanticblur_core.errors",
     "TrainConfig": "semanticblur_core.config",
     "blur_loss": "semanticblur_core.losses",
+    "evaluate": "semanticblur_core.evaluation",
     "train": "semanticblur_core.training.loop",
 }
 

@@ -122,6 +122,39 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
     return array > 127
 
 
+def read_map(path: Path) -> NDArray[np.float32]:
+    """Read a blur map of any method: ``(H, W)`` float32 in 0..1.
+
+    Integers are divided by the largest value of their type, floats (TIFF, npy) must be in 0..1.
+
+    Raises
+    ------
+    ImageError
+        If it cannot be read, is not one grey image, or its floats leave 0..1.
+    """
+    if path.suffix.lower() == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ImageError(f"{path}: not a readable npy file: {error}") from error
+    else:
+        array = read_image(path)
+    if array.ndim == 3 and array.shape[2] == 3 and (array == array[..., :1]).all():
+        array = array[..., 0]
+    if array.ndim != 2 or array.size == 0:
+        raise ImageError(f"{path}: expected a grey map, got an array of shape {array.shape}")
+    if array.dtype == np.bool_:
+        return array.astype(np.float32)
+    if np.issubdtype(array.dtype, np.unsignedinteger):
+        return (array / np.float64(np.iinfo(array.dtype).max)).astype(np.float32)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ImageError(f"{path}: expected a map of 8 or 16 bits or of floats, got {array.dtype}")
+    low, high = float(array.min()), float(array.max())
+    if not 0 <= low <= high <= 1:
+        raise ImageError(f"{path}: expected floats in 0..1, got {low:g}..{high:g}")
+    return array.astype(np.float32)
+
+
 def to_unit_range(
     array: NDArray[Any], *, limits: tuple[float, float] | None = None, name: str = "image"
 ) -> NDArray[Any]:

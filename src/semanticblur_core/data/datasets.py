@@ -43,8 +43,10 @@ def find_pairs(images: Path, masks: Path) -> list[Pair]:
     return [Pair(stem, by_stem[0][stem], by_stem[1][stem]) for stem in sorted(by_stem[0])]
 
 
-def list_images(folder: Path) -> list[Path]:
+def list_images(folder: Path, *, also: Sequence[str] = ()) -> list[Path]:
     """Image files right in a folder, sorted by name; hidden files are left out.
+
+    ``also`` names more suffixes to count as images.
 
     Raises
     ------
@@ -56,7 +58,7 @@ def list_images(folder: Path) -> list[Path]:
     found = [
         path
         for path in sorted(folder.iterdir())
-        if path.suffix.lower() in io.IMAGE_SUFFIXES and not path.name.startswith(".")
+        if path.suffix.lower() in (*io.IMAGE_SUFFIXES, *also) and not path.name.startswith(".")
     ]
     if not found:
         raise DataError(f"{folder}: no images in it ({', '.join(io.IMAGE_SUFFIXES)})")
