@@ -215,7 +215,7 @@ class _Measured:
 def match(
     sources: Path, masks: Path, names: Sequence[str] | None = None
 ) -> tuple[list[Pair], list[str]]:
-    """Pair the files of two folders by name stem; also a line for each file without a clear partner.
+    """Pair the files of two folders by name stem; a line for each without a clear partner.
 
     Parameters
     ----------
@@ -360,9 +360,11 @@ def resize_map(
             ((np.arange(new) + 0.5) * old / new).astype(np.intp)
             for old, new in ((blur.shape[0], height), (blur.shape[1], width))
         )
-        return blur[rows[:, None], columns[None]]
+        nearest: NDArray[np.float32] = blur[rows[:, None], columns[None]]
+        return nearest
     resized = Image.fromarray(blur).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(resized, np.float32).clip(0, 1)
+    clipped: NDArray[np.float32] = np.asarray(resized, np.float32).clip(0, 1)
+    return clipped
 
 
 def _size(array: NDArray[Any]) -> str:

@@ -143,16 +143,16 @@ def read_map(path: Path) -> NDArray[np.float32]:
         array = array[..., 0]
     if array.ndim != 2 or array.size == 0:
         raise ImageError(f"{path}: expected a grey map, got an array of shape {array.shape}")
-    if array.dtype == np.bool_:
-        return array.astype(np.float32)
+    largest = 1.0
     if np.issubdtype(array.dtype, np.unsignedinteger):
-        return (array / np.float64(np.iinfo(array.dtype).max)).astype(np.float32)
-    if not np.issubdtype(array.dtype, np.floating):
+        largest = float(np.iinfo(array.dtype).max)
+    elif array.dtype != np.bool_ and not np.issubdtype(array.dtype, np.floating):
         raise ImageError(f"{path}: expected a map of 8 or 16 bits or of floats, got {array.dtype}")
     low, high = float(array.min()), float(array.max())
-    if not 0 <= low <= high <= 1:
+    if not 0 <= low <= high <= largest:
         raise ImageError(f"{path}: expected floats in 0..1, got {low:g}..{high:g}")
-    return array.astype(np.float32)
+    result: NDArray[np.float32] = (array / np.float64(largest)).astype(np.float32)
+    return result
 
 
 def to_unit_range(

@@ -36,8 +36,8 @@ class LevelCounts(NamedTuple):
 
 def level_counts(blur: NDArray[Any], mask: NDArray[np.bool_]) -> LevelCounts:
     """Counts behind every curve, from two histograms."""
-    # The small term keeps k / 255 at level k whatever the rounding of its float.
-    grey = (blur.astype(np.float64) * 255 + 1e-6).astype(np.uint8)
+    # The small term keeps k / 255 and 1 - k / 255 at their level whatever float32 rounded them to.
+    grey = (blur.astype(np.float64) * 255 + 1e-4).astype(np.uint8)
     positive = np.bincount(grey[mask], minlength=N_LEVELS)
     negative = np.bincount(grey[~mask], minlength=N_LEVELS)
     return LevelCounts(

@@ -18,6 +18,7 @@ from semanticblur_core.errors import SemanticBlurError
 
 _COMMANDS = {
     "detect": "Find what is out of focus in images.",
+    "eval": "Score blur maps or a model against masks.",
     "models": "List, describe and verify weights.",
     "train": "Train a network on images and masks.",
     "bench": "Measure speed on this machine.",

@@ -39,7 +39,9 @@ LICENCE = (
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for checkpoints, best weights and history.",
 )
-@click.option("--recipe", default="paper", show_default=True, help="A name, or a wrong one to list them.")
+@click.option(
+    "--recipe", default="paper", show_default=True, help="A name, or a wrong one to list them."
+)
 @click.option(
     "--set",
     "overrides",

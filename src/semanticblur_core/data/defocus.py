@@ -89,10 +89,6 @@ def aperture_kernels(
     polygon = distance * torch.cos(to_middle) / torch.cos(sector / 2)
     reach = torch.where(n_blades[:, None, None] < 3, distance, polygon)
     kernels = (radius_px[:, None, None] + 0.5 - reach).clamp(0, 1)
-    # Below half a pixel the neighbours get nothing: let them fade in instead, as r squared.
-    point = (distance == 0).float()
-    small = radius_px[:, None, None] < 0.5
-    kernels = torch.where(small, point, kernels)
     return kernels / kernels.sum(dim=(1, 2), keepdim=True)
 
 
@@ -119,7 +115,8 @@ def blur_levels(images: Tensor, kernels: Tensor) -> Tensor:
     transfer = torch.fft.rfft2(kernels, s=shape)
     blurred = torch.fft.irfft2(spectrum[:, None] * transfer[:, :, None], s=shape)
     # The kernel's centre lies at (pad, pad), which shifts the result by as much.
-    return blurred[..., 2 * pad : 2 * pad + height, 2 * pad : 2 * pad + width]
+    result: Tensor = blurred[..., 2 * pad : 2 * pad + height, 2 * pad : 2 * pad + width]
+    return result
 
 
 def defocus(
@@ -413,8 +410,9 @@ def _depth_field(size_px: int, rng: np.random.Generator) -> Tensor:
     cells = int(rng.integers(3, 8))
     bumps = torch.from_numpy(rng.standard_normal((1, 1, cells, cells))).float()
     bumps = F.interpolate(bumps, (size_px, size_px), mode="bicubic", align_corners=True)[0]
-    field = plane + bumps * rng.choice([0.0, 0.3, 1.5])
-    return (field - field.min()) / (field.max() - field.min())
+    field: Tensor = plane + bumps * rng.choice([0.0, 0.3, 1.5])
+    field = (field - field.min()) / (field.max() - field.min())
+    return field
 
 
 def _content(sharp: Tensor) -> Tensor:

@@ -1,0 +1,224 @@
+"""``semanticblur-core eval``."""
+
+from __future__ import annotations
+
+import csv
+import io as streams
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from semanticblur_core.cli._options import device_option, precision_option, progress_bar
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from semanticblur_core.data.datasets import Pair
+    from semanticblur_core.evaluation import Evaluation, Predict
+
+_folder = click.Path(path_type=Path, file_okay=False)
+_file = click.Path(path_type=Path, dir_okay=False)
+_polarity = click.Choice(["blur", "sharp"])
+
+
+@click.command(name="eval")
+@click.option("--images", type=_folder, help="Folder of images: the model finds their blur.")
+@click.option("--maps", type=_folder, help="Folder of blur maps of any method, to be scored.")
+@click.option("--masks", required=True, type=_folder, help="Folder of masks, 255 = blurred.")
+@click.option("--split", help="Names to score: cuhk-te1, cuhk-val or a text file, one name a line.")
+@click.option(
+    "--map-polarity", type=_polarity, default="blur", show_default=True, help="White in maps is it."
+)
+@click.option(
+    "--mask-polarity",
+    type=_polarity,
+    default="blur",
+    show_default=True,
+    help="White in masks is it (CUHK: blur; DUT and EBD: sharp).",
+)
+@click.option(
+    "--map-resize",
+    type=click.Choice(["nearest", "bilinear", "error"]),
+    default="nearest",
+    show_default=True,
+    help="Maps of another size than their mask's.",
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(["dbd", "adaptive-1.5", "adaptive-2", "max-image", "max-mean", "max-pr"]),
+    default="dbd",
+    show_default=True,
+    help="Which F-beta counts.",
+)
+@click.option(
+    "--positive",
+    type=_polarity,
+    default="blur",
+    show_default=True,
+    help="The positive class; sharp inverts maps and masks.",
+)
+@click.option("--model", default="default", show_default=True, help="Model, for --images.")
+@click.option("--json", "json_file", type=_file, help="Write everything to this file.")
+@click.option("--csv", "csv_file", type=_file, help="Write a row an image to this file.")
+@click.option("--plots", type=_folder, help="Write the curve and examples to this folder.")
+@click.option(
+    "--compare",
+    type=click.Choice(["table4", "table4:cuhk", "table4:dut", "table4:ctcug", "table4:ebd"]),
+    help="Print the result among published ones (table4 alone: cuhk).",
+)
+@device_option
+@precision_option
+def command(
+    images: Path | None,
+    maps: Path | None,
+    masks: Path,
+    split: str | None,
+    map_polarity: Any,
+    mask_polarity: Any,
+    map_resize: Any,
+    protocol: Any,
+    positive: Any,
+    model: str,
+    json_file: Path | None,
+    csv_file: Path | None,
+    plots: Path | None,
+    compare: str | None,
+    device: str,
+    precision: str,
+) -> None:
+    """Score blur maps, or a model on images, against masks.
+
+    Files are paired by name stem. Every number comes with its protocol. Exit code 2 if anything
+    could not be scored; the rest is scored all the same.
+    """
+    from semanticblur_core import io
+    from semanticblur_core.data.datasets import read_split
+    from semanticblur_core.evaluation import Evaluator, evaluate, match
+
+    if (images is None) == (maps is None):
+        raise click.UsageError("give --images or --maps")
+    sources = images or maps
+    assert sources is not None
+    pairs, problems = match(sources, masks, read_split(split) if split else None)
+    predict, analysis, method = None, "maps as given", str(maps)
+    if images is not None:
+        predict, analysis, method = _predictor(model, device, precision)
+        map_polarity, map_resize = "blur", "error"
+    evaluator = Evaluator(protocol, positive=positive, analysis=analysis)
+    for problem in problems:
+        click.echo(f"semanticblur-core: {problem}", err=True)
+    n_failed = len(problems)
+    updates = evaluate(
+        pairs,
+        evaluator,
+        predict=predict,
+        map_polarity=map_polarity,
+        mask_polarity=mask_polarity,
+        map_resize=map_resize,
+    )
+    with progress_bar() as progress:
+        task = progress.add_task("Scoring", total=len(pairs))
+        for update in updates:
+            progress.update(task, completed=update.n_done)
+            if update.problem:
+                n_failed += 1
+                click.echo(f"semanticblur-core: {update.problem}", err=True)
+            if update.note:
+                click.echo(f"semanticblur-core: {update.note}", err=True)
+    if n_failed == len(problems) + len(pairs):
+        click.echo("semanticblur-core: nothing could be scored", err=True)
+        raise SystemExit(2)
+    result = evaluator.result()
+    _print_table(result, evaluator.describe(), method)
+    if compare:
+        _print_comparison(result, compare.partition(":")[2] or "cuhk", method)
+    report = result.to_dict() | {"method": method, "n_failed": n_failed, "split": split}
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        io.write_text(json_file, json.dumps(report, indent=1) + "\n")
+    if csv_file:
+        csv_file.parent.mkdir(parents=True, exist_ok=True)
+        io.write_text(csv_file, _csv(report["per_image"]))
+    if plots:
+        from semanticblur_core.eval_plots import write_plots
+
+        def show(pair: Pair) -> NDArray[np.float32]:
+            found = predict(pair) if predict else io.read_map(pair.image)
+            return 1 - found if map_polarity == "sharp" else found
+
+        write_plots(
+            plots,
+            result,
+            {pair.name: pair for pair in pairs},
+            show,
+            mask_is_blur=mask_polarity == "blur",
+            with_images=images is not None,
+        )
+        click.echo(f"plots in {plots}")
+    if n_failed:
+        raise SystemExit(2)
+
+
+def _predictor(model: str, device: str, precision: str) -> tuple[Predict, str, str]:
+    """Function from a pair to its map, under the protocol of the field."""
+    from semanticblur_core import io, weights
+    from semanticblur_core.errors import DataError
+    from semanticblur_core.inference.detector import Detector
+    from semanticblur_core.training.loop import VALIDATION_PROTOCOL
+
+    detector = Detector(model, device=device, precision=precision)
+
+    def predict(pair: Pair) -> NDArray[np.float32]:
+        image = io.read_image(pair.image)
+        shape = io.read_mask(pair.mask).shape
+        if image.shape[:2] != shape:
+            raise DataError(
+                f"{pair.image}: image of {image.shape[0]} x {image.shape[1]} px for a mask of "
+                f"{shape[0]} x {shape[1]} px"
+            )
+        return detector.detect(image, upsampling="nearest-exact")
+
+    name = f"model {model} ({weights.resolve(model).name})"
+    return predict, VALIDATION_PROTOCOL.analysis, name
+
+
+def _print_table(result: Evaluation, protocol: str, method: str) -> None:
+    click.echo(f"{method}: {result.n_images} images")
+    click.echo(f"protocol: {protocol}")
+    if result.protocol["resized"]:
+        click.echo(f"{result.protocol['resized']} maps were brought to their mask's size")
+    rows = {"MAE": result.mae, "F-beta": result.f_beta, "IoU": result.iou}
+    rows |= {name.replace("_", " "): value for name, value in result.wider.items()}
+    for name, value in rows.items():
+        click.echo(f"  {name:<28}{value:.4f}")
+
+
+def _print_comparison(result: Evaluation, data_set: str, method: str) -> None:
+    from semanticblur_core.published import rows
+
+    table: list[tuple[float, str]] = []
+
+    def line(name: str, values: tuple[float, float, float], origin: str) -> tuple[float, str]:
+        mae, f_beta, iou = values
+        return mae, f"  {name:<28}{mae:8.3f}{f_beta:8.3f}{iou:8.3f}  {origin}"
+
+    for name, values in rows(data_set):
+        if values is not None:
+            table.append(line(name, values, "quoted"))
+    mine = (result.mae, result.f_beta, result.iou)
+    table.append(line("this result", mine, f"measured here, {result.n_images} images: {method}"))
+    click.echo(f"\n  {data_set.upper() + ', by MAE':<28}{'MAE':>8}{'F-beta':>8}{'IoU':>8}")
+    for _, text in sorted(table):
+        click.echo(text)
+    click.echo("  quoted: from the papers, each under its own protocol")
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    text = streams.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
