@@ -28,7 +28,7 @@ def test_help_names_the_commands_and_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "HEAVY []" in done.stdout
-    for command in ("detect", "models", "train", "bench"):
+    for command in ("detect", "eval", "models", "train", "bench"):
         assert command in done.stdout
 
 
@@ -183,3 +183,44 @@ def test_a_foreign_backbone_is_refused(tmp_path: Path, pair_folders: tuple[Path,
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "not weights of a ResNet-50" in done.stderr
+
+
+def test_eval_of_maps_and_of_a_model(tmp_path: Path, pair_folders: tuple[Path, Path]) -> None:
+    images, masks = pair_folders
+    out = tmp_path / "out"
+    done = run(
+        *("eval", f"--maps={masks}", f"--masks={masks}", "--compare=table4"),
+        *(f"--json={out}/r.json", f"--csv={out}/r.csv", f"--plots={out}/plots"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "protocol: blur positive, map > 0.5, beta^2 0.3" in done.stdout
+    table = [line for line in done.stdout.splitlines() if line.endswith("quoted")]
+    assert len(table) == 12
+    assert "measured here, 8 images" in done.stdout
+    report = json.loads((out / "r.json").read_text())
+    assert (report["mae"], report["f_beta"], report["iou"], report["n_images"]) == (0, 1, 1, 8)
+    assert report["protocol"]["resized"] == 0
+    assert len(report["per_image"]) == 8
+    assert (out / "r.csv").read_text().startswith("name,h,w,mae,tp,fp,fn,tn,precision,recall,")
+    for name in ("pr_curve.png", "examples.png"):
+        with Image.open(out / "plots" / name) as picture:
+            assert picture.size[0] > 200
+
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(sorted(images.iterdir())[0])
+    done = run("eval", f"--images={images}", f"--masks={masks}", "--device=cpu", "--positive=sharp")
+    assert done.returncode == 2
+    assert "image of 9 x 9 px for a mask of 72 x 96 px" in done.stderr
+    assert "7 images" in done.stdout
+    assert "sharp positive" in done.stdout
+    assert "squashed to 320 x 320" in done.stdout
+
+
+def test_eval_refuses_what_it_cannot_do(tmp_path: Path, pair_folders: tuple[Path, Path]) -> None:
+    _, masks = pair_folders
+    neither = run("eval", f"--masks={masks}")
+    assert (neither.returncode, "give --images or --maps" in neither.stderr) == (2, True)
+    (tmp_path / "empty").mkdir()
+    empty = run("eval", f"--maps={tmp_path / 'empty'}", f"--masks={masks}")
+    assert empty.returncode == 2
+    assert "no images in it" in empty.stderr
+    assert empty.stderr.count("\n") == 1

@@ -9,6 +9,7 @@ import torch
 
 from semanticblur_core.config import ModelConfig, TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs, find_pairs
+from semanticblur_core.data.defocus import SharpImages
 from semanticblur_core.device import DeviceChoice
 from semanticblur_core.errors import ConfigError, TrainingError
 from semanticblur_core.metrics import Scores
@@ -41,6 +42,7 @@ class Run:
         self.pairs, self.run_dir, self.config = pairs, run_dir, config
         self.validation = DecodedPairs(pairs.pairs[:1])
         self.best: list[tuple[int, float]] = []
+        self.sharp: dict[str, SharpImages] = {}
 
     def keep(self, model: SemanticBlur, scores: Scores, epoch: int) -> None:
         self.best.append((epoch, scores.mae))
@@ -54,6 +56,7 @@ class Run:
             run_dir=self.run_dir,
             device=CPU,
             save_best=self.keep,
+            sharp=self.sharp,
             resume=resume,
         )
         done = []
@@ -201,3 +204,37 @@ def test_the_paper_recipe_is_the_paper() -> None:
     assert (paper.epochs, paper.batch_size, paper.image_size_px) == (100, 6, 320)
     assert (paper.learning_rate, paper.poly_power, paper.gradient_clip_norm) == (1e-4, 0.9, 0.5)
     assert (paper.ssim_weight, paper.augmentation) == (0.1, "none")
+
+
+MIXED = TrainConfig.from_dict(
+    CONFIG.to_dict() | {"synthetic_photographs": 2, "synthetic_microscopy": 1}
+)
+
+
+def test_a_run_with_synthetic_images_resumes_to_the_same_weights(
+    pairs: DecodedPairs, tmp_path: Path
+) -> None:
+    files = [pair.image for pair in pairs.pairs]
+    sharp = {
+        "photograph": SharpImages(files[:4]),
+        "microscopy": SharpImages(files[4:], kind="microscopy"),
+    }
+    runs = {name: Run(pairs, tmp_path / name, MIXED) for name in ("whole", "parts")}
+    again = Run(pairs, tmp_path / "parts", MIXED)
+    for run in (*runs.values(), again):
+        run.sharp = sharp
+    updates = runs["whole"].updates()
+    assert updates[-1].total_steps == 16  # 8 pairs, one a batch
+    runs["parts"].updates(epochs=1)
+    again.updates(resume=True)
+    ends = [load_checkpoint(tmp_path / name / "last.ckpt")["model"] for name in runs]
+    assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
+
+
+def test_a_recipe_with_synthetic_images_needs_sharp_ones(
+    pairs: DecodedPairs, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match=r"2 of each batch from sharp images \(photograph\)"):
+        Run(pairs, tmp_path / "run", MIXED).updates()
+    with pytest.raises(ConfigError, match="no place for pairs"):
+        TrainConfig(batch_size=2, synthetic_photographs=2)
