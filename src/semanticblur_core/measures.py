@@ -242,7 +242,7 @@ def calibration_counts(blur: NDArray[Any], mask: NDArray[np.bool_]) -> Calibrati
 
 
 def expected_calibration_error(counts: CalibrationCounts) -> float:
-    """Mean over pixels of |mean map - share positive| of their bin.
+    """Mean over pixels of ``|mean map - share positive|`` of their bin.
 
     Guo et al., On calibration of modern neural networks, ICML 2017, arXiv:1706.04599, with the
     probability of the positive class instead of the confidence of the winning one.

@@ -19,6 +19,7 @@ from semanticblur_core.errors import SemanticBlurError
 _COMMANDS = {
     "detect": "Find what is out of focus in images.",
     "eval": "Score blur maps or a model against masks.",
+    "data": "Look through data sets of images and masks.",
     "models": "List, describe and verify weights.",
     "train": "Train a network on images and masks.",
     "bench": "Measure speed on this machine.",

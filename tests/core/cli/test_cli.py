@@ -224,3 +224,16 @@ def test_eval_refuses_what_it_cannot_do(tmp_path: Path, pair_folders: tuple[Path
     assert empty.returncode == 2
     assert "no images in it" in empty.stderr
     assert empty.stderr.count("\n") == 1
+
+
+def test_data_check_says_what_is_there(pair_folders: tuple[Path, Path]) -> None:
+    images, _ = pair_folders
+    done = run("data", "check", str(images.parent), "--json=r.json", cwd=images.parent)
+    assert done.returncode == 0, done.stderr
+    assert "pairs: 8; known set: none" in done.stdout
+    assert "blurred: mean 50.0%" in done.stdout
+    assert json.loads((images.parent / "r.json").read_text())["n_pairs"] == 8
+    sorted(images.iterdir())[0].write_bytes(b"")
+    broken = run("data", "check", str(images.parent))
+    assert broken.returncode == 2
+    assert "the file is empty" in broken.stderr

@@ -1,0 +1,87 @@
+"""``semanticblur-core data``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from semanticblur_core.cli._options import progress_bar
+
+_folder = click.Path(path_type=Path, file_okay=False)
+_N_LISTED = 5
+
+
+@click.group(name="data")
+def command() -> None:
+    """Look through data sets of images and masks."""
+
+
+@command.command(name="check")
+@click.argument("folder", type=_folder)
+@click.option("--images", type=_folder, help="Folder of images, if it is not found by itself.")
+@click.option("--masks", type=_folder, help="Folder of masks.")
+@click.option(
+    "--mask-polarity",
+    type=click.Choice(["blur", "sharp"]),
+    default="blur",
+    show_default=True,
+    help="White in masks is it (CUHK: blur; DUT and EBD: sharp).",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the report to this file.",
+)
+def check(
+    folder: Path,
+    images: Path | None,
+    masks: Path | None,
+    mask_polarity: Any,
+    json_file: Path | None,
+) -> None:
+    """Say what FOLDER holds: counts, sizes, blurred share, duplicates, unreadable files.
+
+    Exit code 2 if anything is wrong with the files.
+    """
+    import statistics
+
+    from semanticblur_core import io
+    from semanticblur_core.data.check import check_data, find_folders
+
+    if (images is None) != (masks is None):
+        raise click.UsageError("give both --images and --masks, or neither")
+    if images is None or masks is None:
+        images, masks = find_folders(folder)
+    report = None
+    with progress_bar() as progress:
+        task = progress.add_task("Checking", total=None)
+        for state in check_data(images, masks, mask_polarity=mask_polarity):
+            n_done, n_total, report = state
+            progress.update(task, completed=n_done, total=n_total)
+    assert report is not None
+    click.echo(f"images: {images}\nmasks: {masks}")
+    known = report.known_set or "none that is known here by its number"
+    click.echo(f"pairs: {report.n_pairs}; known set: {known}")
+    common = ", ".join(f"{size} ({count})" for size, count in report.sizes.most_common(_N_LISTED))
+    click.echo(f"sizes: {common}{', ...' if len(report.sizes) > _N_LISTED else ''}")
+    click.echo(f"polarity in force: white = {mask_polarity}")
+    if report.blurred_fraction:
+        shares = list(report.blurred_fraction.values())
+        click.echo(
+            f"blurred: mean {statistics.mean(shares):.1%}, from {min(shares):.1%} to "
+            f"{max(shares):.1%}; {len(report.one_class)} masks of one class"
+        )
+    click.echo(f"duplicates: {len(report.duplicates)} groups of images that look the same")
+    for group in report.duplicates[:_N_LISTED]:
+        click.echo(f"  {', '.join(group)}")
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        io.write_text(json_file, json.dumps(report.to_dict(), indent=1) + "\n")
+    for problem in report.problems:
+        click.echo(f"semanticblur-core: {problem}", err=True)
+    if report.problems:
+        raise SystemExit(2)
