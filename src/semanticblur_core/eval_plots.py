@@ -24,7 +24,7 @@ def write_plots(
     predict: Callable[[Pair], NDArray[np.float32]],
     *,
     mask_is_blur: bool = True,
-    with_images: bool = True,
+    images: Mapping[str, Path],
 ) -> list[Path]:
     """Write ``pr_curve.png`` and ``examples.png``.
 
@@ -40,8 +40,8 @@ def write_plots(
         Gives the blur map of a pair, 1 = blurred.
     mask_is_blur
         Whether white in masks means blurred.
-    with_images
-        Show each pair's image too; False where the pair holds a map.
+    images
+        Files of the images by name, shown beside; those missing are left out.
 
     Raises
     ------
@@ -65,14 +65,16 @@ def write_plots(
     middle = max(0, (len(by_error) - n) // 2)
     chosen = {"best": by_error[:n], "median": by_error[middle : middle + n], "worst": by_error[-n:]}
     rows = [(kind, score) for kind, scores in chosen.items() for score in scores]
-    titles = ["image", "truth", "map"] if with_images else ["truth", "map"]
+    titles = ["image", "truth", "map"] if images else ["truth", "map"]
     examples = Figure(figsize=(2.6 * len(titles), 1.9 * len(rows)), layout="constrained")
     grid = examples.subplots(len(rows), len(titles), squeeze=False)
     for places, (kind, score) in zip(grid, rows, strict=True):
         pair = pairs[score.name]
         mask = io.read_mask(pair.mask)
-        panels: list[NDArray[Any]] = [io.read_rgb8(pair.image)] if with_images else []
-        panels += [mask if mask_is_blur else ~mask, predict(pair)]
+        panels: list[NDArray[Any]] = [mask if mask_is_blur else ~mask, predict(pair)]
+        if images:
+            shown = images.get(score.name)
+            panels.insert(0, io.read_rgb8(shown) if shown else np.zeros((*mask.shape, 3), np.uint8))
         for place, panel, title in zip(places, panels, titles, strict=True):
             place.imshow(panel, cmap="gray", vmin=0, vmax=1)
             place.set_axis_off()

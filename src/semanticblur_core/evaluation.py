@@ -31,6 +31,7 @@ F_BETA_OF: dict[str, str] = {
     "max-pr": "maximum over 256 thresholds, of mean precision and mean recall",
 }
 _N_THREADS = 2
+_ONE_FAILED = (SemanticBlurError, ValueError, OSError, MemoryError, RuntimeError)
 
 Predict = Callable[[Pair], NDArray[np.float32]]
 
@@ -195,13 +196,18 @@ class Evaluator:
             precision=curves["precision"].tolist(),
             recall=curves["recall"].tolist(),
             images=list(self._scorer.images),
-            wider_per_image=list(self._wider),
+            wider_per_image=[
+                {f"{name}_{self.positive}": value for name, value in row.items()}
+                for row in self._wider
+            ],
         )
 
     def describe(self) -> str:
         """The protocol in one line for people."""
         text = self._scorer.protocol.describe()
-        return text if self.name == "dbd" else f"{text}; F-beta: {F_BETA_OF[self.name]}"
+        if self.name == "dbd":
+            return text
+        return f"{text}; but F: {F_BETA_OF[self.name]} (that of each image stays at 0.5)"
 
 
 @dataclass(frozen=True)
@@ -213,7 +219,7 @@ class _Measured:
 
 
 def match(
-    sources: Path, masks: Path, names: Sequence[str] | None = None
+    sources: Path, masks: Path, names: Sequence[str] | None = None, *, maps: bool = True
 ) -> tuple[list[Pair], list[str]]:
     """Pair the files of two folders by name stem; a line for each without a clear partner.
 
@@ -225,6 +231,8 @@ def match(
         Folder of masks.
     names
         Stems to score; None scores all.
+    maps
+        Whether ``sources`` holds maps, which may be npy files.
 
     Raises
     ------
@@ -232,7 +240,7 @@ def match(
         If a folder is missing or empty, or no pair is left.
     """
     found: list[dict[str, list[Path]]] = []
-    for folder, also in ((sources, (".npy",)), (masks, ())):
+    for folder, also in ((sources, (".npy",) if maps else ()), (masks, ())):
         by_stem: dict[str, list[Path]] = {}
         for path in list_images(folder, also=also):
             by_stem.setdefault(path.stem, []).append(path)
@@ -254,7 +262,9 @@ def match(
         if all(len(paths) == 1 for paths, _ in candidates):
             pairs.append(Pair(stem, mine[stem][0], theirs[stem][0]))
     if not pairs:
-        detail = f"; {problems[0]}" if problems else ""
+        detail = (
+            f"; {len(problems)} files without a partner, first {problems[0]}" if problems else ""
+        )
         raise DataError(f"{sources}, {masks}: no pair of one name{detail}")
     return pairs, problems
 
@@ -309,8 +319,9 @@ def evaluate(
             blur = resize_map(blur, *mask.shape, how=map_resize)
         note = None
         if mask.all() or not mask.any():
-            kind = "blurred" if mask.any() else "sharp, so its F and IoU are 0 whatever the map"
-            note = f"{pair.mask}: the mask is wholly {kind}"
+            kind = "blur" if mask.any() else "sharp"
+            none = "" if kind == evaluator.positive else ", so its F and IoU are 0 whatever the map"
+            note = f"{pair.mask}: the mask is wholly {kind}{none}"
         return evaluator.measure(blur, mask, pair.name), resized, note
 
     n_done = 0
@@ -319,8 +330,9 @@ def evaluate(
             n_done += 1
             try:
                 measured, resized, note = future.result()
-            except (SemanticBlurError, ValueError, OSError) as error:
-                yield EvalUpdate(pair.name, n_done, len(pairs), problem=str(error))
+            except _ONE_FAILED as error:
+                problem = str(error) or f"{pair.image}: {type(error).__name__}"
+                yield EvalUpdate(pair.name, n_done, len(pairs), problem=problem)
                 continue
             evaluator.n_resized += resized
             yield EvalUpdate(
@@ -342,7 +354,7 @@ def _ahead(
         else:
             try:
                 waiting.append((pair, pool.submit(score, pair, predict(pair))))
-            except (SemanticBlurError, ValueError, OSError) as error:
+            except _ONE_FAILED as error:
                 failed: Future[Any] = Future()
                 failed.set_exception(error)
                 waiting.append((pair, failed))
@@ -357,7 +369,7 @@ def resize_map(
     """Bring a map ``(h, w)`` to ``(height, width)``, nearest-exact or antialiased bilinear."""
     if how == "nearest":
         rows, columns = (
-            ((np.arange(new) + 0.5) * old / new).astype(np.intp)
+            _nearest_exact(old, new)
             for old, new in ((blur.shape[0], height), (blur.shape[1], width))
         )
         nearest: NDArray[np.float32] = blur[rows[:, None], columns[None]]
@@ -365,6 +377,13 @@ def resize_map(
     resized = Image.fromarray(blur).resize((width, height), Image.Resampling.BILINEAR)
     clipped: NDArray[np.float32] = np.asarray(resized, np.float32).clip(0, 1)
     return clipped
+
+
+def _nearest_exact(old: int, new: int) -> NDArray[np.intp]:
+    """Source index of each pixel, in torch's own float32 arithmetic."""
+    scale = np.float32(old) / np.float32(new)
+    places = (np.arange(new, dtype=np.float32) + np.float32(0.5)) * scale
+    return np.minimum(places.astype(np.intp), old - 1)
 
 
 def _size(array: NDArray[Any]) -> str:

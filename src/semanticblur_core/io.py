@@ -139,12 +139,19 @@ def read_map(path: Path) -> NDArray[np.float32]:
             raise ImageError(f"{path}: not a readable npy file: {error}") from error
     else:
         array = read_image(path)
+    if not isinstance(array, np.ndarray):
+        raise ImageError(f"{path}: expected one array, got an archive of several")
     if array.ndim == 3 and array.shape[2] == 3 and (array == array[..., :1]).all():
         array = array[..., 0]
     if array.ndim != 2 or array.size == 0:
         raise ImageError(f"{path}: expected a grey map, got an array of shape {array.shape}")
     largest = 1.0
     if np.issubdtype(array.dtype, np.unsignedinteger):
+        if array.max() == 1:
+            raise ImageError(
+                f"{path}: its largest value is 1 of {np.iinfo(array.dtype).max}; a map of 0 and 1 "
+                "must be of floats or 1-bit, or be multiplied"
+            )
         largest = float(np.iinfo(array.dtype).max)
     elif array.dtype != np.bool_ and not np.issubdtype(array.dtype, np.floating):
         raise ImageError(f"{path}: expected a map of 8 or 16 bits or of floats, got {array.dtype}")

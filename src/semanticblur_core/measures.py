@@ -4,7 +4,8 @@ Every function takes ``blur``, ``(H, W)`` float in 0..1, and ``mask``, ``(H, W)`
 the positive class True or towards 1 (blur, unless both were inverted), and returns floats in 0..1.
 Curves go over the 256 grey levels of an 8-bit map: at level t a pixel is positive where
 ``floor(255 b) >= t``. Every measure has a value for masks that are wholly positive or negative,
-given in its docstring. They agree with pysodmetrics, to which the tests compare them.
+given in its docstring. The tests compare S, weighted F, E, the F curve and the adaptive F at twice
+the mean with pysodmetrics.
 """
 
 from __future__ import annotations
@@ -84,6 +85,10 @@ def adaptive_f(
 def structure_measure(blur: NDArray[Any], mask: NDArray[np.bool_], alpha: float = 0.5) -> float:
     """S-measure ``alpha S_object + (1 - alpha) S_region``, at least 0.
 
+    ``S_object`` is the mean over both classes, weighted by their area, of ``2 m / (m^2 + 1 + s)``,
+    m and s the mean and deviation of the map (inverted outside the mask) in the class. ``S_region``
+    is the mean over the four blocks around the mask's centroid, weighted by area, of their SSIM.
+
     Fan et al., Structure-measure, ICCV 2017, doi:10.1109/ICCV.2017.487. For a wholly positive mask
     the mean of the map, for a wholly negative one 1 minus it.
     """
@@ -137,6 +142,10 @@ def _block_ssim(b: Floats, g: Floats) -> float:
 def weighted_f(blur: NDArray[Any], mask: NDArray[np.bool_], beta_squared: float = 1.0) -> float:
     """Weighted F-measure: errors count by their distance from the truth and their neighbours.
 
+    ``(1 + b^2) P R / (b^2 P + R)`` with ``TP = sum(g) - sum(w g)``, ``R = 1 - mean(w over g)``,
+    ``P = TP / (TP + sum(w over not g))``; w is the error, inside the mask no more than its Gaussian
+    mean, outside it times ``2 - 0.5^(d / 5)``, d the distance to the mask.
+
     Margolin, Zelnik-Manor, Tal, How to evaluate foreground maps, CVPR 2014,
     doi:10.1109/CVPR.2014.39 (Gaussian 7 x 7 of sigma 5; beta 1). 0 for a wholly negative mask.
     """
@@ -168,6 +177,9 @@ def weighted_f(blur: NDArray[Any], mask: NDArray[np.bool_], beta_squared: float 
 
 def e_measure_curve(counts: LevelCounts) -> Floats:
     """E-measure (enhanced alignment) at every level, ``(256,)``.
+
+    The sum over pixels of ``(1 + 2 x y / (x^2 + y^2))^2 / 4``, divided by their number less one,
+    where x and y are the binary map and the mask less their means.
 
     Fan et al., Enhanced-alignment measure for binary foreground map evaluation, IJCAI 2018,
     doi:10.24963/ijcai.2018/97. For a wholly positive mask the share of pixels predicted so, for a

@@ -118,7 +118,7 @@ def test_protocols_choose_the_f_that_counts(protocol: str, expected: float) -> N
     result = evaluator.result()
     assert result.f_beta == pytest.approx(expected if protocol != "dbd" else 0.0)
     assert result.protocol["name"] == protocol
-    assert ("F-beta:" in evaluator.describe()) == (protocol != "dbd")
+    assert ("but F:" in evaluator.describe()) == (protocol != "dbd")
 
 
 def test_unknown_protocol_and_empty_result() -> None:

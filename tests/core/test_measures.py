@@ -167,7 +167,7 @@ def test_nearest_resize_is_torchs_nearest_exact() -> None:
     import torch
 
     blur = np.random.default_rng(1).random((32, 31), np.float32)
-    for size in ((45, 64), (17, 100), (32, 31)):
+    for size in ((45, 64), (17, 100), (32, 31), (427, 640), (184, 213)):
         theirs = torch.nn.functional.interpolate(
             torch.from_numpy(blur)[None, None], size=size, mode="nearest-exact"
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from semanticblur_core.cli._options import device_option, precision_option, progress_bar
+from semanticblur_core.cli._options import device_option, progress_bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,9 +29,7 @@ _polarity = click.Choice(["blur", "sharp"])
 @click.option("--maps", type=_folder, help="Folder of blur maps of any method, to be scored.")
 @click.option("--masks", required=True, type=_folder, help="Folder of masks, 255 = blurred.")
 @click.option("--split", help="Names to score: cuhk-te1, cuhk-val or a text file, one name a line.")
-@click.option(
-    "--map-polarity", type=_polarity, default="blur", show_default=True, help="White in maps is it."
-)
+@click.option("--map-polarity", type=_polarity, help="White in maps is it.  [default: blur]")
 @click.option(
     "--mask-polarity",
     type=_polarity,
@@ -42,9 +40,7 @@ _polarity = click.Choice(["blur", "sharp"])
 @click.option(
     "--map-resize",
     type=click.Choice(["nearest", "bilinear", "error"]),
-    default="nearest",
-    show_default=True,
-    help="Maps of another size than their mask's.",
+    help="Maps of another size than their mask's.  [default: nearest]",
 )
 @click.option(
     "--protocol",
@@ -60,7 +56,8 @@ _polarity = click.Choice(["blur", "sharp"])
     show_default=True,
     help="The positive class; sharp inverts maps and masks.",
 )
-@click.option("--model", default="default", show_default=True, help="Model, for --images.")
+@click.option("--model", help="Model, for --images.  [default: default]")
+@click.option("--photos", type=_folder, help="Images of the maps, to show in --plots.")
 @click.option("--json", "json_file", type=_file, help="Write everything to this file.")
 @click.option("--csv", "csv_file", type=_file, help="Write a row an image to this file.")
 @click.option("--plots", type=_folder, help="Write the curve and examples to this folder.")
@@ -70,7 +67,13 @@ _polarity = click.Choice(["blur", "sharp"])
     help="Print the result among published ones (table4 alone: cuhk).",
 )
 @device_option
-@precision_option
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="What the model computes in.",
+)
 def command(
     images: Path | None,
     maps: Path | None,
@@ -81,7 +84,8 @@ def command(
     map_resize: Any,
     protocol: Any,
     positive: Any,
-    model: str,
+    model: str | None,
+    photos: Path | None,
     json_file: Path | None,
     csv_file: Path | None,
     plots: Path | None,
@@ -95,18 +99,26 @@ def command(
     could not be scored; the rest is scored all the same.
     """
     from semanticblur_core import io
-    from semanticblur_core.data.datasets import read_split
-    from semanticblur_core.evaluation import Evaluator, evaluate, match
+    from semanticblur_core.data.datasets import list_images, read_split
+    from semanticblur_core.evaluation import Evaluator, evaluate, match, resize_map
 
     if (images is None) == (maps is None):
         raise click.UsageError("give --images or --maps")
+    if images is not None and (map_polarity or map_resize or photos):
+        raise click.UsageError("--map-polarity, --map-resize and --photos go with --maps")
+    if maps is not None and model:
+        raise click.UsageError("--model goes with --images")
+    map_polarity = map_polarity or "blur"
+    map_resize = map_resize or ("nearest" if maps else "error")
     sources = images or maps
     assert sources is not None
-    pairs, problems = match(sources, masks, read_split(split) if split else None)
-    predict, analysis, method = None, "maps as given", str(maps)
+    names = read_split(split) if split else None
+    pairs, problems = match(sources, masks, names, maps=maps is not None)
+    predict, method = None, str(maps)
+    analysis = f"maps as given, white = {map_polarity}, other sizes: {map_resize}"
     if images is not None:
-        predict, analysis, method = _predictor(model, device, precision)
-        map_polarity, map_resize = "blur", "error"
+        predict, analysis, method = _predictor(model or "default", device, precision)
+    analysis += f"; masks: white = {mask_polarity}"
     evaluator = Evaluator(protocol, positive=positive, analysis=analysis)
     for problem in problems:
         click.echo(f"semanticblur-core: {problem}", err=True)
@@ -147,15 +159,18 @@ def command(
 
         def show(pair: Pair) -> NDArray[np.float32]:
             found = predict(pair) if predict else io.read_map(pair.image)
+            found = resize_map(found, *io.read_mask(pair.mask).shape, how="nearest")
             return 1 - found if map_polarity == "sharp" else found
 
+        shown = images or photos
+        found = {path.stem: path for path in list_images(shown)} if shown else {}
         write_plots(
             plots,
             result,
             {pair.name: pair for pair in pairs},
             show,
             mask_is_blur=mask_polarity == "blur",
-            with_images=images is not None,
+            images=found,
         )
         click.echo(f"plots in {plots}")
     if n_failed:
@@ -182,7 +197,8 @@ def _predictor(model: str, device: str, precision: str) -> tuple[Predict, str, s
         return detector.detect(image, upsampling="nearest-exact")
 
     name = f"model {model} ({weights.resolve(model).name})"
-    return predict, VALIDATION_PROTOCOL.analysis, name
+    dtype = str(detector.dtype).removeprefix("torch.")
+    return predict, f"{VALIDATION_PROTOCOL.analysis}; {dtype} on {detector.device.type}", name
 
 
 def _print_table(result: Evaluation, protocol: str, method: str) -> None:
@@ -209,10 +225,17 @@ def _print_comparison(result: Evaluation, data_set: str, method: str) -> None:
         if values is not None:
             table.append(line(name, values, "quoted"))
     mine = (result.mae, result.f_beta, result.iou)
-    table.append(line("this result", mine, f"measured here, {result.n_images} images: {method}"))
+    origin = f"measured here, {result.n_images} images: {method}"
+    name, positive = result.protocol["name"], result.protocol["positive_class"]
+    if (name, positive) != ("dbd", "blur"):
+        origin += f" (NOT comparable: protocol {name}, {positive} positive)"
+    table.append(line("this result", mine, origin))
+    missing = [name for name, values in rows(data_set) if values is None]
     click.echo(f"\n  {data_set.upper() + ', by MAE':<28}{'MAE':>8}{'F-beta':>8}{'IoU':>8}")
     for _, text in sorted(table):
         click.echo(text)
+    if missing:
+        click.echo(f"  no figures published: {', '.join(missing)}")
     click.echo("  quoted: from the papers, each under its own protocol")
 
 

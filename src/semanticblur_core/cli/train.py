@@ -119,6 +119,14 @@ def command(
         held_out = select(pairs, read_split(val_split))
     except DataError as error:
         raise DataError(f"--val-split={val_split}: {error}; give a list of your own") from error
+    if sharp_masks and not sharp:
+        raise ConfigError("--sharp-masks: goes with --sharp")
+    for flag, given, count in (
+        ("--sharp", sharp, config.synthetic_photographs),
+        ("--sharp-microscopy", sharp_microscopy, config.synthetic_microscopy),
+    ):
+        if given and not count:
+            raise ConfigError(f"{flag}: recipe {recipe} makes no synthetic images of it")
     names = {pair.name for pair in held_out}
     training = [pair for pair in pairs if pair.name not in names]
 
@@ -158,7 +166,14 @@ def command(
     if config.synthetic_microscopy and sharp_microscopy:
         sources["microscopy"] = SharpImages(_training_part(sharp_microscopy), kind="microscopy")
     for kind, source in sources.items():
-        click.echo(f"synthetic defocus from {len(source)} sharp images ({kind})")
+        click.echo(
+            f"synthetic defocus from {len(source)} sharp images ({kind}), "
+            f"{len(source.with_mask)} of them with a mask"
+        )
+        if sharp_masks and kind == "photograph" and not source.with_mask:
+            raise ConfigError(
+                f"--sharp-masks={sharp_masks}: no mask there is named as a photograph"
+            )
 
     def save_best(network: SemanticBlur, scores: Scores, epoch: int) -> None:
         provenance = {

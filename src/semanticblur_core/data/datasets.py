@@ -61,7 +61,7 @@ def list_images(folder: Path, *, also: Sequence[str] = ()) -> list[Path]:
         if path.suffix.lower() in (*io.IMAGE_SUFFIXES, *also) and not path.name.startswith(".")
     ]
     if not found:
-        raise DataError(f"{folder}: no images in it ({', '.join(io.IMAGE_SUFFIXES)})")
+        raise DataError(f"{folder}: no images in it ({', '.join((*io.IMAGE_SUFFIXES, *also))})")
     return found
 
 

@@ -30,13 +30,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from semanticblur_core import io
+from semanticblur_core.data.datasets import list_images
 from semanticblur_core.errors import DataError
 
 BLURRED_RADIUS_PX = 1.0
 DOUBTFUL_RADIUS_PX = (0.6, 1.5)
 MAX_RADIUS_PX = 16.0
 GAMMA = 2.2
-_N_LEVELS = 5
+_LEVELS_PX = (0.6, 1.0, 1.5, 2.2, 3.2, 5.0, 8.0, 12.0, 16.0)
 _CONTENT_CONTRAST = 0.06
 _CONTENT_REACH_PX = 9
 
@@ -155,8 +156,9 @@ def defocus(
 
     Notes
     -----
-    The back layer is interpolated between five blurred versions, evenly spaced in radius between 0
-    and its largest: exact where the radius is 0 or the largest.
+    The back layer is interpolated between versions of radius 0, 0.6, 1, 1.5, 2.2, 3.2, 5, 8, 12 and
+    its largest: dense where a pixel turns blurred, so that little of a sharper version shines
+    through.
     """
     n = len(back)
     device = back.device
@@ -165,16 +167,17 @@ def defocus(
     if rotation_rad is None:
         rotation_rad = torch.zeros(n, device=device)
     largest = radius_px.amax(dim=(1, 2, 3))
-    steps = torch.arange(1, _N_LEVELS, device=device) / (_N_LEVELS - 1)
-    radii = (largest[:, None] * steps).reshape(-1)
     reach = float(largest.max())
+    n_below = sum(level < reach for level in _LEVELS_PX)
+    steps = torch.tensor(_LEVELS_PX[: n_below + 1], device=device)
+    levels = torch.minimum(steps, largest[:, None])
     if front_radius_px is not None:
         reach = max(reach, float(front_radius_px.max()))
     if reach > MAX_RADIUS_PX:
         raise ValueError(f"radius_px: at most {MAX_RADIUS_PX}, got {reach:.1f}")
     size = 2 * math.ceil(reach + 1) + 1
     kernels = aperture_kernels(
-        radii,
+        levels.reshape(-1),
         n_blades=n_blades.repeat_interleave(len(steps)),
         rotation_rad=rotation_rad.repeat_interleave(len(steps)),
         size_px=size,
@@ -186,10 +189,12 @@ def defocus(
     blurred = blur_levels(layers, kernels)
     stack = torch.cat([layers[:, None], blurred], dim=1)
     stack = stack[:, :, :3] / stack[:, :, 3:].clamp(min=1e-6)
-    place = (radius_px / largest.clamp(min=1e-6)[:, None, None, None]) * (_N_LEVELS - 1)
-    image = torch.zeros_like(back)
-    for level in range(_N_LEVELS):
-        image += stack[:, level] * (1 - (place - level).abs()).clamp(min=0)
+    image = stack[:, 0]
+    below = torch.zeros(n, 1, 1, 1, device=device)
+    for k, above in enumerate(levels.t()[:, :, None, None, None], start=1):
+        weight = ((radius_px - below) / (above - below).clamp(min=1e-6)).clamp(0, 1)
+        image = image + weight * (stack[:, k] - image)
+        below = above
     if front is None or alpha is None or front_radius_px is None:
         return image, torch.zeros_like(seen)
     front_kernels = aperture_kernels(
@@ -229,7 +234,7 @@ class SharpImages:
         self.paths = list(images)
         self._images: list[Tensor] = []
         self._masks: dict[int, Tensor] = {}
-        by_stem = {p.stem: p for p in masks.iterdir()} if masks is not None else {}
+        by_stem = {p.stem: p for p in list_images(masks)} if masks is not None else {}
         for i, path in enumerate(self.paths):
             rgb = io.read_rgb8(path)
             self._images.append(torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1))))
@@ -240,6 +245,10 @@ class SharpImages:
                 self._masks[i] = torch.from_numpy(mask[None].astype(np.uint8) * 255)
         self.with_mask = sorted(self._masks)
 
+    def at_least(self, side_px: float) -> list[int]:
+        """Indices of the images no side of which is shorter."""
+        return [i for i, image in enumerate(self._images) if min(image.shape[-2:]) >= side_px]
+
     def __len__(self) -> int:
         return len(self._images)
 
@@ -248,7 +257,8 @@ class SharpImages:
     ) -> tuple[Tensor, Tensor | None]:
         """A random part of an image at ``size_px``, and its object mask; float32 in 0..1.
 
-        Never enlarged by more than a quarter, so that a sharp source stays sharp.
+        Enlarged by no more than a quarter where the image has 0.8 times as many pixels a side, so
+        that it stays sharp.
         """
         image, mask = self._images[index], self._masks.get(index)
         height, width = image.shape[-2:]
@@ -349,11 +359,15 @@ class _Scene:
 
 def _draw(sources: SharpImages, size_px: int, rng: np.random.Generator) -> _Scene:
     """Choose the images, the geometry and the radii of one scene."""
+    large = sources.at_least(0.8 * size_px)
+    if not large:
+        raise DataError(f"no sharp image has sides of at least {0.8 * size_px:.0f} px")
+    with_mask = sorted(set(large) & set(sources.with_mask))
     shape = (1, size_px, size_px)
     nothing = torch.zeros(shape)
 
     def pick() -> tuple[Tensor, Tensor | None]:
-        return sources.crop(int(rng.integers(len(sources))), size_px, rng)
+        return sources.crop(large[int(rng.integers(len(large)))], size_px, rng)
 
     def uniform_radius() -> float:
         return float(np.exp(rng.uniform(np.log(1.5), np.log(12))))
@@ -381,18 +395,21 @@ def _draw(sources: SharpImages, size_px: int, rng: np.random.Generator) -> _Scen
     else:
         front_radius = near
     behind = nothing + back_radius
-    if sources.with_mask and rng.random() < 0.7:
-        object_index = sources.with_mask[int(rng.integers(len(sources.with_mask)))]
+    # A defocused layer before its own sharp photograph would let its sharp self shine through.
+    own_photo = front_radius <= DOUBTFUL_RADIUS_PX[0]
+    if with_mask and rng.random() < 0.7:
+        object_index = with_mask[int(rng.integers(len(with_mask)))]
         front, alpha = sources.crop(object_index, size_px, rng)
         assert alpha is not None
-        if rng.random() < 0.65:
+        if own_photo and rng.random() < 0.65:
             return _Scene(front, front, alpha, _grown(alpha), behind, front_radius)
         return _Scene(back, front, alpha, nothing, behind, front_radius)
     front, _ = pick()
     field = _depth_field(size_px, rng)
     level = float(torch.quantile(field.flatten()[::7], rng.uniform(0.25, 0.75)))
     alpha = ((field - level) * size_px / 2 + 0.5).clamp(0, 1)
-    front = back if rng.random() < 0.4 else front
+    if own_photo and rng.random() < 0.4:
+        return _Scene(back, back, alpha, alpha, behind, front_radius)
     return _Scene(back, front, alpha, nothing, behind, front_radius)
 
 

@@ -310,7 +310,9 @@ def _names_digest(
 ) -> str:
     """sha256 of the names of the images trained on and held out, in order."""
     names = [[pair.name for pair in pairs.pairs] for pairs in (training, validation)]
-    names += [[path.stem for path in source.paths] for source, _ in synthetic]
+    for source, _ in synthetic:
+        stems = [path.stem for path in source.paths]
+        names += [[source.kind, *stems], [stems[i] for i in source.with_mask]]
     return hashlib.sha256(repr(names).encode()).hexdigest()
 
 

@@ -154,3 +154,16 @@ def test_no_images_and_masks_of_another_size_are_refused(sharp_folder: Path) -> 
 
 def test_about_one_in_eight_is_held_out() -> None:
     assert 0.1 < np.mean([is_held_out(f"photo{i}") for i in range(2000)]) < 0.15
+
+
+def test_a_radius_that_varies_blurs_nearly_as_much_as_a_uniform_one(
+    rng: np.random.Generator,
+) -> None:
+    back = torch.from_numpy(rng.random((1, 3, 96, 96), np.float32))
+    for radius in (0.6, 1.2, 1.8, 2.7, 4.0, 9.0):
+        uniform, _ = defocus(back, torch.full((1, 1, 96, 96), radius))
+        varying = torch.full((1, 1, 96, 96), radius)
+        varying[..., 90:, :] = 12.0
+        mixed, _ = defocus(back, varying)
+        ratio = float(mixed[..., 20:70, 20:70].std() / uniform[..., 20:70, 20:70].std())
+        assert ratio == pytest.approx(1, abs=0.2), radius
