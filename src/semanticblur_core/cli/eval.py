@@ -57,6 +57,21 @@ _polarity = click.Choice(["blur", "sharp"])
     help="The positive class; sharp inverts maps and masks.",
 )
 @click.option("--model", help="Model, for --images.  [default: default]")
+@click.option(
+    "--onnx-input",
+    type=click.Choice(["imagenet", "unit", "255"]),
+    default="imagenet",
+    show_default=True,
+    help="Pixels that --model=FILE.onnx takes: ImageNet-normalised, 0..1 or 0..255 RGB.",
+)
+@click.option(
+    "--onnx-output-kind",
+    type=click.Choice(["probability", "logits"]),
+    default="probability",
+    show_default=True,
+    help="What comes out of it.",
+)
+@click.option("--onnx-output", help="Name of the output that is the map, if it has several.")
 @click.option("--photos", type=_folder, help="Images of the maps, to show in --plots.")
 @click.option("--json", "json_file", type=_file, help="Write everything to this file.")
 @click.option("--csv", "csv_file", type=_file, help="Write a row an image to this file.")
@@ -85,6 +100,9 @@ def command(
     protocol: Any,
     positive: Any,
     model: str | None,
+    onnx_input: Any,
+    onnx_output_kind: Any,
+    onnx_output: str | None,
     photos: Path | None,
     json_file: Path | None,
     csv_file: Path | None,
@@ -104,19 +122,39 @@ def command(
 
     if (images is None) == (maps is None):
         raise click.UsageError("give --images or --maps")
-    if images is not None and (map_polarity or map_resize or photos):
+    is_onnx = model is not None and model.lower().endswith(".onnx")
+    if images is not None and (photos or (not is_onnx and (map_polarity or map_resize))):
         raise click.UsageError("--map-polarity, --map-resize and --photos go with --maps")
     if maps is not None and model:
         raise click.UsageError("--model goes with --images")
     map_polarity = map_polarity or "blur"
-    map_resize = map_resize or ("nearest" if maps else "error")
+    map_resize = map_resize or ("nearest" if maps or is_onnx else "error")
     sources = images or maps
     assert sources is not None
     names = read_split(split) if split else None
     pairs, problems = match(sources, masks, names, maps=maps is not None)
-    predict, method = None, str(maps)
+    predict: Predict | None = None
+    method = str(maps)
     analysis = f"maps as given, white = {map_polarity}, other sizes: {map_resize}"
-    if images is not None:
+    if images is not None and model is not None and is_onnx:
+        from semanticblur_core.inference.onnx import OnnxDetector
+
+        network = OnnxDetector(
+            Path(model),
+            input_scale=onnx_input,
+            output_kind=onnx_output_kind,
+            output=onnx_output,
+        )
+
+        def predict_onnx(pair: Pair) -> NDArray[np.float32]:
+            return network.detect(_read_as_large_as_mask(pair))
+
+        predict, method = predict_onnx, model
+        analysis = (
+            f"images squashed to {network.width_px} x {network.height_px}, {onnx_input} input, "
+            f"{onnx_output_kind} out, white = {map_polarity}, other sizes: {map_resize}"
+        )
+    elif images is not None:
         predict, analysis, method = _predictor(model or "default", device, precision)
     analysis += f"; masks: white = {mask_polarity}"
     evaluator = Evaluator(protocol, positive=positive, analysis=analysis)
@@ -179,26 +217,32 @@ def command(
 
 def _predictor(model: str, device: str, precision: str) -> tuple[Predict, str, str]:
     """Function from a pair to its map, under the protocol of the field."""
-    from semanticblur_core import io, weights
-    from semanticblur_core.errors import DataError
+    from semanticblur_core import weights
     from semanticblur_core.inference.detector import Detector
     from semanticblur_core.training.loop import VALIDATION_PROTOCOL
 
     detector = Detector(model, device=device, precision=precision)
 
     def predict(pair: Pair) -> NDArray[np.float32]:
-        image = io.read_image(pair.image)
-        shape = io.read_mask(pair.mask).shape
-        if image.shape[:2] != shape:
-            raise DataError(
-                f"{pair.image}: image of {image.shape[0]} x {image.shape[1]} px for a mask of "
-                f"{shape[0]} x {shape[1]} px"
-            )
-        return detector.detect(image, upsampling="nearest-exact")
+        return detector.detect(_read_as_large_as_mask(pair), upsampling="nearest-exact")
 
     name = f"model {model} ({weights.resolve(model).name})"
     dtype = str(detector.dtype).removeprefix("torch.")
     return predict, f"{VALIDATION_PROTOCOL.analysis}; {dtype} on {detector.device.type}", name
+
+
+def _read_as_large_as_mask(pair: Pair) -> NDArray[Any]:
+    from semanticblur_core import io
+    from semanticblur_core.errors import DataError
+
+    image = io.read_image(pair.image)
+    shape = io.read_mask(pair.mask).shape
+    if image.shape[:2] != shape:
+        raise DataError(
+            f"{pair.image}: image of {image.shape[0]} x {image.shape[1]} px for a mask of "
+            f"{shape[0]} x {shape[1]} px"
+        )
+    return image
 
 
 def _print_table(result: Evaluation, protocol: str, method: str) -> None:
