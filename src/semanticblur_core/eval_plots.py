@@ -66,7 +66,8 @@ def write_plots(
     chosen = {"best": by_error[:n], "median": by_error[middle : middle + n], "worst": by_error[-n:]}
     rows = [(kind, score) for kind, scores in chosen.items() for score in scores]
     titles = ["image", "truth", "map"] if images else ["truth", "map"]
-    examples = Figure(figsize=(2.6 * len(titles), 1.9 * len(rows)), layout="constrained")
+    height = 1.9 * len(rows)
+    examples = Figure((2.6 * len(titles), height), facecolor="#dddddd", layout="constrained")
     grid = examples.subplots(len(rows), len(titles), squeeze=False)
     for places, (kind, score) in zip(grid, rows, strict=True):
         pair = pairs[score.name]

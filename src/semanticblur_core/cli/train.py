@@ -114,11 +114,6 @@ def command(
         raise ConfigError("--init, --backbone-weights and --resume: give one of them")
     if not resume and (output / "last.ckpt").exists():
         raise TrainingError(f"{output}: holds a run already; --resume goes on with it")
-    pairs = find_pairs(images, masks)
-    try:
-        held_out = select(pairs, read_split(val_split))
-    except DataError as error:
-        raise DataError(f"--val-split={val_split}: {error}; give a list of your own") from error
     if sharp_masks and not sharp:
         raise ConfigError("--sharp-masks: goes with --sharp")
     for flag, given, count in (
@@ -126,7 +121,12 @@ def command(
         ("--sharp-microscopy", sharp_microscopy, config.synthetic_microscopy),
     ):
         if given and not count:
-            raise ConfigError(f"{flag}: recipe {recipe} makes no synthetic images of it")
+            raise ConfigError(f"{flag}: recipe {recipe} makes none of it")
+    pairs = find_pairs(images, masks)
+    try:
+        held_out = select(pairs, read_split(val_split))
+    except DataError as error:
+        raise DataError(f"--val-split={val_split}: {error}; give a list of your own") from error
     names = {pair.name for pair in held_out}
     training = [pair for pair in pairs if pair.name not in names]
 

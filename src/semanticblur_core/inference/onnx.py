@@ -108,7 +108,9 @@ class OnnxDetector:
         WeightsError
             If the network fails, or what comes out is no map in 0..1.
         """
-        rgb = squash(io.as_rgb(io.to_unit_range(image)), self.height_px, self.width_px)
+        rgb: NDArray[Any] = squash(
+            io.as_rgb(io.to_unit_range(image)), self.height_px, self.width_px
+        )
         if self.input_scale == "imagenet":
             rgb = (rgb - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
         elif self.input_scale == "255":

@@ -237,3 +237,40 @@ def test_data_check_says_what_is_there(pair_folders: tuple[Path, Path]) -> None:
     broken = run("data", "check", str(images.parent))
     assert broken.returncode == 2
     assert "the file is empty" in broken.stderr
+
+
+def test_eval_flags_that_do_not_go_together_are_refused(pair_folders: tuple[Path, Path]) -> None:
+    images, masks = pair_folders
+    for flags, message in (
+        ((f"--images={images}", "--map-polarity=sharp"), "go with --maps"),
+        ((f"--maps={masks}", "--model=default"), "--model goes with --images"),
+        ((f"--images={images}", "--model=none.onnx"), "none.onnx: no such file"),
+    ):
+        done = run("eval", *flags, f"--masks={masks}")
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+
+
+def test_a_result_under_another_protocol_is_marked_in_the_table(
+    pair_folders: tuple[Path, Path],
+) -> None:
+    _, masks = pair_folders
+    done = run(
+        *("eval", f"--maps={masks}", f"--masks={masks}", "--compare=table4:ebd"),
+        *("--protocol=max-mean", "--positive=sharp"),
+    )
+    assert "NOT comparable: protocol max-mean, sharp positive" in done.stdout
+    assert "no figures published: BTBNet, BTBNet2, DefuNet" in done.stdout
+
+
+def test_train_says_which_flags_the_recipe_cannot_use(
+    tmp_path: Path, pair_folders: tuple[Path, Path]
+) -> None:
+    images, masks = pair_folders
+    common = ("train", f"--images={images}", f"--masks={masks}", f"--output={tmp_path / 'run'}")
+    unused = run(*common, "--recipe=paper", f"--sharp={images}")
+    assert (unused.returncode, "--sharp: recipe paper makes none of it" in unused.stderr) == (
+        2,
+        True,
+    )
+    lonely = run(*common, "--recipe=mixed", f"--sharp-masks={masks}")
+    assert (lonely.returncode, "--sharp-masks: goes with --sharp" in lonely.stderr) == (2, True)

@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pairs: DecodedPairs, tmp_path: 
 
 def test_fewer_images_than_a_batch_is_refused(pairs: DecodedPairs, tmp_path: Path) -> None:
     config = TrainConfig(epochs=1, batch_size=9, image_size_px=64)
-    with pytest.raises(TrainingError, match="8 training images are fewer than one batch of 9"):
+    with pytest.raises(TrainingError, match="8 training images are fewer than the 9 of one batch"):
         Run(pairs, tmp_path / "run", config).updates()
 
 
