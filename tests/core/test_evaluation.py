@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +162,9 @@ def test_maps_of_hifst_give_the_independent_numbers(data_dir: Path) -> None:
             assert getattr(score, column) == pytest.approx(
                 float(rows[score.name][column]), abs=1e-5
             )
+
+
+def test_scoring_maps_loads_no_torch() -> None:
+    code = "import sys, semanticblur_core.evaluation; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

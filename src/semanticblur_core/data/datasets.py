@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from semanticblur_core import io
 from semanticblur_core.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,9 @@ class DecodedPairs:
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
+        # Evaluating maps needs the rest of this module, but not torch's 400 MB.
+        import torch
+
         self.pairs = list(pairs)
         self._tensors: list[tuple[Tensor, Tensor]] = []
         for pair in pairs:
