@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from semanticblur_core import io, measures
-from semanticblur_core.data.datasets import Pair, list_images
+from semanticblur_core.data.datasets import Pair, group_by_stem, list_images
 from semanticblur_core.errors import DataError, SemanticBlurError
 from semanticblur_core.metrics import BETA_SQUARED, BlurScorer, ImageScore, Protocol
 
@@ -239,13 +239,8 @@ def match(
     DataError
         If a folder is missing or empty, or no pair is left.
     """
-    found: list[dict[str, list[Path]]] = []
-    for folder, also in ((sources, (".npy",) if maps else ()), (masks, ())):
-        by_stem: dict[str, list[Path]] = {}
-        for path in list_images(folder, also=also):
-            by_stem.setdefault(path.stem, []).append(path)
-        found.append(by_stem)
-    mine, theirs = found
+    mine = group_by_stem(list_images(sources, also=(".npy",) if maps else ()))
+    theirs = group_by_stem(list_images(masks))
     problems = []
     stems = sorted(set(mine) | set(theirs)) if names is None else list(dict.fromkeys(names))
     pairs = []

@@ -26,6 +26,14 @@ precision_option = click.option(
     help="auto: bfloat16 where the device is faster with it.",
 )
 
+mask_polarity_option = click.option(
+    "--mask-polarity",
+    type=click.Choice(["blur", "sharp"]),
+    default="blur",
+    show_default=True,
+    help="White in masks is it (CUHK: blur; DUT and EBD: sharp).",
+)
+
 
 class SizeType(_ParamType):
     """``native`` or a number of pixels."""

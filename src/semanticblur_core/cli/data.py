@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from semanticblur_core.cli._options import progress_bar
+from semanticblur_core.cli._options import mask_polarity_option, progress_bar
 
 _folder = click.Path(path_type=Path, file_okay=False)
 _N_LISTED = 5
@@ -23,13 +23,7 @@ def command() -> None:
 @click.argument("folder", type=_folder)
 @click.option("--images", type=_folder, help="Folder of images, if it is not found by itself.")
 @click.option("--masks", type=_folder, help="Folder of masks.")
-@click.option(
-    "--mask-polarity",
-    type=click.Choice(["blur", "sharp"]),
-    default="blur",
-    show_default=True,
-    help="White in masks is it (CUHK: blur; DUT and EBD: sharp).",
-)
+@mask_polarity_option
 @click.option(
     "--json",
     "json_file",

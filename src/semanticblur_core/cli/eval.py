@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from semanticblur_core.cli._options import device_option, progress_bar
+from semanticblur_core.cli._options import device_option, mask_polarity_option, progress_bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,13 +30,7 @@ _polarity = click.Choice(["blur", "sharp"])
 @click.option("--masks", required=True, type=_folder, help="Folder of masks, 255 = blurred.")
 @click.option("--split", help="Names to score: cuhk-te1, cuhk-val or a text file, one name a line.")
 @click.option("--map-polarity", type=_polarity, help="White in maps is it.  [default: blur]")
-@click.option(
-    "--mask-polarity",
-    type=_polarity,
-    default="blur",
-    show_default=True,
-    help="White in masks is it (CUHK: blur; DUT and EBD: sharp).",
-)
+@mask_polarity_option
 @click.option(
     "--map-resize",
     type=click.Choice(["nearest", "bilinear", "error"]),

@@ -40,7 +40,10 @@ LICENCE = (
     help="Folder for checkpoints, best weights and history.",
 )
 @click.option(
-    "--recipe", default="paper", show_default=True, help="A name, or a wrong one to list them."
+    "--recipe",
+    default="paper",
+    show_default=True,
+    help="paper, first-256, first-320, first-320-whole or mixed.",
 )
 @click.option(
     "--set",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from semanticblur_core import io
-from semanticblur_core.data.datasets import list_images
+from semanticblur_core.data.datasets import group_by_stem, list_images
 from semanticblur_core.errors import DataError, SemanticBlurError
 
 KNOWN_SETS: dict[int, str] = {
@@ -137,7 +137,7 @@ def check_data(
         Pairs done, pairs in all, and the report so far, complete with the last one.
     """
     report = DataReport(images, masks, mask_polarity)
-    by_stem = [_group(list_images(folder)) for folder in (images, masks)]
+    by_stem = [group_by_stem(list_images(folder)) for folder in (images, masks)]
     for here, there, other in ((0, 1, masks), (1, 0, images)):
         mine, theirs = by_stem[here], by_stem[there]
         for stem, paths in mine.items():
@@ -172,13 +172,6 @@ def check_data(
     report.duplicates = [group for group in looks.values() if len(group) > 1]
     report.known_set = KNOWN_SETS.get(report.n_pairs)
     yield len(stems), len(stems), report
-
-
-def _group(paths: Sequence[Path]) -> dict[str, list[Path]]:
-    grouped: dict[str, list[Path]] = {}
-    for path in paths:
-        grouped.setdefault(path.stem, []).append(path)
-    return grouped
 
 
 def _look(image: NDArray[Any]) -> str:

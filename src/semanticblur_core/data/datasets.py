@@ -67,6 +67,14 @@ def list_images(folder: Path, *, also: Sequence[str] = ()) -> list[Path]:
     return found
 
 
+def group_by_stem(paths: Sequence[Path]) -> dict[str, list[Path]]:
+    """Files of each name stem, in their order."""
+    grouped: dict[str, list[Path]] = {}
+    for path in paths:
+        grouped.setdefault(path.stem, []).append(path)
+    return grouped
+
+
 def _by_stem(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in list_images(folder):

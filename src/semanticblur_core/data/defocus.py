@@ -308,7 +308,11 @@ def synthesise(
     rest have an object or a random shape before a background at another depth. Radii are
     log-uniform between 1.5 and 12 pixels.
     """
-    drawn = [_draw(sources, size_px, rng) for _ in range(n)]
+    large = sources.at_least(0.8 * size_px)
+    if not large:
+        raise DataError(f"no sharp image has sides of at least {0.8 * size_px:.0f} px")
+    with_mask = sorted(set(large) & set(sources.with_mask))
+    drawn = [_draw(sources, large, with_mask, size_px, rng) for _ in range(n)]
     back, front, alpha, hidden, radius = (
         torch.stack([getattr(scene, name) for scene in drawn]).to(device)
         for name in ("back", "front", "alpha", "hidden", "radius_px")
@@ -357,12 +361,14 @@ class _Scene:
     front_radius_px: float
 
 
-def _draw(sources: SharpImages, size_px: int, rng: np.random.Generator) -> _Scene:
-    """Choose the images, the geometry and the radii of one scene."""
-    large = sources.at_least(0.8 * size_px)
-    if not large:
-        raise DataError(f"no sharp image has sides of at least {0.8 * size_px:.0f} px")
-    with_mask = sorted(set(large) & set(sources.with_mask))
+def _draw(
+    sources: SharpImages,
+    large: Sequence[int],
+    with_mask: Sequence[int],
+    size_px: int,
+    rng: np.random.Generator,
+) -> _Scene:
+    """Choose the images (of the given indices), the geometry and the radii of one scene."""
     shape = (1, size_px, size_px)
     nothing = torch.zeros(shape)
 

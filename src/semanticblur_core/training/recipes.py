@@ -8,8 +8,8 @@ from semanticblur_core.errors import ConfigError
 RECIPES: dict[str, TrainConfig] = {
     # Section 4.1.1 of the paper, which names no augmentation.
     "paper": TrainConfig(),
-    # The stages of the shipped weights, for two CPU cores: fewer pixels first, whose crops show
-    # blur at the scale at which the second stage sees it, then the paper's size.
+    # Stages for two CPU cores: fewer pixels first, whose crops show blur at the scale at which the
+    # second stage sees it, then the paper's size. The model card says which the weights used.
     "first-256": TrainConfig(
         epochs=12,
         image_size_px=256,
