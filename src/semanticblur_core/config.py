@@ -110,6 +110,9 @@ class TrainConfig(_Config):
         Rate of the backbone's first three stages, those that ImageNet weights fill, as a multiple.
     frozen_stages
         Stages of the backbone, from the image on, that keep their weights and statistics.
+    frozen_statistics
+        Whether every BatchNorm normalises with the running statistics it started with. Then what
+        else is in a batch does not matter: photographs and microscopy do not blur each other's.
     warmup_steps
         Steps over which the rate first rises linearly from zero.
     gradient_clip_norm
@@ -123,6 +126,10 @@ class TrainConfig(_Config):
         enlarged beyond the photograph's own pixels) or ``colour`` (also gain, gamma, saturation).
     crop_min_side
         Shortest side of a crop as a fraction of the photograph's.
+    cutmix_share
+        Share of the pairs into which a rectangle of the batch's next pair is pasted, mask and all
+        (CutMix, Yun et al., ICCV 2019): what is blurred is a local property, so the label is exact,
+        while what the scene shows no longer tells it.
     ema_decay
         Decay per step of the exponential moving average of the weights that is validated and
         saved; 0 turns it off.
@@ -139,12 +146,14 @@ class TrainConfig(_Config):
     poly_power: float = 0.9
     early_rate_factor: float = 1.0
     frozen_stages: int = 0
+    frozen_statistics: bool = False
     warmup_steps: int = 0
     gradient_clip_norm: float = 0.5
     weight_decay: float = 0.0
     ssim_weight: float = 0.1
     augmentation: Augmentation = "none"
     crop_min_side: float = 0.6
+    cutmix_share: float = 0.0
     ema_decay: float = 0.0
     seed: int = 0
 
@@ -172,6 +181,8 @@ class TrainConfig(_Config):
             )
         if not 0 < self.crop_min_side <= 1:
             raise ConfigError(f"crop_min_side: expected in (0, 1], got {self.crop_min_side}")
+        if not 0 <= self.cutmix_share <= 1:
+            raise ConfigError(f"cutmix_share: expected in [0, 1], got {self.cutmix_share}")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: expected in [0, 1), got {self.ema_decay}")
 

@@ -246,6 +246,10 @@ def _override(text: str, config: Any) -> tuple[str, Any]:
     known = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     if not separator or key not in known:
         raise ConfigError(f"--set={text}: expected KEY=VALUE with KEY one of {', '.join(known)}")
+    if isinstance(known[key], bool):
+        if value.lower() not in ("true", "false"):
+            raise ConfigError(f"--set={text}: expected true or false")
+        return key, value.lower() == "true"
     try:
         return key, type(known[key])(value)
     except ValueError:

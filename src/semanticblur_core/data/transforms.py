@@ -97,6 +97,49 @@ def augment(
     return image, target
 
 
+def cutmix(
+    images: Tensor, targets: Tensor, *, share: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Paste a rectangle of each next image into a share of them, target and all.
+
+    Parameters
+    ----------
+    images, targets
+        ``(N, C, H, W)`` and ``(N, 1, H, W)``.
+    share
+        Probability, 0..1, that an image receives one.
+    rng
+        Source of randomness.
+
+    Returns
+    -------
+    tuple of Tensor
+        Like ``images`` and ``targets``; new tensors.
+
+    References
+    ----------
+    Yun et al., CutMix, ICCV 2019, https://doi.org/10.1109/ICCV.2019.00612. There the label is mixed
+    by area; here it is per pixel and stays exact.
+    """
+    mixed, mixed_targets = images.clone(), targets.clone()
+    height, width = images.shape[-2:]
+    for i in range(len(images)):
+        if rng.random() >= share:
+            continue
+        area, aspect = rng.uniform(0.1, 0.6), np.exp(rng.uniform(-0.7, 0.7))
+        sides = [
+            min(full, max(1, round(full * float(np.sqrt(area * ratio)))))
+            for full, ratio in ((height, aspect), (width, 1 / aspect))
+        ]
+        top = int(rng.integers(0, height - sides[0] + 1))
+        left = int(rng.integers(0, width - sides[1] + 1))
+        box = (..., slice(top, top + sides[0]), slice(left, left + sides[1]))
+        other = (i + 1) % len(images)
+        mixed[i][box] = images[other][box]
+        mixed_targets[i][box] = targets[other][box]
+    return mixed, mixed_targets
+
+
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     channels_last = image[None].contiguous(memory_format=torch.channels_last)
     return F.interpolate(channels_last, size=size, mode="bilinear", antialias=True)[0]

@@ -22,7 +22,7 @@ from semanticblur_core import io
 from semanticblur_core.config import TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs
 from semanticblur_core.data.defocus import SharpImages, synthesise
-from semanticblur_core.data.transforms import augment, normalise
+from semanticblur_core.data.transforms import augment, cutmix, normalise
 from semanticblur_core.device import DeviceChoice
 from semanticblur_core.errors import TrainingError
 from semanticblur_core.inference.detector import Detector
@@ -137,9 +137,7 @@ def train(
         history, start = state["history"], state["start"]
 
     for epoch in range(first_epoch, config.epochs):
-        wrapped.train()
-        for stage in model.backbone.stages[: config.frozen_stages]:
-            stage.eval()
+        _set_training_mode(model, config)
         started = time.perf_counter()
         loss_sum = 0.0
         update: TrainUpdate | None = None
@@ -224,6 +222,17 @@ def _parameter_groups(model: SemanticBlur, config: TrainConfig) -> list[dict[str
     ]
 
 
+def _set_training_mode(model: SemanticBlur, config: TrainConfig) -> None:
+    """Training mode, but for the statistics that stay as they are."""
+    model.train()
+    for stage in model.backbone.stages[: config.frozen_stages]:
+        stage.eval()
+    if config.frozen_statistics:
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+
+
 def validate(model: SemanticBlur, pairs: DecodedPairs, device: DeviceChoice) -> Scores:
     """Scores under the protocol of `semanticblur_core.metrics`, in float32."""
     detector = Detector(model, device=str(device.device), precision="float32")
@@ -271,9 +280,12 @@ def _batches(
             for i in indices
         ]
         images, targets = (torch.stack(tensors) for tensors in zip(*examples, strict=True))
+        # The first index names the batch: every image occurs once in an epoch.
+        if config.cutmix_share:
+            rng = np.random.default_rng((config.seed, epoch, indices[0], 2))
+            images, targets = cutmix(images, targets, share=config.cutmix_share, rng=rng)
         if not synthetic:
             return images, targets, None
-        # The first index names the batch: every image occurs once in an epoch.
         rng = np.random.default_rng((config.seed, epoch, indices[0], 1))
         made = [synthesise(s, count, config.image_size_px, rng) for s, count in synthetic]
         labelled = torch.ones_like(targets, dtype=torch.bool)
