@@ -19,10 +19,13 @@ something about it. A wholly blurred mask needs no exception.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BETA_SQUARED = 0.3
 
@@ -138,32 +141,72 @@ class BlurScorer:
         ValueError
             If shapes differ, the map leaves 0..1 or is not finite, or the mask is not bool.
         """
+        _require_same_shape(tuple(blur.shape), tuple(mask.shape), name)
         if mask.dtype != np.bool_:
             raise ValueError(f"mask {name!r}: expected bool, got {mask.dtype}")
-        if blur.shape != mask.shape or blur.ndim != 2:
-            raise ValueError(
-                f"{name!r}: expected a map of the mask's shape {mask.shape}, got {blur.shape}"
-            )
-        if blur.size == 0:
-            raise ValueError(f"{name!r}: the mask is empty, shape {mask.shape}")
-        low, high = float(blur.min()), float(blur.max())
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"{name!r}: expected a map in 0..1, got {low:g}..{high:g}")
+        _require_unit_range(float(blur.min()), float(blur.max()), name)
         predicted = blur > self.protocol.threshold
-        tp = int(np.count_nonzero(predicted & mask))
-        fp = int(np.count_nonzero(predicted)) - tp
-        fn = int(np.count_nonzero(mask)) - tp
-        height, width = mask.shape
-        score = ImageScore(
-            name=name,
-            h=height,
-            w=width,
+        return self._keep(
+            name,
+            tuple(mask.shape),
+            tp=int(np.count_nonzero(predicted & mask)),
+            n_predicted=int(np.count_nonzero(predicted)),
+            n_blurred=int(np.count_nonzero(mask)),
             mae=float(np.abs(blur.astype(np.float32) - mask).mean(dtype=np.float64)),
-            tp=tp,
-            fp=fp,
-            fn=fn,
-            tn=mask.size - tp - fp - fn,
         )
+
+    def add_tensor(self, blur: Tensor, mask: Tensor, *, name: str = "") -> ImageScore:
+        """Score one blur map where it lies, on a GPU for one; the numbers are those of `add`.
+
+        Parameters
+        ----------
+        blur
+            ``(H, W)`` floating point in 0..1, 1 = out of focus, on any device.
+        mask
+            ``(H, W)`` bool, True = blurred, on the same device.
+        name
+            Kept with the score.
+
+        Raises
+        ------
+        ValueError
+            As `add`.
+        """
+        import torch
+
+        _require_same_shape(tuple(blur.shape), tuple(mask.shape), name)
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask {name!r}: expected bool, got {mask.dtype}")
+        blur = blur.float()
+        low, high = torch.aminmax(blur)
+        _require_unit_range(float(low), float(high), name)
+        predicted = blur > self.protocol.threshold
+        counts = torch.stack([(predicted & mask).sum(), predicted.sum(), mask.sum()]).tolist()
+        # Rows in float32, their sum in float64 on the host: not every device has float64.
+        rows = (blur - mask.float()).abs().mean(dim=1).cpu().double()
+        return self._keep(
+            name,
+            tuple(mask.shape),
+            tp=counts[0],
+            n_predicted=counts[1],
+            n_blurred=counts[2],
+            mae=float(rows.mean()),
+        )
+
+    def _keep(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        tp: int,
+        n_predicted: int,
+        n_blurred: int,
+        mae: float,
+    ) -> ImageScore:
+        height, width = shape
+        fp, fn = n_predicted - tp, n_blurred - tp
+        tn = height * width - tp - fp - fn
+        score = ImageScore(name, height, width, mae, tp, fp, fn, tn)
         self.images.append(score)
         return score
 
@@ -186,6 +229,18 @@ class BlurScorer:
             n_images=len(self.images),
             protocol=self.protocol,
         )
+
+
+def _require_same_shape(blur: tuple[int, ...], mask: tuple[int, ...], name: str) -> None:
+    if blur != mask or len(mask) != 2:
+        raise ValueError(f"{name!r}: expected a map of the mask's shape {mask}, got {blur}")
+    if 0 in mask:
+        raise ValueError(f"{name!r}: the mask is empty, shape {mask}")
+
+
+def _require_unit_range(low: float, high: float, name: str) -> None:
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"{name!r}: expected a map in 0..1, got {low:g}..{high:g}")
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from semanticblur_core.metrics import BlurScorer
@@ -69,3 +73,28 @@ def test_published_maps_of_hifst_give_the_published_numbers(data_dir: Path) -> N
     assert result.mae == pytest.approx(expected["mae_mean_over_images"], abs=1e-5)
     assert result.f_beta == pytest.approx(expected["f_beta_mean_over_images"], abs=1e-5)
     assert result.iou == pytest.approx(expected["iou_pooled"], abs=1e-5)
+
+
+@given(st.data(), st.tuples(st.integers(1, 40), st.integers(1, 40)))
+def test_the_torch_path_gives_the_same_numbers(data: st.DataObject, shape: tuple[int, int]) -> None:
+    blur = data.draw(arrays(np.float32, shape, elements=st.floats(0, 1, width=32)))
+    mask = data.draw(arrays(np.bool_, shape))
+    scorers = BlurScorer(), BlurScorer()
+    ours = scorers[0].add(blur, mask)
+    theirs = scorers[1].add_tensor(torch.from_numpy(blur), torch.from_numpy(mask))
+    assert theirs.mae == pytest.approx(ours.mae, abs=1e-6)
+    assert (theirs.tp, theirs.fp, theirs.fn, theirs.tn) == (ours.tp, ours.fp, ours.fn, ours.tn)
+    assert scorers[1].result().f_beta == scorers[0].result().f_beta
+
+
+@pytest.mark.parametrize(
+    ("blur", "mask", "message"),
+    [
+        (torch.zeros(2, 2), torch.zeros(2, 2), "expected bool"),
+        (torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.bool), "the mask's shape"),
+        (torch.full((2, 2), torch.nan), torch.zeros(2, 2, dtype=torch.bool), "in 0..1"),
+    ],
+)
+def test_wrong_tensors_are_refused(blur: torch.Tensor, mask: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BlurScorer().add_tensor(blur, mask)

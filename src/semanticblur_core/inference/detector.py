@@ -116,6 +116,23 @@ class Detector:
         """Blur maps of several images, as `detect`; one pass unless the size is native."""
         if size == "native" and len({image.shape[:2] for image in images}) > 1:
             return [self.detect(image, size=size, value_range=value_range) for image in images]
+        maps = self.detect_tensors(
+            images, size=size, value_range=value_range, upsampling=upsampling
+        )
+        return [blur.cpu().numpy() for blur in maps]
+
+    def detect_tensors(
+        self,
+        images: list[NDArray[Any]],
+        *,
+        size: int | Literal["native"] = PAPER_SIZE_PX,
+        value_range: tuple[float, float] | None = None,
+        upsampling: Literal["bilinear", "nearest-exact"] = "bilinear",
+    ) -> list[torch.Tensor]:
+        """Blur maps as `detect_batch`, ``(H, W)`` float32, left on the device.
+
+        At native size all images have to be of one size.
+        """
         if size != "native" and size < MIN_SIZE_PX:
             raise ConfigError(f"size: expected at least {MIN_SIZE_PX} px or native, got {size}")
         side = None if size == "native" else size
@@ -130,12 +147,11 @@ class Detector:
             ]
 
 
-def _upsample(blur: torch.Tensor, shape: tuple[int, ...], mode: str) -> NDArray[np.float32]:
+def _upsample(blur: torch.Tensor, shape: tuple[int, ...], mode: str) -> torch.Tensor:
     if blur.shape[-2:] != shape:
         keywords = {"align_corners": False} if mode == "bilinear" else {}
         blur = F.interpolate(blur, size=shape, mode=mode, **keywords)
-    array: NDArray[np.float32] = blur[0, 0].cpu().numpy()
-    return array
+    return blur[0, 0]
 
 
 def _prepare(

@@ -239,8 +239,9 @@ def validate(model: SemanticBlur, pairs: DecodedPairs, device: DeviceChoice) -> 
     scorer = BlurScorer(VALIDATION_PROTOCOL)
     for index, pair in enumerate(pairs.pairs):
         image, mask = pairs[index]
-        blur = detector.detect(image.permute(1, 2, 0).numpy(), upsampling="nearest-exact")
-        scorer.add(blur, mask[0].numpy() > 127, name=pair.name)
+        rgb = image.permute(1, 2, 0).numpy()
+        [blur] = detector.detect_tensors([rgb], upsampling="nearest-exact")
+        scorer.add_tensor(blur, mask[0].to(blur.device) > 127, name=pair.name)
     return scorer.result()
 
 
