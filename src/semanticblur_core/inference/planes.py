@@ -1,0 +1,222 @@
+"""Arrays of any number of axes, walked plane by plane."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semanticblur_core import io
+from semanticblur_core.errors import ImageError
+
+Channels = int | Literal["each", "mean"]
+
+# What an estimate of the intensity range reads at most.
+RANGE_PLANES = 16
+RANGE_SAMPLES_PER_PLANE = 250_000
+
+
+@dataclass(frozen=True)
+class Planes:
+    """An array seen as a sequence of grey or RGB planes.
+
+    Parameters
+    ----------
+    array
+        Anything with ``shape``, ``dtype`` and slicing: numpy, dask, zarr, a memory map. Nothing is
+        read until a plane is asked for, and then only that plane.
+    axes
+        One capital letter an axis. ``Y`` and ``X`` once each; ``S`` are the samples of RGB (3 or 4
+        of them, the fourth is dropped), ``C`` are channels; any other letter is walked.
+    channels
+        What happens along ``C``: ``"each"`` walks it like any other axis, a number picks one
+        channel, ``"mean"`` takes the mean of the channels, each brought to 0..1 before.
+
+    Raises
+    ------
+    ImageError
+        If axes and array do not fit.
+
+    Examples
+    --------
+    >>> planes = Planes(np.zeros((5, 2, 64, 64), np.uint16), "ZCYX", channels=1)
+    >>> planes.walked_axes, planes.lengths, len(planes)
+    ('Z', (5,), 5)
+    """
+
+    array: Any
+    axes: str
+    channels: Channels = "each"
+
+    def __post_init__(self) -> None:
+        shape, axes = tuple(self.array.shape), self.axes
+        if len(axes) != len(shape) or len(set(axes)) != len(axes):
+            raise ImageError(f"axes {axes!r}: expected {len(shape)} different letters for {shape}")
+        if not {"Y", "X"} <= set(axes):
+            raise ImageError(f"axes {axes!r}: expected Y and X among them")
+        if 0 in shape:
+            raise ImageError(f"the image has no pixels, shape {shape}")
+        if "S" in axes and shape[axes.index("S")] not in (3, 4):
+            raise ImageError(f"axes {axes!r}: expected 3 or 4 samples along S, shape {shape}")
+        if self.channels != "each":
+            if "C" not in axes:
+                raise ImageError(f"channels={self.channels}: axes {axes!r} name no channels (C)")
+            count = shape[axes.index("C")]
+            if self.channels != "mean" and not 0 <= self.channels < count:
+                raise ImageError(f"channels={self.channels}: expected 0 to {count - 1}")
+        if self.channels == "mean" and "S" in axes:
+            raise ImageError(f"axes {axes!r}: RGB has no channels to take the mean of")
+
+    @property
+    def walked_axes(self) -> str:
+        """Axes that a plane has an index along, in the array's order."""
+        inside = "YXS" if self.channels == "each" else "YXSC"
+        return "".join(axis for axis in self.axes if axis not in inside)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Lengths of the walked axes."""
+        return tuple(self.array.shape[self.axes.index(axis)] for axis in self.walked_axes)
+
+    @property
+    def plane_shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        shape = self.array.shape
+        return shape[self.axes.index("Y")], shape[self.axes.index("X")]
+
+    def __len__(self) -> int:
+        return math.prod(self.lengths)
+
+    def indices(self) -> Iterator[tuple[int, ...]]:
+        """Every index along the walked axes, the last axis fastest."""
+        return itertools.product(*(range(length) for length in self.lengths))
+
+    def view(self, index: Sequence[int]) -> PlaneView:
+        """One plane, not read yet."""
+        if len(index) != len(self.lengths) or any(
+            not 0 <= i < length for i, length in zip(index, self.lengths, strict=True)
+        ):
+            raise ImageError(
+                f"plane {tuple(index)}: expected an index within {self.lengths} along "
+                f"{self.walked_axes or 'no axis'}"
+            )
+        return PlaneView(self, tuple(index))
+
+    def as_limits(
+        self, value_range: tuple[float, float] | Sequence[tuple[float, float]]
+    ) -> list[tuple[float, float]]:
+        """A range, or one a channel, in the form that `PlaneView.read_unit` takes.
+
+        Raises
+        ------
+        ImageError
+            If there are more or fewer than channels.
+        """
+        pairs: Any = value_range
+        n_channels = self.array.shape[self.axes.index("C")] if self.channels == "mean" else 1
+        if not isinstance(pairs[0], Sequence):
+            return [(float(pairs[0]), float(pairs[1]))] * n_channels
+        if len(pairs) != n_channels:
+            raise ImageError(f"expected {n_channels} intensity ranges, got {len(pairs)}")
+        return [(float(low), float(high)) for low, high in pairs]
+
+    def estimate_range(
+        self, indices: Sequence[Sequence[int]] | None = None
+    ) -> list[tuple[float, float]] | None:
+        """0.1 and 99.9 percentiles of the intensities, from some pixels of some planes.
+
+        Parameters
+        ----------
+        indices
+            Planes to read; by default at most 16 spread over the whole array.
+
+        Returns
+        -------
+        list of (low, high), or None
+            One pair, or one a channel where their mean is taken; None for 8-bit and bool, which
+            have a range of their own.
+        """
+        if self.array.dtype in (np.uint8, np.bool_):
+            return None
+        if indices is None:
+            everything = list(self.indices()) if len(self) <= 1_000_000 else None
+            spread = np.unique(np.linspace(0, len(self) - 1, RANGE_PLANES).round().astype(int))
+            indices = [
+                everything[i] if everything else tuple(np.unravel_index(int(i), self.lengths))
+                for i in spread
+            ]
+        height, width = self.plane_shape
+        step = max(1, math.ceil(math.sqrt(height * width / RANGE_SAMPLES_PER_PLANE)))
+        samples = [
+            self.view(index).read(slice(None, None, step), slice(None, None, step))
+            for index in indices
+        ]
+        if self.channels == "mean":
+            stacked = np.stack(samples, axis=-1)
+            return [_percentiles(channel) for channel in stacked]
+        return [_percentiles(np.stack(samples))]
+
+
+@dataclass(frozen=True)
+class PlaneView:
+    """One plane of `Planes`: ``(H, W)``, ``(H, W, 3)``, or ``(C, H, W)`` where a mean is taken."""
+
+    planes: Planes
+    index: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.planes.plane_shape
+
+    def read(self, rows: slice = slice(None), columns: slice = slice(None)) -> NDArray[Any]:
+        """Pixels as they are stored, channels first where their mean is taken."""
+        planes = self.planes
+        walked = dict(zip(planes.walked_axes, self.index, strict=True))
+        inside: dict[str, Any] = {"Y": rows, "X": columns}
+        if isinstance(planes.channels, int):
+            inside["C"] = planes.channels
+        key = tuple(walked.get(axis, inside.get(axis, slice(None))) for axis in planes.axes)
+        pixels = np.asarray(planes.array[key])
+        left = [
+            axis
+            for axis, part in zip(planes.axes, key, strict=True)
+            if not isinstance(part, int | np.integer)
+        ]
+        wanted = [axis for axis in "CYXS" if axis in left]
+        pixels = pixels.transpose([left.index(axis) for axis in wanted])
+        return pixels[..., :3] if "S" in wanted else pixels
+
+    def read_unit(
+        self,
+        rows: slice = slice(None),
+        columns: slice = slice(None),
+        *,
+        limits: Sequence[tuple[float, float]] | None,
+    ) -> NDArray[Any]:
+        """Pixels as ``(h, w)`` or ``(h, w, 3)``, uint8 as stored, or float32 in 0..1."""
+        pixels = self.read(rows, columns)
+        if self.planes.channels != "mean":
+            return io.to_unit_range(pixels, limits=limits[0] if limits else None)
+        each = [
+            io.to_unit_range(channel, limits=limits[i] if limits else None)
+            for i, channel in enumerate(pixels)
+        ]
+        mean: NDArray[np.float32] = np.asarray(np.mean(each, axis=0, dtype=np.float32))
+        return mean / np.float32(255) if each[0].dtype == np.uint8 else mean
+
+
+def _percentiles(values: NDArray[Any]) -> tuple[float, float]:
+    """Limits as `semanticblur_core.io.to_unit_range` takes them by itself; (0, 1) of a constant."""
+    finite = values[np.isfinite(values)]
+    if finite.size == 0:
+        raise ImageError("no finite value (all NaN or infinite)")
+    low, high = (float(v) for v in np.percentile(finite, (0.1, 99.9)))
+    if low == high:
+        low, high = float(finite.min()), float(finite.max())
+    return (low, high) if low < high else (low, low + 1)

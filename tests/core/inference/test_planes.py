@@ -1,0 +1,126 @@
+"""Stacks of any axes: what is read, in which order, with which intensities."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from semanticblur_core import Detector, SemanticBlur
+from semanticblur_core.errors import ImageError
+from semanticblur_core.inference.planes import Planes
+
+
+class Counting:
+    """An array that remembers what was read of it."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.keys = array, []
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        self.keys.append(key)
+        return self.array[key]
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    torch.manual_seed(3)
+    return Detector(SemanticBlur(), device="cpu", precision="float32")
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "channels", "walked", "lengths"),
+    [
+        ((9, 8), "YX", "each", "", ()),
+        ((9, 8, 3), "YXS", "each", "", ()),
+        ((2, 4, 9, 8), "TZYX", "each", "TZ", (2, 4)),
+        ((2, 4, 9, 8), "TCYX", "each", "TC", (2, 4)),
+        ((2, 4, 9, 8), "TCYX", 1, "T", (2,)),
+        ((2, 4, 9, 8), "TCYX", "mean", "T", (2,)),
+        ((8, 9, 5), "XYZ", "each", "Z", (5,)),
+        ((3, 2, 9, 8), "SZYX", "each", "Z", (2,)),
+    ],
+)
+def test_axes_are_walked_or_kept(
+    shape: tuple[int, ...], axes: str, channels: Any, walked: str, lengths: tuple[int, ...]
+) -> None:
+    array = np.arange(np.prod(shape), dtype=np.uint16).reshape(shape)
+    planes = Planes(array, axes, channels)
+    assert (planes.walked_axes, planes.lengths) == (walked, lengths)
+    assert planes.plane_shape == (9, 8)
+    assert len(list(planes.indices())) == len(planes)
+    view = planes.view((0,) * len(lengths))
+    expected = {"mean": (4, 9, 8)}.get(channels, (9, 8, 3) if "S" in axes else (9, 8))
+    assert view.read().shape == expected
+    assert view.read(slice(2, 5), slice(0, 3)).shape[-2 if "S" not in axes else 0] in (3, 4)
+
+
+def test_a_plane_is_the_array_at_its_index(rng: np.random.Generator) -> None:
+    array = rng.integers(0, 1000, (8, 3, 9, 2), np.uint16)  # X C Y Z
+    plane = Planes(array, "XCYZ", 2).view((1,)).read()
+    np.testing.assert_array_equal(plane, array[:, 2, :, 1].T)
+
+
+@pytest.mark.parametrize(
+    ("axes", "channels", "message"),
+    [
+        ("YX", "each", "expected 4 different letters"),
+        ("ZZYX", "each", "different letters"),
+        ("TCZY", "each", "expected Y and X"),
+        ("TYXS", "each", "3 or 4 samples along S"),
+        ("TZYX", 0, "name no channels"),
+        ("TCYX", 7, "expected 0 to 1"),
+    ],
+)
+def test_axes_that_do_not_fit_are_refused(axes: str, channels: Any, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        Planes(np.zeros((2, 2, 9, 8)), axes, channels)
+
+
+def test_only_the_planes_asked_for_are_read(detector: Detector) -> None:
+    array = Counting(np.zeros((50, 40, 44), np.uint8))
+    [update] = detector.iter_planes(array, "ZYX", indices=[(31,)], size=64)
+    assert [key[0] for key in array.keys] == [31]
+    assert (update.index, update.n_total, update.blur.shape) == ((31,), 1, (40, 44))
+
+
+def test_the_range_is_the_stack_s_not_the_plane_s(detector: Detector) -> None:
+    stack = np.zeros((3, 40, 40), np.uint16)
+    stack[0, :, ::2], stack[1, :, ::2], stack[2, :, ::2] = 10, 100, 1000
+    planes = Planes(stack, "ZYX")
+    limits = planes.estimate_range()
+    assert limits == [(0.0, 1000.0)]
+    assert planes.view((1,)).read_unit(limits=limits).max() == pytest.approx(0.1)
+    given = [u.blur for u in detector.iter_planes(stack, "ZYX", size=64, value_range=(0, 1000))]
+    found = [u.blur for u in detector.iter_planes(stack, "ZYX", size=64)]
+    np.testing.assert_array_equal(given, found)
+
+
+def test_a_mean_of_channels_gives_each_its_own_range() -> None:
+    image = np.stack([np.tile([0, 10], (40, 20)), np.tile([0, 5000], (40, 20))]).astype(np.uint16)
+    planes = Planes(image, "CYX", "mean")
+    limits = planes.estimate_range()
+    assert limits == [(0.0, 10.0), (0.0, 5000.0)]
+    assert np.unique(planes.view(()).read_unit(limits=limits)).tolist() == [0.0, 1.0]
+    with pytest.raises(ImageError, match="expected 2 intensity ranges, got 1"):
+        planes.as_limits([(0, 1)])
+
+
+def test_nan_and_constant_planes_are_detected(detector: Detector) -> None:
+    stack = np.full((3, 40, 40), np.nan, np.float32)
+    stack[1] = 7
+    stack[2] = np.linspace(0, 9, 40)
+    for update in detector.iter_planes(stack, "ZYX", size=64):
+        assert np.isfinite(update.blur).all()
+    with pytest.raises(ImageError, match="no finite value"):
+        list(detector.iter_planes(stack[:1], "ZYX", size=64))
+
+
+def test_updates_count_tiles_and_finish_planes(detector: Detector) -> None:
+    stack = np.zeros((2, 60, 60), np.uint8)
+    updates = list(detector.iter_planes(stack, "TYX", size="native", tile_size_px=40, overlap_px=8))
+    assert [u.n_done for u in updates] == list(range(1, 9))
+    assert [u.n_total for u in updates] == [8] * 8
+    assert [u.plane_done for u in updates] == [False, False, False, True] * 2
+    assert updates[3].blur is updates[0].blur
