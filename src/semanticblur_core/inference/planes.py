@@ -144,12 +144,9 @@ class Planes:
         if self.array.dtype in (np.uint8, np.bool_):
             return None
         if indices is None:
-            everything = list(self.indices()) if len(self) <= 1_000_000 else None
             spread = np.unique(np.linspace(0, len(self) - 1, RANGE_PLANES).round().astype(int))
-            indices = [
-                everything[i] if everything else tuple(np.unravel_index(int(i), self.lengths))
-                for i in spread
-            ]
+            places = np.stack(np.unravel_index(spread, self.lengths or (1,)), axis=-1)
+            indices = [tuple(place) if self.lengths else () for place in places.tolist()]
         height, width = self.plane_shape
         step = max(1, math.ceil(math.sqrt(height * width / RANGE_SAMPLES_PER_PLANE)))
         samples = [
