@@ -270,54 +270,57 @@ class Detection:
         if isinstance(update, Announcement):
             self._on_status(update.text)
             return 0
-        if not self._layers:
-            self._show_layers()
+        # napari takes about a tenth of a second to add a layer: one a turn of the event loop.
+        if "map" not in self._layers:
+            self._show("map")
+        elif "labels" not in self._layers:
+            self._show("labels")
         elif update.plane_done or self.settings.size == "native":
             self._refresh()
         self._on_progress(update.n_done, self.n_steps)
         self._on_status(f"{update.n_done} of {self.n_steps} done")
         return int(update.n_done)
 
-    def _show_layers(self) -> None:
-        """Add the two layers, or give the ones of an earlier run the new data."""
+    def _show(self, kind: Literal["map", "labels"]) -> None:
+        """Add a layer, or give the one of an earlier run the new data; once a run."""
+        if kind in self._layers or self.layer not in self.viewer.layers:
+            return
         assert self.pixels is not None
+        _results[self.layer] = self.pixels
+        array = self._as_layer_array(self.pixels.blur if kind == "map" else self.pixels.labels)
         start = [0] * self.layer.ndim
         for axis, extent in zip(self.planes.walked_axes, self.pixels.box, strict=True):
             start[self.source.layer_axes.index(axis)] = extent.start
         placement = result_placement(self.source, start)
-        blur = self._as_layer_array(self.pixels.blur)
-        labels = self._as_layer_array(self.pixels.labels)
-        _results[self.layer] = self.pixels
-        for kind, array in (("map", blur), ("labels", labels)):
-            record = {METADATA_KEY: self._record(kind, complete=False)}
-            existing = find_result(self.viewer, self.layer, kind)
-            if existing is not None:
-                if not np.may_share_memory(existing.data, array):
-                    existing.data = array
+        record = {METADATA_KEY: self._record(kind, complete=False)}
+        existing = find_result(self.viewer, self.layer, kind)
+        if existing is not None:
+            if not np.may_share_memory(existing.data, array):
+                existing.data = array
                 for name, value in placement.items():
                     setattr(existing, name, value)
-                existing.metadata = {**existing.metadata, **record}
-                self._layers[kind] = existing
-            elif kind == "map":
-                self._layers[kind] = self.viewer.add_image(
-                    array,
-                    name=f"{self.layer.name} blur map",
-                    colormap=MAP_COLORMAP,
-                    contrast_limits=(0, 1),
-                    visible=False,
-                    metadata=record,
-                    **placement,
-                )
-            else:
-                self._layers[kind] = self.viewer.add_labels(
-                    array,
-                    name=f"{self.layer.name} blur",
-                    colormap=label_colormap(),
-                    opacity=0.4,
-                    metadata=record,
-                    **placement,
-                )
-            self._layers[kind] = unwrapped(self._layers[kind])
+            existing.metadata = {**existing.metadata, **record}
+            added = existing
+        elif kind == "map":
+            added = self.viewer.add_image(
+                array,
+                name=f"{self.layer.name} blur map",
+                colormap=MAP_COLORMAP,
+                contrast_limits=(0, 1),
+                visible=False,
+                metadata=record,
+                **placement,
+            )
+        else:
+            added = self.viewer.add_labels(
+                array,
+                name=f"{self.layer.name} blur",
+                colormap=label_colormap(),
+                opacity=0.4,
+                metadata=record,
+                **placement,
+            )
+        self._layers[kind] = unwrapped(added)
         self.viewer.layers.selection.active = self.layer
 
     def _as_layer_array(self, array: NDArray[Any]) -> NDArray[Any]:
@@ -372,6 +375,8 @@ class Detection:
         self.viewer.layers.events.removed.disconnect(self._layer_removed)
         self.layer.events.data.disconnect(self._data_changed)
         _running.discard(self)
+        if "map" in self._layers:
+            self._show("labels")
         for kind, layer in self._layers.items():
             layer.metadata = {
                 **layer.metadata,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import re
 import time
 from collections import Counter
@@ -14,15 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from semanticblur_core import io
+from semanticblur_core import io, stacks
 from semanticblur_core.errors import ImageError, SemanticBlurError
 from semanticblur_core.inference.overlay import draw_overlay
+from semanticblur_core.inference.planes import Channels, Planes
 
 if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector
 
 SAMPLES = {"cat": "chelsea", "coffee": "coffee", "astronaut": "astronaut"}
-_RESULT_NAME = re.compile(r"_blur\.(png|tif|npy)$|_overlay\.png$")
+_RESULT_NAME = re.compile(r"_blur\.(png|tif|npy|zarr)$|_overlay\.png$")
 _SAMPLE_PREFIX = "sample:"
 
 
@@ -36,15 +38,24 @@ class Job:
 
 @dataclass(frozen=True)
 class DetectOptions:
-    """How blur maps are made and which files are written."""
+    """How blur maps are made and which files are written.
+
+    ``formats`` None is png for an image and tif for a stack. ``axes``, ``channels``, ``planes`` and
+    ``level`` say what a stack is and which planes of it are wanted: a slice for each walked axis,
+    for the last ones where there are fewer.
+    """
 
     output: Path
     size: int | Literal["native"] = 320
     threshold: float = 0.5
-    formats: tuple[str, ...] = ("png",)
+    formats: tuple[str, ...] | None = None
     overlay: bool = False
     overwrite: bool = False
     value_range: tuple[float, float] | None = None
+    axes: str | None = None
+    channels: Channels = "each"
+    planes: tuple[slice, ...] | None = None
+    level: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class FileResult:
     """What became of one input; ``error`` is None where it was done.
 
     ``mean_blur`` and ``blurred_fraction`` are in 0..1; ``elapsed_s`` covers reading, analysis and
-    writing.
+    writing. ``planes`` are those of a stack.
     """
 
     source: str
@@ -63,6 +74,16 @@ class FileResult:
     mean_blur: float = 0.0
     elapsed_s: float = 0.0
     error: str | None = None
+    planes: list[PlaneResult] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PlaneResult:
+    """One plane of a stack: its index along the walked axes, and what was measured on it."""
+
+    index: tuple[int, ...]
+    blurred_fraction: float
+    mean_blur: float
 
 
 def find_jobs(
@@ -130,14 +151,15 @@ def detect_files(
 
 
 def _detect_file(job: Job, detector: Detector, options: DetectOptions) -> FileResult:
+    path = Path(job.source)
+    if not job.source.startswith(_SAMPLE_PREFIX) and stacks.is_stack(path, axes=options.axes):
+        return _detect_stack(job, detector, options)
     base = options.output / job.output_stem
-    targets = {name: base.with_name(f"{base.name}_blur.{name}") for name in options.formats}
+    formats = options.formats or ("png",)
+    targets = {name: base.with_name(f"{base.name}_blur.{name}") for name in formats}
     overlay_path = base.with_name(f"{base.name}_overlay.png")
     outputs = [*targets.values(), *([overlay_path] if options.overlay else [])]
-    if not options.overwrite:
-        existing = next((path for path in outputs if path.exists()), None)
-        if existing is not None:
-            raise ImageError(f"{existing}: exists already; --overwrite replaces it")
+    _refuse_existing(outputs, options)
     image = load(job.source)
     try:
         blur = detector.detect(image, size=options.size, value_range=options.value_range)
@@ -149,6 +171,8 @@ def _detect_file(job: Job, detector: Detector, options: DetectOptions) -> FileRe
         io.write_tiff(targets["tif"], blur)
     if "npy" in targets:
         io.write_npy(targets["npy"], blur)
+    if "zarr" in targets:
+        stacks.write_zarr(targets["zarr"], blur, axes="YX", pixel_size_um={})
     if options.overlay:
         drawn = draw_overlay(
             image, blur, threshold=options.threshold, value_range=options.value_range
@@ -162,6 +186,91 @@ def _detect_file(job: Job, detector: Detector, options: DetectOptions) -> FileRe
         blurred_fraction=float((blur > options.threshold).mean()),
         mean_blur=float(blur.mean(dtype=np.float64)),
     )
+
+
+def _detect_stack(job: Job, detector: Detector, options: DetectOptions) -> FileResult:
+    path = Path(job.source)
+    base = options.output / job.output_stem
+    formats = options.formats or ("tif",)
+    targets = {name: base.with_name(f"{base.name}_blur.{name}") for name in formats}
+    if "png" in formats or options.overlay:
+        raise ImageError(
+            f"{path}: a stack, and pictures hold one plane; use --format=tif, npy or zarr, without "
+            "--overlay"
+        )
+    _refuse_existing(list(targets.values()), options)
+    with stacks.open_stack(path, axes=options.axes, level=options.level) as stack:
+        try:
+            planes = Planes(stack.array, stack.axes, options.channels)
+            box = _box(planes, options.planes)
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}") from error
+        shape = (*(len(axis) for axis in box), *planes.plane_shape)
+        indices = list(itertools.product(*box))
+        measured = []
+        with stacks.new_map(next(iter(targets.values())), shape) as blur:
+            try:
+                updates = detector.iter_planes(
+                    stack.array,
+                    stack.axes,
+                    indices=indices,
+                    channels=options.channels,
+                    size=options.size,
+                    value_range=options.value_range,
+                )
+                for update in updates:
+                    if update.plane_done:
+                        place = tuple(b.index(i) for b, i in zip(box, update.index, strict=True))
+                        blur[place] = update.blur
+                        share = float((update.blur > options.threshold).mean())
+                        mean = float(update.blur.mean(dtype=np.float64))
+                        measured.append(PlaneResult(update.index, share, mean))
+            except SemanticBlurError as error:
+                raise ImageError(f"{path}: {error}") from error
+            where: dict[str, Any] = {
+                "axes": f"{planes.walked_axes}YX",
+                "pixel_size_um": stack.pixel_size_um,
+            }
+            if "tif" in targets:
+                stacks.write_tiff_stack(targets["tif"], blur, **where)
+            if "zarr" in targets:
+                stacks.write_zarr(targets["zarr"], blur, **where)
+            if "npy" in targets:
+                io.write_npy(targets["npy"], blur)
+    return FileResult(
+        source=job.source,
+        outputs=list(targets.values()),
+        height=shape[-2],
+        width=shape[-1],
+        blurred_fraction=float(np.mean([plane.blurred_fraction for plane in measured])),
+        mean_blur=float(np.mean([plane.mean_blur for plane in measured])),
+        planes=measured,
+    )
+
+
+def _box(planes: Planes, wanted: tuple[slice, ...] | None) -> list[range]:
+    """Indices along each walked axis."""
+    chosen = wanted or ()
+    if len(chosen) > len(planes.lengths):
+        raise ImageError(
+            f"--planes: {len(chosen)} ranges for {len(planes.lengths)} axes "
+            f"({planes.walked_axes or 'none'})"
+        )
+    whole = [slice(None)] * (len(planes.lengths) - len(chosen))
+    box = [
+        range(length)[part] for length, part in zip(planes.lengths, [*whole, *chosen], strict=True)
+    ]
+    if any(len(axis) == 0 for axis in box):
+        raise ImageError(f"--planes: names no plane of {planes.lengths} along {planes.walked_axes}")
+    return box
+
+
+def _refuse_existing(outputs: list[Path], options: DetectOptions) -> None:
+    if options.overwrite:
+        return
+    existing = next((path for path in outputs if path.exists()), None)
+    if existing is not None:
+        raise ImageError(f"{existing}: exists already; --overwrite replaces it")
 
 
 def load(source: str) -> NDArray[Any]:
@@ -185,6 +294,9 @@ def _expand(text: str, recursive: bool) -> Iterator[tuple[str, Path, bool]]:
     if not text.strip():
         raise ImageError("an input is empty; expected a path, a glob, a folder or sample:NAME")
     path = Path(text).expanduser()
+    if path.is_dir() and path.suffix.lower() == ".zarr":
+        yield str(path), Path(path.name), True
+        return
     if path.is_dir():
         candidates = sorted(path.rglob("*") if recursive else path.iterdir())
         images = [p for p in candidates if _is_image_name(p) and p.is_file()]

@@ -174,3 +174,46 @@ def test_running_out_of_memory_on_one_image_does_not_end_the_batch(
     assert "c.png: [enforce fail] DefaultCPUAllocator" in error
     assert "\n" not in error
     assert len(results) == 4
+
+
+def test_a_stack_becomes_a_stack_of_maps(
+    tmp_path: Path, detector: Detector, rng: np.random.Generator
+) -> None:
+    data = rng.integers(0, 60_000, (2, 3, 40, 50), np.uint16)
+    tifffile.imwrite(tmp_path / "s.tif", data, imagej=True, metadata={"axes": "TZYX"})
+    np.save(tmp_path / "n.npy", data)
+    options = DetectOptions(tmp_path / "out", size=64, planes=(slice(1, 3),))
+    jobs = [Job(str(tmp_path / name), name) for name in ("s.tif", "n.npy")]
+    for result in detect_files(jobs, detector, options):
+        assert result.error is None
+        assert [plane.index for plane in result.planes] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+        [path] = result.outputs
+        with tifffile.TiffFile(path) as tiff:
+            assert (tiff.series[0].axes, tiff.series[0].shape) == ("TZYX", (2, 2, 40, 50))
+            maps = tiff.asarray()
+        whole = [update.blur for update in detector.iter_planes(data, "TZYX", size=64)]
+        np.testing.assert_allclose(maps.reshape(4, 40, 50), np.stack(whole)[[1, 2, 4, 5]])
+        assert result.mean_blur == pytest.approx(float(maps.mean()), abs=1e-5)
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_stacks_that_cannot_be_done_as_asked_are_one_line(
+    tmp_path: Path, detector: Detector
+) -> None:
+    np.save(tmp_path / "n.npy", np.zeros((3, 40, 50), np.uint8))
+    job = Job(str(tmp_path / "n.npy"), "n")
+    for asked, message in (
+        ({"formats": ("png",)}, "pictures hold one plane"),
+        ({"overlay": True}, "pictures hold one plane"),
+        ({"planes": (slice(7, 9),)}, "names no plane"),
+        ({"planes": (slice(0, 1),) * 3}, "3 ranges for 1 axes"),
+        ({"axes": "TCZYX"}, "do not fit an array of shape"),
+        ({"channels": "mean"}, "name no channels"),
+        ({"size": "native", "axes": "YZX"}, "at least 33 x 33 px"),
+    ):
+        options = DetectOptions(tmp_path / "out", **asked)  # type: ignore[arg-type]
+        [result] = detect_files([job], detector, options)
+        assert result.error is not None
+        assert message in result.error
+        assert "n.npy" in result.error
+        assert not list((tmp_path / "out").glob("**/*"))
