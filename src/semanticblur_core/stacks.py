@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,6 +19,9 @@ from semanticblur_core import io
 from semanticblur_core.errors import ImageError
 
 STACK_SUFFIXES = (*io.TIFF_SUFFIXES, ".npy", ".zarr")
+BLOCK_PX = 512
+LARGE_PLANE_PIXELS = 16_000_000
+COARSEST_SIDE_PX = 2048
 # By the number of axes, where a file does not name them.
 _USUAL_AXES = {2: "YX", 3: "ZYX", 4: "TZYX", 5: "TCZYX"}
 _MICROMETRES = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
@@ -113,9 +116,56 @@ def is_stack(path: Path, *, axes: str | None = None) -> bool:
         return False
 
 
+def plane_pixels(path: Path) -> int:
+    """Rows times columns of a TIFF's first image; 0 if it cannot be read."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            series = tiff.series[0]
+            lengths = dict(zip(series.axes, series.shape, strict=True))
+            return int(lengths["Y"]) * int(lengths["X"])
+    except Exception:  # whatever is wrong with it is reported by the reader of images
+        return 0
+
+
+class MapFile:
+    """A float32 map on disk, written from its first row to its last; made by `new_map`.
+
+    Plain reading and writing, no memory map, whose pages would count as memory in use.
+
+    Attributes
+    ----------
+    shape
+        Walked axes, then rows and columns.
+    """
+
+    def __init__(self, stream: BinaryIO, shape: tuple[int, ...]) -> None:
+        self._stream = stream
+        self.shape = shape
+
+    def append(self, rows: NDArray[np.float32]) -> None:
+        """Add the next rows, ``(n, W)``; a plane follows the one before."""
+        self._stream.write(np.ascontiguousarray(rows, dtype=np.float32).data)
+
+    def read(self, index: Sequence[int], rows: slice) -> NDArray[np.float32]:
+        """Rows of one plane, ``(n, W)``."""
+        height, width = self.shape[-2:]
+        start, stop, _ = rows.indices(height)
+        plane = int(np.ravel_multi_index(tuple(index), self.shape[:-2])) if len(index) else 0
+        self._stream.seek((plane * height + start) * width * 4)
+        n_bytes = (stop - start) * width * 4
+        return np.frombuffer(self._stream.read(n_bytes), np.float32).reshape(-1, width)
+
+    def copy_to(self, stream: BinaryIO) -> None:
+        """All values, as bytes."""
+        self._stream.seek(0)
+        shutil.copyfileobj(self._stream, stream, 2**22)
+
+
 @contextmanager
-def new_map(path: Path, shape: tuple[int, ...]) -> Iterator[NDArray[np.float32]]:
-    """A float32 array on disk beside ``path``, gone when the block ends.
+def new_map(path: Path, shape: tuple[int, ...]) -> Iterator[MapFile]:
+    """A map on disk beside ``path``, gone when the block ends.
 
     Raises
     ------
@@ -131,20 +181,24 @@ def new_map(path: Path, shape: tuple[int, ...]) -> Iterator[NDArray[np.float32]]
                 f"{path}: a map of {needed / 2**30:.1f} GiB does not fit on the disk, "
                 f"{free / 2**30:.1f} GiB are free"
             )
-        array: NDArray[np.float32] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
-            temporary, mode="w+", dtype=np.float32, shape=shape
-        )
-        yield array
+        with temporary.open("w+b") as stream:
+            yield MapFile(stream, shape)
     except OSError as error:
         raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_tiff_stack(
-    path: Path, array: NDArray[np.float32], *, axes: str, pixel_size_um: Mapping[str, float]
-) -> None:
-    """Write an OME-TIFF plane by plane, BigTIFF where it has to be."""
+def write_npy(path: Path, maps: MapFile) -> None:
+    """Write a numpy file."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": maps.shape}
+    with io.replacing(path) as temporary, temporary.open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[no-untyped-call]
+        maps.copy_to(stream)
+
+
+def write_tiff(path: Path, maps: MapFile, *, axes: str, pixel_size_um: Mapping[str, float]) -> None:
+    """Write an OME-TIFF piece by piece, BigTIFF where it has to be, tiled where it is large."""
     import tifffile
 
     metadata: dict[str, Any] = {"axes": axes}
@@ -152,25 +206,31 @@ def write_tiff_stack(
         if axis in axes and axis in pixel_size_um:
             metadata[f"PhysicalSize{axis}"] = pixel_size_um[axis]
             metadata[f"PhysicalSize{axis}Unit"] = "µm"
-    ome = set(axes) <= set("TCZYX")
+    planes = np.ndindex(maps.shape[:-2])
+    tiled = math.prod(maps.shape[-2:]) > LARGE_PLANE_PIXELS
+    pieces: Iterator[NDArray[np.float32]]
+    if tiled:
+        pieces = (tile for index in planes for tile in _tiles(maps, index))
+    else:
+        pieces = (maps.read(index, slice(None)) for index in planes)
     with io.replacing(path) as temporary:
         tifffile.imwrite(
             temporary,
-            (array[index] for index in np.ndindex(array.shape[:-2])),
-            shape=array.shape,
+            pieces,
+            shape=maps.shape,
             dtype=np.float32,
-            ome=ome,
-            bigtiff=array.nbytes > 2**31,
+            ome=set(axes) <= set("TCZYX"),
+            bigtiff=math.prod(maps.shape) * 4 > 2**31,
             compression="zlib",
+            compressionargs={"level": 1},
             photometric="minisblack",
+            tile=(BLOCK_PX, BLOCK_PX) if tiled else None,
             metadata=metadata,
         )
 
 
-def write_zarr(
-    path: Path, array: NDArray[np.float32], *, axes: str, pixel_size_um: Mapping[str, float]
-) -> None:
-    """Write an OME-Zarr (NGFF 0.4, one resolution level)."""
+def write_zarr(path: Path, maps: MapFile, *, axes: str, pixel_size_um: Mapping[str, float]) -> None:
+    """Write an OME-Zarr (NGFF 0.4), each resolution level half the one before."""
     import zarr
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -184,15 +244,29 @@ def write_zarr(
             entry["unit"] = "micrometer"
         described.append(entry)
     scale = [float(pixel_size_um.get(axis, 1)) for axis in axes]
+    datasets: list[Any] = []
     try:
         group = zarr.open_group(temporary, mode="w", zarr_format=2)
-        chunks = (*(1 for _ in array.shape[:-2]), *(min(512, n) for n in array.shape[-2:]))
-        level = group.create_array("0", shape=array.shape, chunks=chunks, dtype="float32")
-        for index in np.ndindex(array.shape[:-2]):
-            level[index] = array[index]
-        transform = {"type": "scale", "scale": scale}
-        dataset: Any = {"path": "0", "coordinateTransformations": [transform]}
-        image: Any = {"version": "0.4", "name": path.stem, "axes": described, "datasets": [dataset]}
+        shape, finer = maps.shape, None
+        while True:
+            chunks = (*(1 for _ in shape[:-2]), *(min(BLOCK_PX, n) for n in shape[-2:]))
+            name = str(len(datasets))
+            level = group.create_array(name, shape=shape, chunks=chunks, dtype="float32")
+            for index in np.ndindex(shape[:-2]):
+                for top in range(0, shape[-2], BLOCK_PX):
+                    rows = slice(top, min(top + BLOCK_PX, shape[-2]))
+                    source = (
+                        maps.read(index, rows) if finer is None else _halved(finer, index, rows)
+                    )
+                    level[(*index, rows)] = source
+            transform = {"type": "scale", "scale": scale}
+            datasets.append({"path": name, "coordinateTransformations": [transform]})
+            if max(shape[-2:]) <= COARSEST_SIDE_PX:
+                break
+            finer = level
+            shape = (*shape[:-2], *((n + 1) // 2 for n in shape[-2:]))
+            scale = [*scale[:-2], *(2 * s for s in scale[-2:])]
+        image: Any = {"version": "0.4", "name": path.stem, "axes": described, "datasets": datasets}
         group.attrs["multiscales"] = [image]
         if path.exists():
             shutil.rmtree(path)
@@ -201,6 +275,29 @@ def write_zarr(
         raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _tiles(maps: MapFile, index: tuple[int, ...]) -> Iterator[NDArray[np.float32]]:
+    """Tiles of one plane, row by row; those at the far edges padded with zeros."""
+    height, width = maps.shape[-2:]
+    for top in range(0, height, BLOCK_PX):
+        band = maps.read(index, slice(top, min(top + BLOCK_PX, height)))
+        for left in range(0, width, BLOCK_PX):
+            tile = np.zeros((BLOCK_PX, BLOCK_PX), np.float32)
+            part = band[:, left : left + BLOCK_PX]
+            tile[: part.shape[0], : part.shape[1]] = part
+            yield tile
+
+
+def _halved(finer: Any, index: tuple[int, ...], rows: slice) -> NDArray[np.float32]:
+    """Means of 2 x 2 pixels of the finer level; a last odd row or column stands for two."""
+    height = finer.shape[-2]
+    band = np.asarray(finer[(*index, slice(2 * rows.start, min(2 * rows.stop, height)))])
+    odd = [n % 2 for n in band.shape]
+    band = np.pad(band, ((0, odd[0]), (0, odd[1])), mode="edge")
+    n_rows, n_columns = band.shape[0] // 2, band.shape[1] // 2
+    means: NDArray[np.float32] = band.reshape(n_rows, 2, n_columns, 2).mean(axis=(1, 3))
+    return means
 
 
 def _guess_axes(shape: tuple[int, ...]) -> str:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 )
 @click.option("--recursive", is_flag=True, help="Look into subfolders of an input folder too.")
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
+@click.option("--resume", is_flag=True, help="Skip inputs whose results are all there.")
 @click.option(
     "--model", default="default", show_default=True, help="Packaged model or file of weights."
 )
@@ -111,6 +112,7 @@ def command(
     output: Path,
     recursive: bool,
     overwrite: bool,
+    resume: bool,
     model: str,
     device: str,
     precision: str,
@@ -134,8 +136,8 @@ def command(
     from semanticblur_core.inference.batch import DetectOptions, detect_files, find_jobs
 
     options = DetectOptions(
-        output, size, threshold, formats, overlay, overwrite, value_range, axes, channels, planes,
-        level,
+        output, size, threshold, formats, overlay, overwrite, resume, value_range, axes, channels,
+        planes, level,
     )  # fmt: skip
     jobs, left_out = find_jobs(inputs, output, recursive=recursive)
     if left_out:
@@ -163,7 +165,9 @@ def command(
             _write_json(json_path, results, detector, options)
     failed = sum(result.error is not None for result in results)
     if len(jobs) > 1:
-        click.echo(f"{len(jobs) - failed} of {len(jobs)} images done ({detector.reason})")
+        skipped = sum(result.skipped for result in results)
+        kept = f", {skipped} of them before" if skipped else ""
+        click.echo(f"{len(jobs) - failed} of {len(jobs)} images done{kept} ({detector.reason})")
     if failed:
         raise SystemExit(2)
 
@@ -171,6 +175,8 @@ def command(
 def _report(result: FileResult, quiet: bool) -> None:
     if result.error is not None:
         click.echo(f"semanticblur-core: {result.error}", err=True)
+    elif result.skipped:
+        click.echo(f"{result.source}: done before")
     elif not quiet:
         click.echo(
             f"{result.source}: {result.blurred_fraction:.1%} out of focus, mean blur "
@@ -204,7 +210,7 @@ def _write_json(path: Path, results: list[FileResult], detector: Detector, optio
             **({"planes": [asdict(plane) for plane in result.planes]} if result.planes else {}),
         }
         for result in results
-        if result.error is None
+        if result.error is None and not result.skipped
     ]
     document = {
         "software": f"napari-semanticblur {__version__}",
@@ -212,6 +218,7 @@ def _write_json(path: Path, results: list[FileResult], detector: Detector, optio
         "model_sha256": detector.info.sha256 if detector.info else None,
         "protocol": protocol,
         "images": done,
+        "skipped": [result.source for result in results if result.skipped],
         "failures": [{"input": r.source, "error": r.error} for r in results if r.error is not None],
     }
     io.write_text(path, json.dumps(document, indent=1) + "\n")
