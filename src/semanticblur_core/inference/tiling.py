@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,17 +14,6 @@ from semanticblur_core.errors import ConfigError
 
 TILE_SIZE_PX = 512
 OVERLAP_PX = 64
-
-
-class PlaneLike(Protocol):
-    """A plane read piece by piece: numpy, dask, zarr or a memory map."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``(H, W)`` or ``(H, W, C)``."""
-
-    def __getitem__(self, key: Any, /) -> Any:
-        """Part of it, something that `numpy.asarray` takes."""
 
 
 @dataclass(frozen=True)
