@@ -22,6 +22,7 @@ _COMMANDS = {
     "data": "Look through data sets of images and masks.",
     "models": "List, describe and verify weights.",
     "train": "Train a network on images and masks.",
+    "finetune": "Teach a model with a few labelled images.",
     "bench": "Measure speed on this machine.",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -11,7 +10,7 @@ from typing import Any
 
 import click
 
-from semanticblur_core.cli._options import device_option, precision_option, progress_bar
+from semanticblur_core.cli._options import override, device_option, precision_option, progress_bar
 
 BEST = "best.safetensors"
 LICENCE = (
@@ -111,7 +110,7 @@ def command(
     from semanticblur_core.training.recipes import recipe as find_recipe
 
     config = find_recipe(recipe)
-    values = dict(_override(text, config) for text in overrides)
+    values = dict(override(text, config) for text in overrides)
     config = TrainConfig.from_dict(config.to_dict() | values)
     if sum(map(bool, (init, backbone_weights, resume))) > 1:
         raise ConfigError("--init, --backbone-weights and --resume: give one of them")
@@ -237,24 +236,6 @@ def _training_part(folders: Sequence[Path]) -> list[Path]:
 
     found = [path for folder in folders for path in list_images(folder)]
     return [path for path in found if not is_held_out(path.stem)]
-
-
-def _override(text: str, config: Any) -> tuple[str, Any]:
-    from semanticblur_core.errors import ConfigError
-
-    key, separator, value = text.partition("=")
-    known = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    if not separator or key not in known:
-        raise ConfigError(f"--set={text}: expected KEY=VALUE with KEY one of {', '.join(known)}")
-    if isinstance(known[key], bool):
-        if value.lower() not in ("true", "false"):
-            raise ConfigError(f"--set={text}: expected true or false")
-        return key, value.lower() == "true"
-    try:
-        return key, type(known[key])(value)
-    except ValueError:
-        kind = type(known[key]).__name__
-        raise ConfigError(f"--set={text}: expected a value of type {kind}") from None
 
 
 def _load_backbone(model: Any, path: Path) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from semanticblur_core.config import TrainConfig
+from semanticblur_core.config import FinetuneConfig, TrainConfig
 from semanticblur_core.errors import ConfigError
 
 RECIPES: dict[str, TrainConfig] = {
@@ -66,3 +66,26 @@ def recipe(name: str) -> TrainConfig:
     if name not in RECIPES:
         raise ConfigError(f"recipe {name!r}: expected one of {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+BUDGETS: dict[str, FinetuneConfig] = {
+    "quick": FinetuneConfig(),
+    "thorough": FinetuneConfig(
+        n_steps=200, n_views=96, n_replay=48, frozen_stages=3, validate_every=10, patience=6
+    ),
+}
+
+
+def finetune_budget(budget: str | FinetuneConfig) -> FinetuneConfig:
+    """Numbers of a budget's name; numbers as they are.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such budget.
+    """
+    if isinstance(budget, FinetuneConfig):
+        return budget
+    if budget not in BUDGETS:
+        raise ConfigError(f"budget {budget!r}: expected one of {', '.join(BUDGETS)}")
+    return BUDGETS[budget]
