@@ -17,14 +17,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from semanticblur_core import Detector
-from semanticblur_core.data.datasets import DecodedPairs, find_pairs, list_images, read_split, select
+from semanticblur_core import Detector, weights
+from semanticblur_core.data.datasets import (
+    DecodedPairs,
+    find_pairs,
+    list_images,
+    read_split,
+    select,
+)
 from semanticblur_core.data.defocus import Example, SharpImages, is_held_out, synthesise
 from semanticblur_core.data.store import LabelledImage
 from semanticblur_core.device import DeviceChoice, keep_freed_memory
 from semanticblur_core.training.finetune import finetune
 from semanticblur_core.training.loop import validate
-from semanticblur_core import weights
 
 SIZE_PX = 320
 
@@ -124,7 +129,9 @@ def measure(kind: str, photos: DecodedPairs | None) -> None:
     output = Path(os.environ.get("TMPDIR", "/tmp")) / f"semanticblur-{kind}.safetensors"
     output.unlink(missing_ok=True)
     started, cpu_started = time.perf_counter(), time.process_time()
-    for update in finetune(images, output=output, budget=os.environ.get("BUDGET", "quick"), device="cpu"):
+    for update in finetune(
+        images, output=output, budget=os.environ.get("BUDGET", "quick"), device="cpu"
+    ):
         if update.held_out_loss is not None:
             print(
                 f"    step {update.step}: loss {update.loss:.3f}, held out "
@@ -136,8 +143,8 @@ def measure(kind: str, photos: DecodedPairs | None) -> None:
     base, tuned = (Detector(m, device="cpu", precision="float32") for m in ("default", str(output)))
     before, after = error(base, others), error(tuned, others)
     print(
-        f"{kind}: {share:.1%} labelled, {elapsed_s:.0f} s ({cpu_s:.0f} s of processor time), best step {result.best_step}; MAE on 20 "
-        f"other images {before:.3f} -> {after:.3f} ({after / before - 1:+.0%}); held-out strokes "
+        f"{kind}: {share:.1%} labelled, {elapsed_s:.0f} s ({cpu_s:.0f} s of processor time), best "
+        f"step {result.best_step}; MAE on 20 other images {before:.3f} -> {after:.3f} ({after / before - 1:+.0%}); held-out strokes "
         f"{result.before.mae:.3f} -> {result.after.mae:.3f} ({result.held_out}); generated "
         f"photographs {result.forgetting_before:.4f} -> {result.forgetting_after:.4f}"
     )

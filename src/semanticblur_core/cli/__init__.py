@@ -23,6 +23,7 @@ _COMMANDS = {
     "models": "List, describe and verify weights.",
     "train": "Train a network on images and masks.",
     "finetune": "Teach a model with a few labelled images.",
+    "ablate": "Train the variants of the paper's tables.",
     "bench": "Measure speed on this machine.",
 }
 

@@ -405,9 +405,7 @@ def read_store(folder: Path) -> list[LabelledImage]:
     return found
 
 
-def labelled_pairs(
-    pairs: Sequence[Pair], *, blurred_is_white: bool = True
-) -> list[LabelledImage]:
+def labelled_pairs(pairs: Sequence[Pair], *, blurred_is_white: bool = True) -> list[LabelledImage]:
     """Photographs with masks as labelled images; every pixel is labelled."""
     return [
         LabelledImage(

@@ -500,9 +500,7 @@ def _score(
         labelled = labels > 0
         if labelled.any():
             blur = detector.detect(image.image, size=size, value_range=image.value_range)
-            scorer.add(
-                blur[labelled][None], (labels[labelled] == BLURRED)[None], name=image.name
-            )
+            scorer.add(blur[labelled][None], (labels[labelled] == BLURRED)[None], name=image.name)
     return scorer.result()
 
 

@@ -129,7 +129,7 @@ def train(
     torch.manual_seed(config.seed)
     model.to(memory_format=torch.channels_last)
     if fabric.world_size > 1 and device.device.type == "cuda" and not config.frozen_statistics:
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     optimizer = torch.optim.Adam(_parameter_groups(model, config), weight_decay=config.weight_decay)
     wrapped, optimizer = fabric.setup(torch.compile(model) if compile_model else model, optimizer)
     averaged = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else None
@@ -259,7 +259,7 @@ def _launch_fabric(device: DeviceChoice, config: TrainConfig) -> Any:
         keywords = {"devices": n_local, "num_nodes": n_all // n_local, "strategy": "ddp"}
     fabric = Fabric(
         accelerator=kind,
-        precision=precisions.get(device.dtype, "32-true"),  # type: ignore[arg-type]
+        precision=precisions.get(device.dtype, "32-true"),
         **keywords,
     )
     fabric.launch()

@@ -195,9 +195,7 @@ def test_what_cannot_be_is_refused(small_model: str, tmp_path: Path) -> None:
         LabelledImage("x", np.zeros((4, 4)), np.zeros((4, 5), np.uint8))
 
 
-def test_the_command_gives_the_weights_of_the_function(
-    small_model: str, tmp_path: Path
-) -> None:
+def test_the_command_gives_the_weights_of_the_function(small_model: str, tmp_path: Path) -> None:
     store = AnnotationStore(tmp_path / "store", create=True)
     for image in noise_and_smooth():
         store.write(image.name, image.labels, image=image.image)
