@@ -144,9 +144,11 @@ def measure(kind: str, photos: DecodedPairs | None) -> None:
     before, after = error(base, others), error(tuned, others)
     print(
         f"{kind}: {share:.1%} labelled, {elapsed_s:.0f} s ({cpu_s:.0f} s of processor time), best "
-        f"step {result.best_step}; MAE on 20 other images {before:.3f} -> {after:.3f} ({after / before - 1:+.0%}); held-out strokes "
-        f"{result.before.mae:.3f} -> {result.after.mae:.3f} ({result.held_out}); generated "
-        f"photographs {result.forgetting_before:.4f} -> {result.forgetting_after:.4f}"
+        f"step {result.best_step}\n"
+        f"  MAE on 20 other images {before:.3f} -> {after:.3f} ({after / before - 1:+.0%})\n"
+        f"  held-out strokes {result.before.mae:.3f} -> {result.after.mae:.3f} "
+        f"({result.held_out})\n"
+        f"  generated photographs {result.forgetting_before:.4f} -> {result.forgetting_after:.4f}"
     )
     if photos is not None:
         cpu = DeviceChoice(torch.device("cpu"), torch.float32, "")

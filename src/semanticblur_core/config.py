@@ -229,7 +229,7 @@ class FinetuneConfig(_Config):
         Stages of the backbone, from the image on, that stay as they are; what they say of each view
         is computed once.
     learning_rate
-        Highest rate of Adam; it falls to zero along half a cosine.
+        Highest rate of gradient descent with momentum 0.9; it falls to zero along half a cosine.
     backbone_rate_factor
         Rate of the stages that are not frozen, as a multiple.
     gradient_clip_norm
@@ -249,15 +249,15 @@ class FinetuneConfig(_Config):
         Seed of everything drawn.
     """
 
-    n_steps: int = 40
+    n_steps: int = 60
     batch_size: int = 5
     n_views: int = 30
     replay_size: int = 4
     n_replay: int = 24
-    replay_weight: float = 2.0
+    replay_weight: float = 1.0
     frozen_stages: int = 4
-    learning_rate: float = 1e-3
-    ema_decay: float = 0.5
+    learning_rate: float = 0.03
+    ema_decay: float = 0.8
     backbone_rate_factor: float = 0.05
     gradient_clip_norm: float = 1.0
     validate_every: int = 5

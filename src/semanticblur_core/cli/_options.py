@@ -30,6 +30,9 @@ precision_option = click.option(
     help="auto: bfloat16 where the device is faster with it.",
 )
 
+flip_option = click.option(
+    "--flip", is_flag=True, help="Average with the mirrored image's map, in twice the time."
+)
 mask_polarity_option = click.option(
     "--mask-polarity",
     type=click.Choice(["blur", "sharp"]),

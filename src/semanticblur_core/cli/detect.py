@@ -13,6 +13,7 @@ from semanticblur_core.cli._options import (
     RangeType,
     SizeType,
     device_option,
+    flip_option,
     precision_option,
     progress_bar,
 )
@@ -41,10 +42,14 @@ if TYPE_CHECKING:
 @click.option("--recursive", is_flag=True, help="Look into subfolders of an input folder too.")
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
 @click.option(
-    "--model", default="default", show_default=True, help="Packaged model or file of weights."
+    "--model",
+    default="default",
+    show_default=True,
+    help="Packaged model, your own, or a file.",
 )
 @device_option
 @precision_option
+@flip_option
 @click.option(
     "--size",
     type=SizeType(),
@@ -92,6 +97,7 @@ def command(
     model: str,
     device: str,
     precision: str,
+    flip: bool,
     size: Any,
     threshold: float,
     formats: tuple[str, ...],
@@ -119,7 +125,7 @@ def command(
     from semanticblur_core.inference.detector import Detector
 
     keep_freed_memory()
-    detector = Detector(model, device=device, precision=precision)
+    detector = Detector(model, device=device, precision=precision, flip=flip)
     results = []
     try:
         with progress_bar() as progress:

@@ -122,9 +122,9 @@ def train(
             f"{len(training)} training images are fewer than the {config.n_pairs_per_batch} of one "
             "batch"
         )
-    synthetic = _synthetic_sources(config, sharp or {})
+    synthetic = synthetic_sources(config, sharp or {})
     total_steps = steps_per_epoch * config.epochs
-    fabric = _launch_fabric(device, config)
+    fabric = launch_fabric(device, config)
     device = device._replace(device=fabric.device)
     torch.manual_seed(config.seed)
     model.to(memory_format=torch.channels_last)
@@ -176,13 +176,13 @@ def train(
         _set_training_mode(model, config)
         started = written = time.perf_counter()
         update: TrainUpdate | None = None
-        batches = _batches(training, synthetic, config, epoch, first=first_batch)
+        batches = make_batches(training, synthetic, config, epoch, first=first_batch)
         for i, batch in enumerate(batches, start=first_batch):
             step = epoch * steps_per_epoch + i
             rate = learning_rate(step, total_steps, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate_factor"]
-            value, n_parts = _backward(fabric, wrapped, optimizer, batch, config, n_parts)
+            value, n_parts = backward(fabric, wrapped, optimizer, batch, config, n_parts)
             _require_finite("loss", value, step, run_dir)
             norm = fabric.clip_gradients(
                 wrapped, optimizer, max_norm=config.gradient_clip_norm, error_if_nonfinite=False
@@ -241,7 +241,7 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _launch_fabric(device: DeviceChoice, config: TrainConfig) -> Any:
+def launch_fabric(device: DeviceChoice, config: TrainConfig) -> Any:
     """Fabric for this process: alone, or one of those that ``torchrun`` started."""
     from lightning_fabric import Fabric
 
@@ -266,7 +266,7 @@ def _launch_fabric(device: DeviceChoice, config: TrainConfig) -> Any:
     return fabric
 
 
-def _backward(
+def backward(
     fabric: Any,
     wrapped: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -378,7 +378,7 @@ def validate(model: SemanticBlur, pairs: DecodedPairs, device: DeviceChoice) -> 
     return scorer.result()
 
 
-def _synthetic_sources(
+def synthetic_sources(
     config: TrainConfig, sharp: Mapping[str, SharpImages]
 ) -> list[tuple[SharpImages, int]]:
     """Sources of synthetic images and how many of each batch come from them."""
@@ -395,7 +395,7 @@ def _synthetic_sources(
     return [(sharp[kind], count) for kind, count in wanted.items() if count]
 
 
-def _batches(
+def make_batches(
     pairs: DecodedPairs,
     synthetic: Sequence[tuple[SharpImages, int]],
     config: TrainConfig,

@@ -81,7 +81,7 @@ def hold_out(images: Sequence[LabelledImage], share: float, rng: np.random.Gener
 
 
 def _pieces(mask: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.intp], ...]]:
-    """Pixels of each connected piece; pieces larger than a cell are cut by the grid."""
+    """Pixels of each connected piece; those larger than two cells are cut by the grid."""
     height, width = mask.shape
     rows = np.arange(height) * N_CELLS // height
     columns = np.arange(width) * N_CELLS // width
@@ -89,7 +89,7 @@ def _pieces(mask: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.intp], ...]]:
     connected, n = ndimage.label(mask, structure=np.ones((3, 3)))
     for index, box in enumerate(ndimage.find_objects(connected, n), start=1):
         inside = connected[box] == index
-        large = max(inside.shape[0] / height, inside.shape[1] / width) > 2 / N_CELLS
+        large = inside.sum() > 2 * mask.size / N_CELLS**2
         parts = cells[box] * inside if large else inside.astype(np.intp)
         keys = np.unique(cells[box][inside]) if large else np.array([1])
         for key in keys:

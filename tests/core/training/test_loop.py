@@ -20,7 +20,7 @@ from semanticblur_core.metrics import Scores
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.training.checkpoint import load_checkpoint
 from semanticblur_core.training.logs import draw_curves
-from semanticblur_core.training.loop import TrainUpdate, _batches, learning_rate, train
+from semanticblur_core.training.loop import TrainUpdate, learning_rate, make_batches, train
 from semanticblur_core.training.recipes import recipe
 
 CPU = DeviceChoice(torch.device("cpu"), torch.float32, "test")
@@ -291,7 +291,7 @@ def test_frozen_statistics_stay_in_every_stage(pairs: DecodedPairs, tmp_path: Pa
     before = {k: t.clone() for k, t in run.model.state_dict().items()}
     run.updates()
     after = run.model.state_dict()
-    statistics = [k for k in before if "running_" in k or "num_batches" in k]
+    statistics = [k for k in before if "running_" in k or "nummake_batches" in k]
     assert len(statistics) > 100
     assert all(torch.equal(before[k], after[k]) for k in statistics)
     assert not torch.equal(before["decoder.norm1.weight"], after["decoder.norm1.weight"])
@@ -388,7 +388,7 @@ def test_images_labelled_in_part_are_trained_on_where_labelled(tmp_path: Path) -
     labels[:, :20] = 1
     decoded = DecodedPairs.from_labels([LabelledImage("x", image, labels)] * 4)
     config = TrainConfig(epochs=1, batch_size=4, image_size_px=64, augmentation="none")
-    [(_, targets, labelled)] = list(_batches(decoded, [], config, 0))
+    [(_, targets, labelled)] = list(make_batches(decoded, [], config, 0))
     assert labelled is not None
     assert labelled[:, 0, :, :20].all()
     assert not labelled[:, 0, :, 20:].any()
