@@ -249,15 +249,15 @@ class FinetuneConfig(_Config):
         Seed of everything drawn.
     """
 
-    n_steps: int = 60
+    n_steps: int = 50
     batch_size: int = 5
     n_views: int = 30
     replay_size: int = 4
     n_replay: int = 24
-    replay_weight: float = 1.0
+    replay_weight: float = 0.5
     frozen_stages: int = 4
-    learning_rate: float = 0.03
-    ema_decay: float = 0.8
+    learning_rate: float = 0.02
+    ema_decay: float = 0.9
     backbone_rate_factor: float = 0.05
     gradient_clip_norm: float = 1.0
     validate_every: int = 5
