@@ -249,15 +249,15 @@ class FinetuneConfig(_Config):
         Seed of everything drawn.
     """
 
-    n_steps: int = 50
+    n_steps: int = 60
     batch_size: int = 5
     n_views: int = 30
     replay_size: int = 4
     n_replay: int = 24
-    replay_weight: float = 0.5
+    replay_weight: float = 1.0
     frozen_stages: int = 4
-    learning_rate: float = 0.02
-    ema_decay: float = 0.9
+    learning_rate: float = 0.03
+    ema_decay: float = 0.8
     backbone_rate_factor: float = 0.05
     gradient_clip_norm: float = 1.0
     validate_every: int = 5
