@@ -137,9 +137,7 @@ class AnnotationStore:
         except DataError:
             images = {}
         found = []
-        for path in sorted((self.folder / "labels").iterdir()):
-            if path.suffix.lower() not in (".png", *io.TIFF_SUFFIXES) or path.name.startswith("."):
-                continue
+        for path in _label_files(self.folder):
             if path.stem not in images:
                 raise DataError(f"{path}: no image of that name in {self.folder / 'images'}")
             values = known.get(path.stem, {})
@@ -363,8 +361,31 @@ class AnnotationStore:
 
 
 def is_store(folder: Path) -> bool:
-    """Whether a folder holds labels and images as an annotation store does."""
-    return (folder / "labels").is_dir() and (folder / "images").is_dir()
+    """Whether a folder holds images and labels as an annotation store does.
+
+    Without ``dataset.json`` the first file of labels decides: a data set's ``labels`` of 0 and 255
+    are masks.
+    """
+    if not ((folder / "labels").is_dir() and (folder / "images").is_dir()):
+        return False
+    if (folder / "dataset.json").exists():
+        return True
+    files = _label_files(folder)
+    if not files:
+        return True
+    try:
+        read_labels(files[0])
+    except SemanticBlurError:
+        return False
+    return True
+
+
+def _label_files(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in sorted((folder / "labels").iterdir())
+        if path.suffix.lower() in (".png", *io.TIFF_SUFFIXES) and not path.name.startswith(".")
+    ]
 
 
 def read_labels(path: Path) -> NDArray[np.uint8]:

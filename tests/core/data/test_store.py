@@ -10,7 +10,13 @@ import pytest
 import tifffile
 from PIL import Image
 
-from semanticblur_core.data.store import AnnotationStore, check_store, read_labels, read_store
+from semanticblur_core.data.store import (
+    AnnotationStore,
+    check_store,
+    is_store,
+    read_labels,
+    read_store,
+)
 from semanticblur_core.errors import DataError
 
 
@@ -95,6 +101,13 @@ def test_a_folder_made_by_hand_is_a_store(tmp_path: Path) -> None:
     Image.fromarray(photo()).save(tmp_path / "images" / "p.jpg")
     Image.fromarray(strokes()).save(tmp_path / "labels" / "p.png")
     assert [image.name for image in read_store(tmp_path)] == ["p"]
+
+
+def test_masks_in_a_folder_named_labels_are_no_store(tmp_path: Path) -> None:
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(strokes(255)).save(tmp_path / "labels" / "p.png")
+    assert not is_store(tmp_path)
 
 
 def test_another_image_of_the_same_name_is_refused(tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_frozen_statistics_stay_in_every_stage(pairs: DecodedPairs, tmp_path: Pa
     before = {k: t.clone() for k, t in run.model.state_dict().items()}
     run.updates()
     after = run.model.state_dict()
-    statistics = [k for k in before if "running_" in k or "nummake_batches" in k]
+    statistics = [k for k in before if "running_" in k or "num_batches" in k]
     assert len(statistics) > 100
     assert all(torch.equal(before[k], after[k]) for k in statistics)
     assert not torch.equal(before["decoder.norm1.weight"], after["decoder.norm1.weight"])
