@@ -82,6 +82,45 @@ class RangeType(_ParamType):
         return low, high
 
 
+class PlanesType(_ParamType):
+    """Numbers and ranges, one for each axis: ``0,2:5``."""
+
+    name = "I|I:J,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[slice, ...]:
+        if isinstance(value, tuple):
+            return value
+        slices = []
+        for part in value.split(","):
+            first, colon, last = part.partition(":")
+            try:
+                start = int(first) if first or not colon else 0
+                stop = (int(last) if last else None) if colon else start + 1
+            except ValueError:
+                self.fail(f"expected numbers or ranges such as 3 or 2:5, got {part!r}", param, ctx)
+            if start < 0 or (stop is not None and stop <= start):
+                self.fail(f"expected a plane from 0 on or a rising range, got {part!r}", param, ctx)
+            slices.append(slice(start, stop))
+        return tuple(slices)
+
+
+class ChannelsType(_ParamType):
+    """``each``, ``mean`` or the number of a channel."""
+
+    name = "each|mean|NUMBER"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        if value in ("each", "mean") or isinstance(value, int):
+            return value  # type: ignore[no-any-return]
+        if value.isdecimal():
+            return int(value)
+        self.fail(f"expected each, mean or the number of a channel, got {value!r}", param, ctx)
+
+
 class ListType(_ParamType):
     """Comma-separated choices."""
 

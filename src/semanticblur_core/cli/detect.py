@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from semanticblur_core.cli._options import (
+    ChannelsType,
     ListType,
+    PlanesType,
     RangeType,
     SizeType,
     device_option,
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 )
 @click.option("--recursive", is_flag=True, help="Look into subfolders of an input folder too.")
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
+@click.option("--resume", is_flag=True, help="Skip inputs whose results are all there.")
 @click.option(
     "--model",
     default="default",
@@ -68,10 +72,9 @@ if TYPE_CHECKING:
 @click.option(
     "--format",
     "formats",
-    type=ListType(("png", "tif", "npy")),
-    default="png",
-    show_default=True,
-    help="png: 8 bits to look at, white = out of focus; tif and npy: float32 in 0..1.",
+    type=ListType(("png", "tif", "npy", "zarr")),
+    help="png: 8 bits to look at, white = out of focus; tif, npy, zarr: float32 in 0..1. Default: "
+    "png, and tif for stacks.",
 )
 @click.option(
     "--overlay", is_flag=True, help="Also write the photograph with its blurred part tinted."
@@ -82,6 +85,26 @@ if TYPE_CHECKING:
     type=RangeType(),
     help="Intensities that count as black and white. Default: 0,255 for 8-bit images, else the 0.1 "
     "and 99.9 percentiles.",
+)
+@click.option("--axes", help="What the axes of a stack are, such as TZYX, if not as the file says.")
+@click.option(
+    "--planes",
+    type=PlanesType(),
+    help="Planes of a stack, from 0: 3, 2:5 (without 5) or one of these for each axis, 0,2:5.",
+)
+@click.option(
+    "--channels",
+    type=ChannelsType(),
+    default="each",
+    show_default=True,
+    help="Channels (axis C): each of its own, mean, or the number of one.",
+)
+@click.option(
+    "--level",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Resolution level of a pyramid, 0 is full.",
 )
 @click.option(
     "--json",
@@ -94,26 +117,34 @@ def command(
     output: Path,
     recursive: bool,
     overwrite: bool,
+    resume: bool,
     model: str,
     device: str,
     precision: str,
     flip: bool,
     size: Any,
     threshold: float,
-    formats: tuple[str, ...],
+    formats: tuple[str, ...] | None,
     overlay: bool,
     value_range: tuple[float, float] | None,
+    axes: str | None,
+    planes: tuple[slice, ...] | None,
+    channels: Any,
+    level: int,
     json_path: Path | None,
 ) -> None:
     """Find what is out of focus in images.
 
     For each image a blur map OUTPUT/<folder>/<name>_blur.png (white = out of focus), and with
-    --overlay a picture <name>_overlay.png. A file that cannot be read is reported, the rest is
-    done, and the exit code is 2.
+    --overlay a picture <name>_overlay.png. For a stack (TIFF, npy, Zarr) a stack of maps. A file
+    that cannot be read is reported, the rest is done, and the exit code is 2.
     """
     from semanticblur_core.inference.batch import DetectOptions, detect_files, find_jobs
 
-    options = DetectOptions(output, size, threshold, formats, overlay, overwrite, value_range)
+    options = DetectOptions(
+        output, size, threshold, formats, overlay, overwrite, resume, value_range, axes, channels,
+        planes, level,
+    )  # fmt: skip
     jobs, left_out = find_jobs(inputs, output, recursive=recursive)
     if left_out:
         click.echo(
@@ -140,7 +171,9 @@ def command(
             _write_json(json_path, results, detector, options)
     failed = sum(result.error is not None for result in results)
     if len(jobs) > 1:
-        click.echo(f"{len(jobs) - failed} of {len(jobs)} images done ({detector.reason})")
+        skipped = sum(result.skipped for result in results)
+        kept = f", {skipped} of them before" if skipped else ""
+        click.echo(f"{len(jobs) - failed} of {len(jobs)} images done{kept} ({detector.reason})")
     if failed:
         raise SystemExit(2)
 
@@ -148,6 +181,8 @@ def command(
 def _report(result: FileResult, quiet: bool) -> None:
     if result.error is not None:
         click.echo(f"semanticblur-core: {result.error}", err=True)
+    elif result.skipped:
+        click.echo(f"{result.source}: done before")
     elif not quiet:
         click.echo(
             f"{result.source}: {result.blurred_fraction:.1%} out of focus, mean blur "
@@ -178,9 +213,10 @@ def _write_json(path: Path, results: list[FileResult], detector: Detector, optio
             "threshold": options.threshold,
             "model": detector.name,
             "elapsed_s": result.elapsed_s,
+            **({"planes": [asdict(plane) for plane in result.planes]} if result.planes else {}),
         }
         for result in results
-        if result.error is None
+        if result.error is None and not result.skipped
     ]
     document = {
         "software": f"napari-semanticblur {__version__}",
@@ -188,6 +224,7 @@ def _write_json(path: Path, results: list[FileResult], detector: Detector, optio
         "model_sha256": detector.info.sha256 if detector.info else None,
         "protocol": protocol,
         "images": done,
+        "skipped": [result.source for result in results if result.skipped],
         "failures": [{"input": r.source, "error": r.error} for r in results if r.error is not None],
     }
     io.write_text(path, json.dumps(document, indent=1) + "\n")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import glob
+import itertools
+import math
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,16 +17,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from semanticblur_core import io
+from semanticblur_core import io, stacks
 from semanticblur_core.errors import ImageError, SemanticBlurError
 from semanticblur_core.inference.overlay import draw_overlay
+from semanticblur_core.inference.planes import Channels, Planes
+from semanticblur_core.inference.tiling import TileGrid
 
 if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector
 
 SAMPLES = {"cat": "chelsea", "coffee": "coffee", "astronaut": "astronaut"}
-_RESULT_NAME = re.compile(r"_blur\.(png|tif|npy)$|_overlay\.png$")
+_RESULT_NAME = re.compile(r"_blur\.(png|tif|npy|zarr)$|_overlay\.png$")
 _SAMPLE_PREFIX = "sample:"
+STREAMED_PIXELS = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -36,15 +42,25 @@ class Job:
 
 @dataclass(frozen=True)
 class DetectOptions:
-    """How blur maps are made and which files are written."""
+    """How blur maps are made and which files are written.
+
+    ``formats`` None is png for an image and tif for a stack. ``axes``, ``channels``, ``planes`` and
+    ``level`` say what a stack is and which planes of it are wanted: a slice for each walked axis,
+    for the last ones where there are fewer.
+    """
 
     output: Path
     size: int | Literal["native"] = 320
     threshold: float = 0.5
-    formats: tuple[str, ...] = ("png",)
+    formats: tuple[str, ...] | None = None
     overlay: bool = False
     overwrite: bool = False
+    resume: bool = False
     value_range: tuple[float, float] | None = None
+    axes: str | None = None
+    channels: Channels = "each"
+    planes: tuple[slice, ...] | None = None
+    level: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,7 @@ class FileResult:
     """What became of one input; ``error`` is None where it was done.
 
     ``mean_blur`` and ``blurred_fraction`` are in 0..1; ``elapsed_s`` covers reading, analysis and
-    writing.
+    writing. ``planes`` are those of a stack. ``skipped`` says that all of it was there before.
     """
 
     source: str
@@ -63,6 +79,17 @@ class FileResult:
     mean_blur: float = 0.0
     elapsed_s: float = 0.0
     error: str | None = None
+    planes: list[PlaneResult] = field(default_factory=list)
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class PlaneResult:
+    """One plane of a stack: its index along the walked axes, and what was measured on it."""
+
+    index: tuple[int, ...]
+    blurred_fraction: float
+    mean_blur: float
 
 
 def find_jobs(
@@ -130,14 +157,18 @@ def detect_files(
 
 
 def _detect_file(job: Job, detector: Detector, options: DetectOptions) -> FileResult:
+    path = Path(job.source)
+    if not job.source.startswith(_SAMPLE_PREFIX) and (
+        stacks.is_stack(path, axes=options.axes) or _is_streamed(path, options)
+    ):
+        return _detect_stack(job, detector, options)
     base = options.output / job.output_stem
-    targets = {name: base.with_name(f"{base.name}_blur.{name}") for name in options.formats}
+    formats = options.formats or ("png",)
+    targets = {name: base.with_name(f"{base.name}_blur.{name}") for name in formats}
     overlay_path = base.with_name(f"{base.name}_overlay.png")
     outputs = [*targets.values(), *([overlay_path] if options.overlay else [])]
-    if not options.overwrite:
-        existing = next((path for path in outputs if path.exists()), None)
-        if existing is not None:
-            raise ImageError(f"{existing}: exists already; --overwrite replaces it")
+    if _is_done(outputs, options):
+        return FileResult(job.source, outputs, skipped=True)
     image = load(job.source)
     try:
         blur = detector.detect(image, size=options.size, value_range=options.value_range)
@@ -149,6 +180,10 @@ def _detect_file(job: Job, detector: Detector, options: DetectOptions) -> FileRe
         io.write_tiff(targets["tif"], blur)
     if "npy" in targets:
         io.write_npy(targets["npy"], blur)
+    if "zarr" in targets:
+        with stacks.new_map(targets["zarr"], blur.shape) as maps:
+            maps.append(blur)
+            stacks.write_zarr(targets["zarr"], maps, axes="YX", pixel_size_um={})
     if options.overlay:
         drawn = draw_overlay(
             image, blur, threshold=options.threshold, value_range=options.value_range
@@ -162,6 +197,147 @@ def _detect_file(job: Job, detector: Detector, options: DetectOptions) -> FileRe
         blurred_fraction=float((blur > options.threshold).mean()),
         mean_blur=float(blur.mean(dtype=np.float64)),
     )
+
+
+def _detect_stack(job: Job, detector: Detector, options: DetectOptions) -> FileResult:
+    path = Path(job.source)
+    base = options.output / job.output_stem
+    formats = options.formats or ("tif",)
+    targets = {name: base.with_name(f"{base.name}_blur.{name}") for name in formats}
+    if "png" in formats or options.overlay:
+        raise ImageError(
+            f"{path}: a stack or a large image, and pictures hold one plane in memory; use "
+            "--format=tif, npy or zarr, without --overlay"
+        )
+    if _is_done(list(targets.values()), options):
+        return FileResult(job.source, list(targets.values()), skipped=True)
+    with stacks.open_stack(path, axes=options.axes, level=options.level) as stack:
+        try:
+            planes = Planes(stack.array, stack.axes, options.channels)
+            box = _box(planes, options.planes)
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}") from error
+        shape = (*(len(axis) for axis in box), *planes.plane_shape)
+        with stacks.new_map(next(iter(targets.values())), shape) as maps:
+            try:
+                measured = list(_append_planes(maps, planes, box, detector, options))
+            except SemanticBlurError as error:
+                raise ImageError(f"{path}: {error}") from error
+            where: dict[str, Any] = {
+                "axes": f"{planes.walked_axes}YX",
+                "pixel_size_um": stack.pixel_size_um,
+            }
+            if "tif" in targets:
+                stacks.write_tiff(targets["tif"], maps, **where)
+            if "zarr" in targets:
+                stacks.write_zarr(targets["zarr"], maps, **where)
+            if "npy" in targets:
+                stacks.write_npy(targets["npy"], maps)
+    return FileResult(
+        source=job.source,
+        outputs=list(targets.values()),
+        height=shape[-2],
+        width=shape[-1],
+        blurred_fraction=float(np.mean([plane.blurred_fraction for plane in measured])),
+        mean_blur=float(np.mean([plane.mean_blur for plane in measured])),
+        planes=measured,
+    )
+
+
+def _append_planes(
+    maps: stacks.MapFile,
+    planes: Planes,
+    box: list[range],
+    detector: Detector,
+    options: DetectOptions,
+) -> Iterator[PlaneResult]:
+    """Detect planes one after the other; at native size in strips, a plane is never held whole."""
+    if options.value_range is None:
+        limits = planes.estimate_range()
+    else:
+        limits = planes.as_limits(options.value_range)
+    n_pixels = math.prod(planes.plane_shape)
+    for index in itertools.product(*box):
+        view = planes.view(index)
+        strips: Iterable[NDArray[np.float32]]
+        if options.size == "native":
+            read = _banded(functools.partial(view.read_unit, limits=limits))
+            grid = TileGrid(*planes.plane_shape)
+            strips = (strip for _, strip in detector.iter_strips(read, grid))
+        else:
+            if n_pixels > io.MAX_PIXELS:
+                raise ImageError(
+                    f"planes of {n_pixels / 1e6:.0f} million pixels are too large to be squashed; "
+                    "--size=native streams them, --level takes a coarser one of a pyramid"
+                )
+            [update] = detector.iter_planes(
+                planes.array, planes.axes, indices=[index], channels=planes.channels,
+                size=options.size, value_range=limits,
+            )  # fmt: skip
+            strips = [update.blur]
+        n_blurred, total = 0, 0.0
+        for strip in strips:
+            maps.append(strip)
+            n_blurred += int(np.count_nonzero(strip > options.threshold))
+            total += float(strip.sum(dtype=np.float64))
+        yield PlaneResult(index, n_blurred / n_pixels, total / n_pixels)
+
+
+def _banded(
+    read: Callable[[slice, slice], NDArray[Any]],
+) -> Callable[[slice, slice], NDArray[Any]]:
+    """Read whole rows once and cut the tiles of a row from them: files are often kept in rows."""
+    held: tuple[slice, NDArray[Any]] | None = None
+
+    def read_cut(rows: slice, columns: slice) -> NDArray[Any]:
+        nonlocal held
+        if held is None or held[0] != rows:
+            held = rows, read(rows, slice(None))
+        return held[1][:, columns]
+
+    return read_cut
+
+
+def _is_streamed(path: Path, options: DetectOptions) -> bool:
+    """Whether a single large TIFF is to be read piece by piece."""
+    if options.size != "native" or path.suffix.lower() not in io.TIFF_SUFFIXES:
+        return False
+    return stacks.plane_pixels(path) > STREAMED_PIXELS
+
+
+def _box(planes: Planes, wanted: tuple[slice, ...] | None) -> list[range]:
+    """Indices along each walked axis."""
+    chosen = wanted or ()
+    if len(chosen) > len(planes.lengths):
+        raise ImageError(
+            f"--planes: {len(chosen)} ranges for {len(planes.lengths)} axes "
+            f"({planes.walked_axes or 'none'})"
+        )
+    whole = [slice(None)] * (len(planes.lengths) - len(chosen))
+    box = [
+        range(length)[part] for length, part in zip(planes.lengths, [*whole, *chosen], strict=True)
+    ]
+    if any(len(axis) == 0 for axis in box):
+        raise ImageError(f"--planes: names no plane of {planes.lengths} along {planes.walked_axes}")
+    return box
+
+
+def _is_done(outputs: list[Path], options: DetectOptions) -> bool:
+    """Whether all results are there and are to be kept; results appear whole or not at all.
+
+    Raises
+    ------
+    ImageError
+        If one is there and neither to be kept nor replaced.
+    """
+    existing = [path for path in outputs if path.exists()]
+    if options.resume and len(existing) == len(outputs):
+        return True
+    if existing and not (options.overwrite or options.resume):
+        raise ImageError(
+            f"{existing[0]}: exists already; --overwrite replaces it, --resume keeps it"
+        )
+    return False
 
 
 def load(source: str) -> NDArray[Any]:
@@ -185,6 +361,9 @@ def _expand(text: str, recursive: bool) -> Iterator[tuple[str, Path, bool]]:
     if not text.strip():
         raise ImageError("an input is empty; expected a path, a glob, a folder or sample:NAME")
     path = Path(text).expanduser()
+    if path.is_dir() and path.suffix.lower() == ".zarr":
+        yield str(path), Path(path.name), True
+        return
     if path.is_dir():
         candidates = sorted(path.rglob("*") if recursive else path.iterdir())
         images = [p for p in candidates if _is_image_name(p) and p.is_file()]

@@ -234,7 +234,6 @@ class Detector:
                 whole = _upsample(small, view.shape, "bilinear").cpu().numpy()
                 yield DetectUpdate(view.index, n_done, len(views), whole, ALL, True)
             return
-        _require_native(*planes.plane_shape)
         grid = TileGrid(*planes.plane_shape, tile_size_px, overlap_px)
         n_done, n_total = 0, len(views) * len(grid)
         for view in views:
@@ -260,6 +259,7 @@ class Detector:
         visible
             Rows and columns whose tiles come first.
         """
+        _require_native(grid.height, grid.width)
         tiles = list(grid)
         if visible is not None:
             rows, columns = visible
@@ -297,7 +297,6 @@ class Detector:
         self, image: NDArray[Any], value_range: tuple[float, float] | None
     ) -> NDArray[np.float32]:
         pixels = _prepare(image, value_range)
-        _require_native(*pixels.shape[:2])
         grid = TileGrid(*pixels.shape[:2])
         blur = np.zeros(pixels.shape[:2], np.float32)
         for tile, part in self.iter_tiles(lambda rows, columns: pixels[rows, columns], grid):

@@ -144,12 +144,9 @@ class Planes:
         if self.array.dtype in (np.uint8, np.bool_):
             return None
         if indices is None:
-            everything = list(self.indices()) if len(self) <= 1_000_000 else None
             spread = np.unique(np.linspace(0, len(self) - 1, RANGE_PLANES).round().astype(int))
-            indices = [
-                everything[i] if everything else tuple(np.unravel_index(int(i), self.lengths))
-                for i in spread
-            ]
+            places = np.stack(np.unravel_index(spread, self.lengths or (1,)), axis=-1)
+            indices = [tuple(place) if self.lengths else () for place in places.tolist()]
         height, width = self.plane_shape
         step = max(1, math.ceil(math.sqrt(height * width / RANGE_SAMPLES_PER_PLANE)))
         samples = [
@@ -175,14 +172,26 @@ class PlaneView:
         return self.planes.plane_shape
 
     def read(self, rows: slice = slice(None), columns: slice = slice(None)) -> NDArray[Any]:
-        """Pixels as they are stored, channels first where their mean is taken."""
+        """Pixels as they are stored, channels first where their mean is taken.
+
+        Raises
+        ------
+        ImageError
+            If the array fails to give them.
+        """
         planes = self.planes
         walked = dict(zip(planes.walked_axes, self.index, strict=True))
         inside: dict[str, Any] = {"Y": rows, "X": columns}
         if isinstance(planes.channels, int):
             inside["C"] = planes.channels
         key = tuple(walked.get(axis, inside.get(axis, slice(None))) for axis in planes.axes)
-        pixels = np.asarray(planes.array[key])
+        try:
+            pixels = np.asarray(planes.array[key])
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever reads lazily: codecs, networks, a user's function
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ImageError(f"plane {self.index}: cannot be read: {reason}") from error
         left = [
             axis
             for axis, part in zip(planes.axes, key, strict=True)

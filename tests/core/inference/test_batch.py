@@ -1,5 +1,6 @@
 """Files in, files out: what is found, how results are named, and that one bad file is no end."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,10 @@ import tifffile
 import torch
 from PIL import Image
 
-from semanticblur_core import Detector
+from semanticblur_core import Detector, stacks
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import ImageError
+from semanticblur_core.inference import batch
 from semanticblur_core.inference.batch import DetectOptions, Job, detect_files, find_jobs
 from semanticblur_core.inference.overlay import draw_overlay
 from semanticblur_core.network import SemanticBlur
@@ -174,3 +176,78 @@ def test_running_out_of_memory_on_one_image_does_not_end_the_batch(
     assert "c.png: [enforce fail] DefaultCPUAllocator" in error
     assert "\n" not in error
     assert len(results) == 4
+
+
+def test_a_stack_becomes_a_stack_of_maps(
+    tmp_path: Path, detector: Detector, rng: np.random.Generator
+) -> None:
+    data = rng.integers(0, 60_000, (2, 3, 40, 50), np.uint16)
+    tifffile.imwrite(tmp_path / "s.tif", data, imagej=True, metadata={"axes": "TZYX"})
+    np.save(tmp_path / "n.npy", data)
+    options = DetectOptions(tmp_path / "out", size=64, planes=(slice(1, 3),))
+    jobs = [Job(str(tmp_path / name), name) for name in ("s.tif", "n.npy")]
+    for result in detect_files(jobs, detector, options):
+        assert result.error is None
+        assert [plane.index for plane in result.planes] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+        [path] = result.outputs
+        with tifffile.TiffFile(path) as tiff:
+            assert (tiff.series[0].axes, tiff.series[0].shape) == ("TZYX", (2, 2, 40, 50))
+            maps = tiff.asarray()
+        whole = [update.blur for update in detector.iter_planes(data, "TZYX", size=64)]
+        np.testing.assert_allclose(maps.reshape(4, 40, 50), np.stack(whole)[[1, 2, 4, 5]])
+        assert result.mean_blur == pytest.approx(float(maps.mean()), abs=1e-5)
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_stacks_that_cannot_be_done_as_asked_are_one_line(
+    tmp_path: Path, detector: Detector
+) -> None:
+    np.save(tmp_path / "n.npy", np.zeros((3, 40, 50), np.uint8))
+    job = Job(str(tmp_path / "n.npy"), "n")
+    for asked, message in (
+        ({"formats": ("png",)}, "pictures hold one plane in memory"),
+        ({"overlay": True}, "pictures hold one plane in memory"),
+        ({"planes": (slice(7, 9),)}, "names no plane"),
+        ({"planes": (slice(0, 1),) * 3}, "3 ranges for 1 axes"),
+        ({"axes": "TCZYX"}, "do not fit an array of shape"),
+        ({"channels": "mean"}, "name no channels"),
+        ({"size": "native", "axes": "YZX"}, "at least 33 x 33 px"),
+    ):
+        options = DetectOptions(tmp_path / "out", **asked)  # type: ignore[arg-type]
+        [result] = detect_files([job], detector, options)
+        assert result.error is not None
+        assert message in result.error
+        assert "n.npy" in result.error
+        assert not list((tmp_path / "out").glob("**/*"))
+
+
+def test_a_large_image_streams_to_the_map_of_one_in_memory(
+    tmp_path: Path, detector: Detector, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = rng.integers(0, 256, (700, 600, 3), np.uint8)
+    tifffile.imwrite(tmp_path / "large.tif", image, photometric="rgb", rowsperstrip=50)
+    jobs = [Job(str(tmp_path / "large.tif"), "large")]
+    options = DetectOptions(tmp_path / "out", size="native", formats=("tif", "zarr", "npy"))
+    monkeypatch.setattr(batch, "STREAMED_PIXELS", 1000)
+    [result] = detect_files(jobs, detector, options)
+    assert result.error is None
+    expected = detector.detect(image, size="native")
+    for path in result.outputs:
+        with stacks.open_stack(path) as stack:
+            assert stack.axes == "YX"
+            np.testing.assert_allclose(stack.array[:], expected, atol=1e-6)
+    assert result.mean_blur == pytest.approx(float(expected.mean()), abs=1e-5)
+
+
+def test_resume_skips_what_is_whole_and_does_the_rest(folder: Path, detector: Detector) -> None:
+    jobs, _ = find_jobs([str(folder)], folder.parent / "out")
+    options = DetectOptions(folder.parent / "out", size=64)
+    list(detect_files(jobs[:2], detector, options))
+    [again] = detect_files(jobs[:1], detector, options)
+    assert again.error is not None
+    assert "--resume keeps it" in again.error
+    resumed = list(detect_files(jobs, detector, replace(options, resume=True)))
+    assert [result.skipped for result in resumed] == [True, True, False]
+    assert all(result.error is None for result in resumed)
+    both = replace(options, resume=True, formats=("png", "npy"))
+    assert [result.skipped for result in detect_files(jobs, detector, both)] == [False] * 3

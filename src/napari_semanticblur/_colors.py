@@ -1,0 +1,30 @@
+"""Codes and colours of annotations and results: blue is sharp, orange is blurred.
+
+The pair stays apart under the common kinds of colour blindness (Okabe and Ito 2008).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from napari.utils.colormaps import DirectLabelColormap
+
+UNLABELLED, SHARP, BLURRED = 0, 1, 2
+SHARP_COLOR, BLURRED_COLOR = "#0072B2", "#E69F00"
+MAP_COLORMAP = "inferno"
+
+
+def label_colormap() -> DirectLabelColormap:
+    """Colormap of a Labels layer of these codes; anything else is transparent."""
+    from napari.utils.colormaps import DirectLabelColormap
+
+    transparent = "transparent"
+    return DirectLabelColormap(
+        color_dict={
+            None: transparent,
+            UNLABELLED: transparent,
+            SHARP: SHARP_COLOR,
+            BLURRED: BLURRED_COLOR,
+        }
+    )

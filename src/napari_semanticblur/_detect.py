@@ -1,0 +1,347 @@
+"""The widget "Detect defocus blur", and the same with one click."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from magicgui.widgets import (
+    ComboBox,
+    Container,
+    FloatSlider,
+    Label,
+    ProgressBar,
+    PushButton,
+    SpinBox,
+)
+
+from napari_semanticblur._detection import Detection, Settings, rethreshold
+from napari_semanticblur._layers import (
+    METADATA_KEY,
+    coarse_level,
+    find_result,
+    is_image,
+    read_source,
+    unwrapped,
+)
+from napari_semanticblur._settings import preferences
+from semanticblur_core.errors import SemanticBlurError
+
+if TYPE_CHECKING:
+    from napari.layers import Image
+    from napari.viewer import Viewer
+
+PAPER, NATIVE, CUSTOM = "320 px, squashed", "native pixels, tiles", "custom, squashed"
+CURRENT, ALL, RANGE = "the one shown", "all", "a range"
+OTHER_FILE = "other file ..."
+# A level of a multiscale layer is analysed at first that has about the pixels of a photograph.
+LEVEL_SIDE_PX = 1024
+
+
+class DetectWidget(Container):  # type: ignore[type-arg]
+    """Dock widget that runs the network on an image layer.
+
+    Parameters
+    ----------
+    napari_viewer
+        Viewer that it belongs to.
+    """
+
+    def __init__(self, napari_viewer: Viewer) -> None:
+        self._viewer = napari_viewer
+        self._detection: Detection | None = None
+        self._rethresholding: Iterator[None] | None = None
+        chosen = preferences()
+        self.layer = ComboBox(choices=self._images, label="image")
+        models = _model_names()
+        if chosen.model not in models:
+            models.append(chosen.model)
+        self.model = ComboBox(
+            choices=[*models, OTHER_FILE], value=chosen.model, label="model", tooltip=_MODEL_TIP
+        )
+        self.device = ComboBox(
+            choices=["auto", "cpu", "cuda", "mps"],
+            value=chosen.device,
+            label="device",
+            tooltip="auto: a GPU where there is one. The reason is shown below after a run.",
+        )
+        size = {"320": PAPER, "native": NATIVE}.get(chosen.size, CUSTOM)
+        self.size = ComboBox(
+            choices=[PAPER, NATIVE, CUSTOM], value=size, label="analysis", tooltip=_SIZE_TIP
+        )
+        self.custom_size = SpinBox(
+            value=int(chosen.size) if chosen.size.isdecimal() else 448, min=33, max=4096, step=32,
+            label="side (px)",
+        )  # fmt: skip
+        # What can be chosen depends on the layer; reset_choices, which napari calls, asks again.
+        self._levels: list[int] = [0]
+        self._channels: list[Any] = ["each"]
+        self.level = ComboBox(
+            choices=lambda _: self._levels, label="level", tooltip="Resolution that is analysed."
+        )
+        self.planes = ComboBox(choices=[CURRENT, ALL, RANGE], label="planes")
+        self.first = SpinBox(label="from", min=0, max=0)
+        self.last = SpinBox(label="to", min=0, max=0)
+        self.channels = ComboBox(
+            choices=lambda _: self._channels,
+            label="channels",
+            tooltip="How the axis named c is treated.",
+        )
+        self.threshold = FloatSlider(
+            value=chosen.threshold, min=0, max=1, step=0.01, label="threshold",
+            tooltip="Blurred where the map is above it. Moves the labels at once, without a run.",
+        )  # fmt: skip
+        self.run_button = PushButton(text="Detect defocus blur")
+        self.cancel_button = PushButton(text="Cancel", enabled=False)
+        self.progress = ProgressBar(value=0, min=0, max=1, label="")
+        self.status = Label(value="")
+        self.copy_button = PushButton(
+            text="Copy command", enabled=False,
+            tooltip="Copies the semanticblur-core command that does the same.",
+        )  # fmt: skip
+        super().__init__(
+            widgets=[
+                self.layer, self.model, self.device, self.size, self.custom_size, self.level,
+                self.planes, self.first, self.last, self.channels, self.threshold,
+                Container(
+                    widgets=[self.run_button, self.cancel_button],
+                    layout="horizontal", labels=False, label="",
+                ),
+                self.progress, self.status, self.copy_button,
+            ]
+        )  # fmt: skip
+        self.native.setObjectName("semanticblur-detect")
+        self.status.native.setWordWrap(True)
+        self.layer.changed.connect(self._layer_chosen)
+        self.model.changed.connect(self._model_chosen)
+        self.size.changed.connect(self._show_what_applies)
+        self.planes.changed.connect(self._show_what_applies)
+        self.threshold.changed.connect(self._threshold_moved)
+        self.run_button.changed.connect(self.run)
+        self.cancel_button.changed.connect(self.cancel)
+        self.copy_button.changed.connect(self.copy_command)
+        self._timer = _timer(self._rethreshold_some)
+        self._layer_chosen(self.layer.value)
+
+    def _images(self, _: Any) -> list[Image]:
+        """Image layers but for the maps made here."""
+        return [
+            layer
+            for layer in map(unwrapped, self._viewer.layers)
+            if is_image(layer) and METADATA_KEY not in layer.metadata
+        ]
+
+    @property
+    def settings(self) -> Settings:
+        """What the widget says now."""
+        size = {PAPER: 320, NATIVE: "native"}.get(self.size.value, int(self.custom_size.value))
+        scope = {CURRENT: "current", ALL: "all", RANGE: "range"}[self.planes.value]
+        return Settings(
+            model=self.model.value,
+            device=self.device.value,
+            size=cast(Any, size),
+            scope=cast(Any, scope),
+            first=int(self.first.value),
+            last=int(self.last.value),
+            threshold=float(self.threshold.value),
+            level=int(self.level.value or 0),
+            channels=self.channels.value,
+        )
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a detection started here is at work."""
+        return self._detection is not None
+
+    def run(self) -> None:
+        """Start, with a line instead of a run if the layer cannot be analysed."""
+        from napari.utils.notifications import show_error
+
+        if self.is_running:
+            return
+        if self.layer.value is None:
+            self._say("Open an image first.")
+            return
+        try:
+            detection = Detection(
+                self._viewer,
+                self.layer.value,
+                self.settings,
+                on_status=self._say,
+                on_progress=self._progressed,
+                on_end=self._ended,
+            )
+        except SemanticBlurError as error:
+            self._say(str(error))
+            show_error(str(error))
+            return
+        self._detection = detection
+        self.run_button.enabled, self.cancel_button.enabled = False, True
+        self.progress.max, self.progress.value = detection.n_steps, 0
+        self._say("Starting ...")
+        detection.start()
+
+    def cancel(self) -> None:
+        """Stop at the next tile or plane; what is done is kept."""
+        if self._detection is not None:
+            self._say("Stopping ...")
+            self._detection.cancel()
+
+    def copy_command(self) -> None:
+        """Put the equivalent command line on the clipboard."""
+        from qtpy.QtWidgets import QApplication
+
+        labels = find_result(self._viewer, self.layer.value, "labels") if self.layer.value else None
+        if labels is None:
+            return
+        clipboard = QApplication.clipboard()
+        if clipboard is not None:
+            command = labels.metadata[METADATA_KEY]["command"]
+            clipboard.setText(command)
+            self._say(f"Copied: {command}")
+
+    def _say(self, text: str) -> None:
+        self.status.value = text
+
+    def _progressed(self, n_done: int, n_total: int) -> None:
+        self.progress.value = n_done
+
+    def _ended(self) -> None:
+        detection, self._detection = self._detection, None
+        self.run_button.enabled, self.cancel_button.enabled = True, False
+        self._update_copy_button()
+        if detection is not None and detection.threshold != self.threshold.value:
+            self._threshold_moved(self.threshold.value)
+
+    def _layer_chosen(self, layer: Image | None) -> None:
+        self._update_copy_button()
+        if layer is not None:
+            try:
+                source = read_source(layer)
+                planes = source.planes()
+            except SemanticBlurError as error:
+                self._say(str(error))
+                return
+            n_levels = len(layer.data) if layer.multiscale else 1
+            self._levels = list(range(n_levels))
+            self.level.reset_choices()
+            self.level.value = coarse_level(layer, at_least_px=LEVEL_SIDE_PX)
+            last = planes.lengths[-1] - 1 if planes.lengths else 0
+            self.first.max = self.last.max = last
+            self.first.value, self.last.value = 0, last
+            self._channels = ["each"]
+            if "C" in planes.walked_axes:
+                length = planes.lengths[planes.walked_axes.index("C")]
+                self._channels += [*range(length), *(["mean"] if "S" not in source.axes else [])]
+            self.channels.reset_choices()
+        self._show_what_applies()
+
+    def _show_what_applies(self) -> None:
+        layer = self.layer.value
+        n_walked = 0 if layer is None else layer.ndim - 2
+        self.custom_size.visible = self.size.value == CUSTOM
+        self.level.visible = layer is not None and bool(layer.multiscale)
+        self.planes.visible = n_walked > 0
+        self.first.visible = self.last.visible = n_walked > 0 and self.planes.value == RANGE
+        self.channels.visible = len(self._channels) > 1
+
+    def _update_copy_button(self) -> None:
+        layer = self.layer.value
+        done = layer is not None and find_result(self._viewer, layer, "labels") is not None
+        self.copy_button.enabled = done
+
+    def _model_chosen(self, model: str) -> None:
+        if model != OTHER_FILE:
+            return
+        from qtpy.QtWidgets import QFileDialog
+
+        path, _ = QFileDialog.getOpenFileName(
+            self.native, "Open weights", str(Path.home()), "Weights (*.safetensors)"
+        )
+        names = [name for name in self.model.choices if name != OTHER_FILE]
+        if path and path not in names:
+            names.append(path)
+        self.model.choices = [*names, OTHER_FILE]
+        self.model.value = path or names[0]
+
+    def _threshold_moved(self, threshold: float) -> None:
+        if self._detection is not None:
+            self._detection.threshold = threshold
+        if self.layer.value is not None:
+            self._rethresholding = rethreshold(self._viewer, self.layer.value, threshold)
+            self._timer.start()
+
+    def _rethreshold_some(self) -> None:
+        """A few planes at a time, so that the window stays alive on long stacks."""
+        import time
+
+        until = time.perf_counter() + 0.02
+        while self._rethresholding is not None and time.perf_counter() < until:
+            try:
+                next(self._rethresholding)
+            except StopIteration:
+                self._rethresholding = None
+        labels = find_result(self._viewer, self.layer.value, "labels") if self.layer.value else None
+        if labels is not None:
+            labels.refresh(extent=False, thumbnail=False)
+        if self._rethresholding is None:
+            self._timer.stop()
+
+
+def detect_now(viewer: Viewer) -> None:
+    """Detect the selected image layer, the plane shown, with the preferences; no dock needed."""
+    from napari.utils.notifications import show_error, show_info, show_warning
+
+    layer = viewer.layers.selection.active
+    if layer is None:
+        images = [each for each in viewer.layers if is_image(each)]
+        if len(images) != 1:
+            show_warning("Detect defocus blur: select an image layer first.")
+            return
+        layer = images[0]
+    layer = unwrapped(layer)
+    chosen = preferences()
+
+    def say(text: str) -> None:
+        viewer.status = text
+
+    try:
+        level = 0
+        if getattr(layer, "multiscale", False):
+            level = coarse_level(layer, at_least_px=LEVEL_SIDE_PX)
+        settings = Settings(
+            chosen.model,
+            chosen.device,
+            cast(Any, chosen.size if chosen.size == "native" else int(chosen.size)),
+            threshold=chosen.threshold,
+            level=level,
+        )
+        detection = Detection(viewer, layer, settings, on_status=say)
+    except (SemanticBlurError, ValueError) as error:
+        show_error(f"Detect defocus blur: {error}")
+        return
+    show_info(f"Detecting defocus blur in {layer.name} ...")
+    detection.start()
+
+
+def _model_names() -> list[str]:
+    from semanticblur_core import weights
+
+    return list(weights.PACKAGED)
+
+
+def _timer(callback: Any) -> Any:
+    from qtpy.QtCore import QTimer
+
+    timer = QTimer()
+    timer.setInterval(0)
+    timer.timeout.connect(callback)
+    return timer
+
+
+_MODEL_TIP = "The packaged model, or a file of weights of your own."
+_SIZE_TIP = (
+    "Squashed: the whole plane is brought to a square of that side (320 is the paper's protocol, "
+    "best for photographs). Native: tiles of 512 px at the image's own pixels, for microscopy."
+)

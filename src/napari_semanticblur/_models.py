@@ -1,0 +1,53 @@
+"""Loaded detectors, kept so that the second click does not load again."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from semanticblur_core.inference.detector import Detector
+
+_KEPT = 2
+_lock = threading.Lock()
+_detectors: OrderedDict[tuple[str, str], Detector] = OrderedDict()
+
+
+def detector(model: str, device: str) -> Detector:
+    """Detector for a model and a device; called off the main thread, the first call is slow."""
+    _keep_triton_out()
+    from semanticblur_core.inference.detector import Detector
+
+    key = (model, device)
+    with _lock:
+        if key not in _detectors:
+            _detectors[key] = Detector(model, device=device)
+            while len(_detectors) > _KEPT:
+                _detectors.popitem(last=False)
+        _detectors.move_to_end(key)
+        return _detectors[key]
+
+
+def is_loaded(model: str, device: str) -> bool:
+    """Whether `detector` will answer at once."""
+    return (model, device) in _detectors
+
+
+def _keep_triton_out() -> None:
+    """Let torch find no triton where the process would crash on it.
+
+    Mesa's software and AMD drivers, which draw the window, bring an LLVM of their own. Loading
+    triton's afterwards, as importing torchvision does, ends in a segmentation fault. Triton
+    compiles GPU kernels for `torch.compile`, which nothing here uses.
+    """
+    if "triton" in sys.modules or not sys.platform.startswith("linux"):
+        return
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return
+    if "libLLVM" in maps:
+        sys.modules["triton"] = None  # type: ignore[assignment]

@@ -1,0 +1,107 @@
+"""A core generator in a napari worker: progress in the activity dock, cancel, errors as lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from semanticblur_core.errors import SemanticBlurError
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """A word on what is happening before the first result."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run ended early, in one line."""
+
+    text: str
+
+
+def guarded(make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    """What ``make`` yields; errors that a person can act on become a last `Failure`.
+
+    RuntimeError, which torch raises when memory runs out, must not leave the generator: the worker
+    would take it for its own deletion and end in silence.
+    """
+    try:
+        yield from make()
+    except SemanticBlurError as error:
+        yield Failure(str(error))
+    except (MemoryError, OSError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        yield Failure(reason)
+
+
+class Run:
+    """One run in the background.
+
+    Parameters
+    ----------
+    make
+        Makes the generator; called in the worker's thread, so imports in it do not block.
+    title
+        Name in the activity dock.
+    n_steps
+        Steps for the progress bar.
+    on_update
+        Called in the main thread with each thing yielded, but for failures.
+    on_end
+        Called once in the main thread with "done", "cancelled" or a `Failure`.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Iterator[Any]],
+        *,
+        title: str,
+        n_steps: int,
+        on_update: Callable[[Any], int],
+        on_end: Callable[[str | Failure], None],
+    ) -> None:
+        from napari.qt.threading import create_worker
+        from napari.utils import progress
+
+        self._on_update, self._on_end = on_update, on_end
+        self._outcome: str | Failure = "cancelled"
+        self._progress = progress(total=n_steps, desc=title)
+        self._worker = create_worker(guarded, make, _start_thread=False)
+        self._worker.yielded.connect(self._yielded)
+        self._worker.returned.connect(self._returned)
+        self._worker.errored.connect(self._errored)
+        self._worker.finished.connect(self._finished)
+        self._ended = False
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._worker.start()
+
+    def cancel(self) -> None:
+        """Ask to stop at the next tile or plane."""
+        self._worker.quit()
+
+    def _yielded(self, update: Any) -> None:
+        if isinstance(update, Failure):
+            self._outcome = update
+        elif not self._worker.abort_requested:
+            n_done = self._on_update(update)
+            self._progress.update(max(0, n_done - self._progress.n))
+
+    def _returned(self, _: Any) -> None:
+        if not isinstance(self._outcome, Failure):
+            self._outcome = "done"
+
+    def _errored(self, error: Exception) -> None:
+        self._outcome = Failure(f"{type(error).__name__}: {error}")
+
+    def _finished(self) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        self._progress.close()
+        self._on_end(self._outcome)

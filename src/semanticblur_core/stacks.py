@@ -1,0 +1,382 @@
+"""Files of any number of axes, opened without reading them, and stacks of maps written back."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semanticblur_core import io
+from semanticblur_core.errors import ImageError
+
+STACK_SUFFIXES = (*io.TIFF_SUFFIXES, ".npy", ".zarr")
+BLOCK_PX = 512
+LARGE_PLANE_PIXELS = 16_000_000
+COARSEST_SIDE_PX = 2048
+# By the number of axes, where a file does not name them.
+_USUAL_AXES = {2: "YX", 3: "ZYX", 4: "TZYX", 5: "TCZYX"}
+_MICROMETRES = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
+_NGFF_UNITS = {"nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """An array on disk.
+
+    Attributes
+    ----------
+    array
+        Has ``shape``, ``dtype`` and slicing; read where it is sliced.
+    axes
+        One letter an axis, see `semanticblur_core.inference.planes.Planes`.
+    pixel_size_um
+        Micrometres a step along an axis, for those axes where the file says.
+    """
+
+    array: Any
+    axes: str
+    pixel_size_um: Mapping[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def open_stack(path: Path, *, axes: str | None = None, level: int = 0) -> Iterator[Stack]:
+    """Open a TIFF (OME, ImageJ or plain), a npy file or a Zarr (plain or OME).
+
+    Parameters
+    ----------
+    path
+        File, or folder of a Zarr.
+    axes
+        What the axes are, if not as the file says.
+    level
+        Resolution level of a pyramid, 0 is full.
+
+    Raises
+    ------
+    ImageError
+        If it is missing, damaged, or holds no array with rows and columns.
+    """
+    suffix = path.suffix.lower()
+    if not path.exists():
+        raise ImageError(f"{path}: no such file")
+    if path.is_file() and path.stat().st_size == 0:
+        raise ImageError(f"{path}: the file is empty (0 bytes)")
+    with ExitStack() as resources:
+        try:
+            if suffix == ".npy":
+                array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+                found = _guess_axes(array.shape)
+                sizes: dict[str, float] = {}
+            elif suffix == ".zarr":
+                array, found, sizes = _open_zarr(path, level)
+            else:
+                array, found, sizes = _open_tiff(path, level, resources)
+        except ImageError:
+            raise
+        except Exception as error:  # the libraries raise many kinds
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ImageError(f"{path}: damaged or unreadable: {reason}") from error
+        named = (axes or found).upper()
+        if len(named) != len(array.shape):
+            raise ImageError(
+                f"{path}: axes {named!r} do not fit an array of shape {tuple(array.shape)}; "
+                f"--axes names them, {len(array.shape)} letters with Y and X among them"
+            )
+        yield Stack(array, named, sizes)
+
+
+def is_stack(path: Path, *, axes: str | None = None) -> bool:
+    """Whether a file holds more than one image: it is to be opened with `open_stack`."""
+    suffix = path.suffix.lower()
+    if suffix in (".npy", ".zarr") or (axes is not None and suffix in STACK_SUFFIXES):
+        return True
+    if suffix not in io.TIFF_SUFFIXES or not path.is_file() or path.stat().st_size == 0:
+        return False
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            series = tiff.series[0]
+            inside = math.prod(
+                length
+                for axis, length in zip(series.axes, series.shape, strict=True)
+                if axis in "YXS"
+            )
+            return math.prod(series.shape) > inside
+    except Exception:  # whatever is wrong with it is reported by the reader of images
+        return False
+
+
+def plane_pixels(path: Path) -> int:
+    """Rows times columns of a TIFF's first image; 0 if it cannot be read."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            series = tiff.series[0]
+            lengths = dict(zip(series.axes, series.shape, strict=True))
+            return int(lengths["Y"]) * int(lengths["X"])
+    except Exception:  # whatever is wrong with it is reported by the reader of images
+        return 0
+
+
+class MapFile:
+    """A float32 map on disk, written from its first row to its last; made by `new_map`.
+
+    Plain reading and writing, no memory map, whose pages would count as memory in use.
+
+    Attributes
+    ----------
+    shape
+        Walked axes, then rows and columns.
+    """
+
+    def __init__(self, stream: BinaryIO, shape: tuple[int, ...]) -> None:
+        self._stream = stream
+        self.shape = shape
+
+    def append(self, rows: NDArray[np.float32]) -> None:
+        """Add the next rows, ``(n, W)``; a plane follows the one before."""
+        self._stream.write(np.ascontiguousarray(rows, dtype=np.float32).data)
+
+    def read(self, index: Sequence[int], rows: slice) -> NDArray[np.float32]:
+        """Rows of one plane, ``(n, W)``."""
+        height, width = self.shape[-2:]
+        start, stop, _ = rows.indices(height)
+        plane = int(np.ravel_multi_index(tuple(index), self.shape[:-2])) if len(index) else 0
+        self._stream.seek((plane * height + start) * width * 4)
+        n_bytes = (stop - start) * width * 4
+        return np.frombuffer(self._stream.read(n_bytes), np.float32).reshape(-1, width)
+
+    def copy_to(self, stream: BinaryIO) -> None:
+        """All values, as bytes."""
+        self._stream.seek(0)
+        shutil.copyfileobj(self._stream, stream, 2**22)
+
+
+@contextmanager
+def new_map(path: Path, shape: tuple[int, ...]) -> Iterator[MapFile]:
+    """A map on disk beside ``path``, gone when the block ends.
+
+    Raises
+    ------
+    ImageError
+        If there is no room for it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.map.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free, needed = shutil.disk_usage(path.parent).free, math.prod(shape) * 4
+        if needed > free:
+            raise ImageError(
+                f"{path}: a map of {needed / 2**30:.1f} GiB does not fit on the disk, "
+                f"{free / 2**30:.1f} GiB are free"
+            )
+        with temporary.open("w+b") as stream:
+            yield MapFile(stream, shape)
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_npy(path: Path, maps: MapFile) -> None:
+    """Write a numpy file."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": maps.shape}
+    with io.replacing(path) as temporary, temporary.open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[no-untyped-call]
+        maps.copy_to(stream)
+
+
+def write_tiff(path: Path, maps: MapFile, *, axes: str, pixel_size_um: Mapping[str, float]) -> None:
+    """Write an OME-TIFF piece by piece, BigTIFF where it has to be, tiled where it is large."""
+    import tifffile
+
+    metadata: dict[str, Any] = {"axes": axes}
+    for axis in "XYZ":
+        if axis in axes and axis in pixel_size_um:
+            metadata[f"PhysicalSize{axis}"] = pixel_size_um[axis]
+            metadata[f"PhysicalSize{axis}Unit"] = "µm"
+    planes = np.ndindex(maps.shape[:-2])
+    tiled = math.prod(maps.shape[-2:]) > LARGE_PLANE_PIXELS
+    pieces: Iterator[NDArray[np.float32]]
+    if tiled:
+        pieces = (tile for index in planes for tile in _tiles(maps, index))
+    else:
+        pieces = (maps.read(index, slice(None)) for index in planes)
+    with io.replacing(path) as temporary:
+        tifffile.imwrite(
+            temporary,
+            pieces,
+            shape=maps.shape,
+            dtype=np.float32,
+            ome=set(axes) <= set("TCZYX"),
+            bigtiff=math.prod(maps.shape) * 4 > 2**31,
+            compression="zlib",
+            compressionargs={"level": 1},
+            photometric="minisblack",
+            tile=(BLOCK_PX, BLOCK_PX) if tiled else None,
+            metadata=metadata,
+        )
+
+
+def write_zarr(path: Path, maps: MapFile, *, axes: str, pixel_size_um: Mapping[str, float]) -> None:
+    """Write an OME-Zarr (NGFF 0.4), each resolution level half the one before."""
+    import zarr
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    kinds = {"T": "time", "C": "channel", "Z": "space", "Y": "space", "X": "space"}
+    described: list[dict[str, str]] = []
+    for axis in axes:
+        entry = {"name": axis.lower()}
+        if axis in kinds:
+            entry["type"] = kinds[axis]
+        if axis in pixel_size_um:
+            entry["unit"] = "micrometer"
+        described.append(entry)
+    scale = [float(pixel_size_um.get(axis, 1)) for axis in axes]
+    datasets: list[Any] = []
+    try:
+        group = zarr.open_group(temporary, mode="w", zarr_format=2)
+        shape, finer = maps.shape, None
+        while True:
+            chunks = (*(1 for _ in shape[:-2]), *(min(BLOCK_PX, n) for n in shape[-2:]))
+            name = str(len(datasets))
+            level = group.create_array(name, shape=shape, chunks=chunks, dtype="float32")
+            for index in np.ndindex(shape[:-2]):
+                for top in range(0, shape[-2], BLOCK_PX):
+                    rows = slice(top, min(top + BLOCK_PX, shape[-2]))
+                    source = (
+                        maps.read(index, rows) if finer is None else _halved(finer, index, rows)
+                    )
+                    level[(*index, rows)] = source
+            transform = {"type": "scale", "scale": scale}
+            datasets.append({"path": name, "coordinateTransformations": [transform]})
+            if max(shape[-2:]) <= COARSEST_SIDE_PX:
+                break
+            finer = level
+            shape = (*shape[:-2], *((n + 1) // 2 for n in shape[-2:]))
+            scale = [*scale[:-2], *(2 * s for s in scale[-2:])]
+        image: Any = {"version": "0.4", "name": path.stem, "axes": described, "datasets": datasets}
+        group.attrs["multiscales"] = [image]
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _tiles(maps: MapFile, index: tuple[int, ...]) -> Iterator[NDArray[np.float32]]:
+    """Tiles of one plane, row by row; those at the far edges padded with zeros."""
+    height, width = maps.shape[-2:]
+    for top in range(0, height, BLOCK_PX):
+        band = maps.read(index, slice(top, min(top + BLOCK_PX, height)))
+        for left in range(0, width, BLOCK_PX):
+            tile = np.zeros((BLOCK_PX, BLOCK_PX), np.float32)
+            part = band[:, left : left + BLOCK_PX]
+            tile[: part.shape[0], : part.shape[1]] = part
+            yield tile
+
+
+def _halved(finer: Any, index: tuple[int, ...], rows: slice) -> NDArray[np.float32]:
+    """Means of 2 x 2 pixels of the finer level; a last odd row or column stands for two."""
+    height = finer.shape[-2]
+    band = np.asarray(finer[(*index, slice(2 * rows.start, min(2 * rows.stop, height)))])
+    odd = [n % 2 for n in band.shape]
+    band = np.pad(band, ((0, odd[0]), (0, odd[1])), mode="edge")
+    n_rows, n_columns = band.shape[0] // 2, band.shape[1] // 2
+    means: NDArray[np.float32] = band.reshape(n_rows, 2, n_columns, 2).mean(axis=(1, 3))
+    return means
+
+
+def _guess_axes(shape: tuple[int, ...]) -> str:
+    if len(shape) in (3, 4) and shape[-1] in (3, 4):
+        return _USUAL_AXES[len(shape) - 1] + "S"
+    return _USUAL_AXES.get(len(shape), "")
+
+
+def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, dict[str, float]]:
+    import tifffile
+    import zarr
+
+    tiff = resources.enter_context(tifffile.TiffFile(path))
+    whole = [series for series in tiff.series if not series.keyframe.is_reduced]
+    if len(whole) > 1:
+        raise ImageError(
+            f"{path}: holds {len(whole)} images of different sizes or kinds; save the wanted one "
+            "as a file of its own"
+        )
+    series = tiff.series[0]
+    if not 0 <= level < len(series.levels):
+        raise ImageError(f"{path}: expected a level of 0 to {len(series.levels) - 1}, got {level}")
+    chosen = series.levels[level]
+    store = resources.enter_context(chosen.aszarr())
+    array = zarr.open(store, mode="r")
+    # Planes that a file does not name: I, Q and the like; one of them is taken for Z.
+    axes = str(chosen.axes)
+    if "Z" not in axes:
+        for letter in "IQ":
+            axes = axes.replace(letter, "Z", 1) if letter in axes and "Z" not in axes else axes
+    return array, axes, _tiff_pixel_size(tiff)
+
+
+def _tiff_pixel_size(tiff: Any) -> dict[str, float]:
+    sizes: dict[str, float] = {}
+    if tiff.ome_metadata:
+        root = ElementTree.fromstring(tiff.ome_metadata)
+        pixels = next((e for e in root.iter() if e.tag.endswith("Pixels")), None)
+        for axis in "XYZ" if pixels is not None else "":
+            assert pixels is not None
+            size = pixels.get(f"PhysicalSize{axis}")
+            unit = pixels.get(f"PhysicalSize{axis}Unit", "µm")
+            if size is not None and unit in _MICROMETRES:
+                sizes[axis] = float(size) * _MICROMETRES[unit]
+    elif tiff.imagej_metadata:
+        information = tiff.imagej_metadata
+        factor = _MICROMETRES.get(str(information.get("unit", "")).replace("\\u00B5", "µ"))
+        if factor is not None:
+            if "spacing" in information:
+                sizes["Z"] = float(information["spacing"]) * factor
+            for axis in "XY":
+                tag = tiff.pages.first.tags.get(f"{axis}Resolution")
+                if tag is not None and tag.value[0]:
+                    sizes[axis] = tag.value[1] / tag.value[0] * factor
+    return sizes
+
+
+def _open_zarr(path: Path, level: int) -> tuple[Any, str, dict[str, float]]:
+    import zarr
+
+    opened: Any = zarr.open(path, mode="r")
+    if isinstance(opened, zarr.Array):
+        return opened, _guess_axes(opened.shape), {}
+    attributes: dict[str, Any] = dict(opened.attrs)
+    scales = attributes.get("ome", attributes).get("multiscales")
+    if not scales:
+        raise ImageError(f"{path}: a Zarr group without OME multiscales; name one of its arrays")
+    datasets = scales[0]["datasets"]
+    if not 0 <= level < len(datasets):
+        raise ImageError(f"{path}: expected a level of 0 to {len(datasets) - 1}, got {level}")
+    array = opened[datasets[level]["path"]]
+    described = scales[0].get("axes") or []
+    names = [axis["name"] if isinstance(axis, dict) else axis for axis in described]
+    axes = "".join(name[0].upper() for name in names) or _guess_axes(array.shape)
+    sizes: dict[str, float] = {}
+    transforms = datasets[level].get("coordinateTransformations", [])
+    scale = next((t["scale"] for t in transforms if t["type"] == "scale"), None)
+    for letter, axis, step in zip(axes, described, scale or [], strict=False):
+        factor = _NGFF_UNITS.get(axis.get("unit", "")) if isinstance(axis, dict) else None
+        if factor is not None:
+            sizes[letter] = float(step) * factor
+    return array, axes, sizes

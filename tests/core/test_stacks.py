@@ -1,0 +1,137 @@
+"""Files of any axes: opened lazily, written whole or not at all."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import zarr
+
+from semanticblur_core import stacks
+from semanticblur_core.errors import ImageError
+from semanticblur_core.inference.planes import Planes
+
+SIZES = {"Z": 2.0, "Y": 0.5, "X": 0.25}
+
+
+def written(path: Path, maps: np.ndarray, axes: str) -> None:
+    with stacks.new_map(path, maps.shape) as file:
+        for plane in maps.reshape(-1, *maps.shape[-2:]):
+            file.append(plane[:7])
+            file.append(plane[7:])
+        if path.suffix == ".npy":
+            stacks.write_npy(path, file)
+        elif path.suffix == ".zarr":
+            stacks.write_zarr(path, file, axes=axes, pixel_size_um=SIZES)
+        else:
+            stacks.write_tiff(path, file, axes=axes, pixel_size_um=SIZES)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_what_is_written_is_read_back_with_axes_and_pixel_sizes(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    if large:
+        monkeypatch.setattr(stacks, "LARGE_PLANE_PIXELS", 0)
+        monkeypatch.setattr(stacks, "BLOCK_PX", 16)
+        monkeypatch.setattr(stacks, "COARSEST_SIDE_PX", 20)
+    maps = rng.random((2, 3, 41, 50)).astype(np.float32)
+    for suffix in (".tif", ".zarr", ".npy"):
+        path = tmp_path / f"m{suffix}"
+        written(path, maps, "TZYX")
+        with stacks.open_stack(path) as stack:
+            assert stack.axes == "TZYX"
+            assert stack.pixel_size_um == ({} if suffix == ".npy" else SIZES)
+            np.testing.assert_array_equal(stack.array[:], maps)
+        assert stacks.is_stack(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.npy", "m.tif", "m.zarr"]
+    if large:
+        with stacks.open_stack(tmp_path / "m.zarr", level=1) as stack:
+            assert stack.array.shape == (2, 3, 21, 25)
+            assert stack.pixel_size_um == {"Z": 2.0, "Y": 1.0, "X": 0.5}
+            halved = maps[:, :, :40].reshape(2, 3, 20, 2, 25, 2).mean(axis=(3, 5))
+            np.testing.assert_allclose(stack.array[:, :, :20], halved, rtol=1e-6)
+        with stacks.open_stack(tmp_path / "m.zarr", level=2) as stack:
+            assert stack.array.shape == (2, 3, 11, 13)
+
+
+def test_a_plane_of_a_tiff_is_read_alone(tmp_path: Path, rng: np.random.Generator) -> None:
+    data = rng.integers(0, 9999, (6, 64, 70), np.uint16)
+    tifffile.imwrite(tmp_path / "s.tif", data, compression="zlib", photometric="minisblack")
+    with stacks.open_stack(tmp_path / "s.tif") as stack:
+        assert stack.axes == "ZYX"  # tifffile calls the unnamed axis Q or I
+        np.testing.assert_array_equal(stack.array[4, 10:20, :5], data[4, 10:20, :5])
+
+
+def test_imagej_and_pyramids(tmp_path: Path, rng: np.random.Generator) -> None:
+    data = rng.integers(0, 255, (3, 64, 64), np.uint8)
+    tifffile.imwrite(
+        tmp_path / "ij.tif", data, imagej=True, resolution=(4, 2),
+        metadata={"axes": "ZYX", "spacing": 3.0, "unit": "um"},
+    )  # fmt: skip
+    with stacks.open_stack(tmp_path / "ij.tif") as stack:
+        assert stack.axes == "ZYX"
+        assert stack.pixel_size_um == pytest.approx({"Z": 3.0, "X": 0.25, "Y": 0.5})
+    with tifffile.TiffWriter(tmp_path / "p.tif") as tif:
+        tif.write(data, subifds=1, photometric="minisblack")
+        tif.write(data[:, ::2, ::2], subfiletype=1, photometric="minisblack")
+    with stacks.open_stack(tmp_path / "p.tif", level=1) as stack:
+        assert stack.array.shape == (3, 32, 32)
+    with (
+        pytest.raises(ImageError, match="expected a level of 0 to 1, got 2"),
+        stacks.open_stack(tmp_path / "p.tif", level=2),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((5, 6), "YX"), ((5, 6, 3), "YXS"), ((4, 5, 6), "ZYX"), ((2, 5, 6, 4), "ZYXS")],
+)
+def test_axes_of_bare_arrays_are_guessed(tmp_path: Path, shape: tuple[int, ...], axes: str) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(shape))
+    zarr.save(str(tmp_path / "a.zarr"), np.zeros(shape))
+    for name in ("a.npy", "a.zarr"):
+        with stacks.open_stack(tmp_path / name) as stack:
+            assert stack.axes == axes
+
+
+def test_bad_files_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty.npy").touch()
+    (tmp_path / "text.npy").write_text("no array")
+    zarr.open_group(tmp_path / "bare.zarr", mode="w")
+    tifffile.imwrite(tmp_path / "whole.tif", np.zeros((5, 64, 64), np.uint16))
+    (tmp_path / "cut.tif").write_bytes((tmp_path / "whole.tif").read_bytes()[:9000])
+    np.save(tmp_path / "six.npy", np.zeros((1, 1, 1, 1, 5, 6)))
+    for name, message in {
+        "gone.npy": "no such file",
+        "empty.npy": "0 bytes",
+        "text.npy": "damaged or unreadable",
+        "bare.zarr": "without OME multiscales",
+        "six.npy": "do not fit an array of shape",
+    }.items():
+        with (
+            pytest.raises(ImageError, match=f"{name}.*{message}") as caught,
+            stacks.open_stack(tmp_path / name) as stack,
+        ):
+            Planes(stack.array, stack.axes).view((0,)).read()
+        assert "\n" not in str(caught.value)
+    with (
+        pytest.raises(ImageError, match="plane \\(3,\\): cannot be read"),
+        stacks.open_stack(tmp_path / "cut.tif") as stack,
+    ):
+        Planes(stack.array, stack.axes).view((3,)).read()
+
+
+def test_a_map_without_room_is_refused_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        pytest.raises(ImageError, match="does not fit on the disk"),
+        stacks.new_map(tmp_path / "m.tif", (10**9, 10**6)),
+    ):
+        pass
+    with stacks.new_map(tmp_path / "m.tif", (3, 4)) as file:
+        file.append(np.ones((3, 4), np.float32))
+        assert list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())

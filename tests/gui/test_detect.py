@@ -1,0 +1,298 @@
+"""The detect widget in a real viewer, driven as a person would."""
+
+import subprocess
+import sys
+import time
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import pytest
+from qtpy.QtCore import QTimer
+from qtpy.QtWidgets import QApplication
+
+from napari_semanticblur import _detect, _detection
+from napari_semanticblur._layers import find_result
+from semanticblur_core import Detector
+
+ANGLE_DEG = 25
+
+
+@pytest.fixture
+def widget(viewer: Any) -> Any:
+    _, widget = viewer.window.add_plugin_dock_widget("napari-semanticblur", "Detect defocus blur")
+    return widget
+
+
+def finish(qtbot: Any, widget: Any, timeout_ms: int = 60_000) -> None:
+    widget.run()
+    qtbot.waitUntil(lambda: not widget.is_running, timeout=timeout_ms)
+
+
+def results(viewer: Any, layer: Any) -> tuple[Any, Any]:
+    return find_result(viewer, layer, "map"), find_result(viewer, layer, "labels")
+
+
+def photo(height: int = 90, width: int = 120) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def test_a_photo_gets_a_map_and_labels_that_line_up(qtbot: Any, viewer: Any, widget: Any) -> None:
+    image = photo()
+    layer = viewer.add_image(image, rgb=True, scale=(2, 0.5), rotate=ANGLE_DEG, name="photo")
+    finish(qtbot, widget)
+    blur, labels = results(viewer, layer)
+    expected = Detector("default", device="cpu").detect(image)
+    np.testing.assert_allclose(blur.data, expected, atol=0.05)
+    np.testing.assert_array_equal(labels.data, np.where(blur.data > 0.5, 2, 1))
+    assert (blur.name, labels.name) == ("photo blur map", "photo blur")
+    assert labels.data.dtype == np.uint8
+    for result in (blur, labels):
+        np.testing.assert_allclose(result.scale, layer.scale)
+        np.testing.assert_allclose(result.rotate, layer.rotate)
+    record = labels.metadata["semanticblur"]
+    assert record["complete"]
+    assert record["model"] == "default"
+    assert len(record["model_sha256"]) == 64
+    assert tuple(blur.contrast_limits) == (0, 1)
+    assert "out of focus" in widget.status.value
+
+
+def test_running_again_updates_its_layers(qtbot: Any, viewer: Any, widget: Any) -> None:
+    layer = viewer.add_image(photo(), rgb=True, name="photo")
+    finish(qtbot, widget)
+    before = results(viewer, layer)
+    widget.size.value = _detect.CUSTOM
+    widget.custom_size.value = 64
+    finish(qtbot, widget)
+    assert results(viewer, layer) == before
+    assert len(viewer.layers) == 3
+    assert before[0].metadata["semanticblur"]["settings"]["size"] == 64
+
+
+def test_the_threshold_moves_the_labels_without_a_run(
+    qtbot: Any, viewer: Any, widget: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = viewer.add_image(photo(), rgb=True, name="photo")
+    finish(qtbot, widget)
+    blur, labels = results(viewer, layer)
+    monkeypatch.setattr(_detection.Detection, "start", lambda self: pytest.fail("a run started"))
+    for threshold in (0.05, 0.95):
+        widget.threshold.value = threshold
+        qtbot.waitUntil(lambda: widget._rethresholding is None, timeout=5000)
+        np.testing.assert_array_equal(labels.data, np.where(blur.data > threshold, 2, 1))
+        record = labels.metadata["semanticblur"]
+        assert record["settings"]["threshold"] == threshold
+        assert f"--threshold={threshold:g}" in record["command"]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32, np.float64, bool])
+def test_stacks_of_any_dtype(qtbot: Any, viewer: Any, widget: Any, dtype: Any) -> None:
+    stack = (np.random.default_rng(2).random((3, 50, 60)) * 200).astype(dtype)
+    layer = viewer.add_image(stack, name="stack", scale=(2, 1, 1))
+    widget.planes.value = _detect.ALL
+    finish(qtbot, widget)
+    blur, labels = results(viewer, layer)
+    assert blur.data.shape == labels.data.shape == stack.shape
+    assert np.isfinite(blur.data).all()
+    assert set(np.unique(labels.data)) <= {1, 2}
+
+
+def test_one_plane_of_five_axes_keeps_them_all(qtbot: Any, viewer: Any, widget: Any) -> None:
+    data = np.random.default_rng(3).integers(0, 9999, (2, 3, 4, 40, 50), np.uint16)
+    layer = viewer.add_image(data, name="5d", scale=(1, 1, 3, 2, 2), translate=(0, 0, 9, 0, 0))
+    viewer.dims.set_point((0, 1, 2), (1, 2, 9 + 3 * 3))
+    finish(qtbot, widget)
+    blur, labels = results(viewer, layer)
+    assert blur.data.shape == labels.data.shape == (1, 1, 1, 40, 50)
+    np.testing.assert_allclose(
+        blur.data_to_world((0, 0, 0, 5, 6)), layer.data_to_world((1, 2, 3, 5, 6))
+    )
+    assert labels.metadata["semanticblur"]["planes"] == [[1, 2], [2, 3], [3, 4]]
+
+
+def test_another_plane_is_added_to_a_result_that_holds_it(
+    qtbot: Any, viewer: Any, widget: Any
+) -> None:
+    stack = np.random.default_rng(4).integers(0, 256, (4, 50, 60), np.uint8)
+    layer = viewer.add_image(stack, name="stack")
+    widget.planes.value = _detect.ALL
+    finish(qtbot, widget)
+    before = results(viewer, layer)[0].data.copy()
+    widget.planes.value = _detect.CURRENT
+    finish(qtbot, widget)
+    after = results(viewer, layer)[0].data
+    assert after.shape == before.shape
+    np.testing.assert_allclose(after, before, atol=1e-6)
+
+
+def test_a_range_of_planes(qtbot: Any, viewer: Any, widget: Any) -> None:
+    layer = viewer.add_image(np.zeros((6, 40, 50), np.uint8), name="stack")
+    widget.planes.value = _detect.RANGE
+    widget.first.value, widget.last.value = 2, 4
+    finish(qtbot, widget)
+    blur, _ = results(viewer, layer)
+    assert blur.data.shape == (3, 40, 50)
+    np.testing.assert_allclose(blur.translate, (2, 0, 0))
+
+
+def test_a_mean_of_channels_stands_for_all_of_them(qtbot: Any, viewer: Any, widget: Any) -> None:
+    data = np.random.default_rng(5).integers(0, 999, (2, 3, 40, 50), np.uint16)
+    layer = viewer.add_image(data, name="multi", axis_labels=("t", "c", "y", "x"))
+    assert list(widget.channels.choices) == ["each", 0, 1, 2, "mean"]
+    widget.channels.value = "mean"
+    widget.planes.value = _detect.ALL
+    finish(qtbot, widget)
+    blur, labels = results(viewer, layer)
+    assert blur.data.shape == labels.data.shape == data.shape
+    np.testing.assert_array_equal(blur.data[:, 0], blur.data[:, 2])
+    widget.threshold.value = 0.1
+    qtbot.waitUntil(lambda: widget._rethresholding is None, timeout=5000)
+    np.testing.assert_array_equal(labels.data, np.where(blur.data > 0.1, 2, 1))
+
+
+def test_a_lazy_stack_is_read_only_where_it_is_shown(qtbot: Any, viewer: Any, widget: Any) -> None:
+    read = []
+
+    def plane(block_info: Any = None) -> np.ndarray:
+        read.append(block_info[None]["chunk-location"][0])
+        return np.full((1, 1000, 1000), block_info[None]["chunk-location"][0], np.uint16)
+
+    stack = da.map_blocks(plane, chunks=((1,) * 10_000, (1000,), (1000,)), dtype=np.uint16)
+    assert stack.nbytes == 20e9
+    viewer.add_image(stack, name="lazy", contrast_limits=(0, 10_000))
+    viewer.dims.set_point(0, 1234)
+    read.clear()
+    finish(qtbot, widget)
+    assert set(read) == {1234}
+
+
+def test_levels_of_a_pyramid(qtbot: Any, viewer: Any, widget: Any) -> None:
+    full = np.random.default_rng(6).integers(0, 256, (400, 600), np.uint8)
+    layer = viewer.add_image([full, full[::2, ::2], full[::4, ::4]], name="pyramid")
+    assert widget.level.visible
+    widget.level.value = 1
+    finish(qtbot, widget)
+    blur, _ = results(viewer, layer)
+    assert blur.data.shape == (200, 300)
+    np.testing.assert_allclose(blur.scale, (2, 2))
+
+
+def test_native_tiles_fill_the_layer(qtbot: Any, viewer: Any, widget: Any) -> None:
+    image = photo(600, 700)
+    layer = viewer.add_image(image, rgb=True, name="large")
+    widget.size.value = _detect.NATIVE
+    finish(qtbot, widget)
+    blur, labels = results(viewer, layer)
+    expected = Detector("default", device="cpu").detect(image, size="native")
+    np.testing.assert_allclose(blur.data, expected, atol=0.02)
+    assert (labels.data > 0).all()
+
+
+def test_cancel_keeps_what_is_done(qtbot: Any, viewer: Any, widget: Any) -> None:
+    layer = viewer.add_image(np.zeros((200, 64, 64), np.uint8), name="long")
+    finish_one = widget.settings
+    assert finish_one.scope == "current"
+    finish(qtbot, widget)  # loads the model
+    widget.planes.value = _detect.ALL
+    widget.run()
+    qtbot.waitUntil(lambda: widget.progress.value >= 2, timeout=60_000)
+    start = time.perf_counter()
+    widget.cancel_button.native.click()
+    qtbot.waitUntil(lambda: not widget.is_running, timeout=5000)
+    assert time.perf_counter() - start < 3
+    blur, labels = results(viewer, layer)
+    done = np.isfinite(blur.data).all(axis=(1, 2))
+    assert 2 <= done.sum() < 200
+    np.testing.assert_array_equal(labels.data.any(axis=(1, 2)), done)
+    assert not labels.metadata["semanticblur"]["complete"]
+    assert widget.run_button.enabled
+
+
+@pytest.mark.parametrize("what", ["removed", "changed"])
+def test_a_layer_that_goes_away_stops_the_run(
+    qtbot: Any, viewer: Any, widget: Any, what: str
+) -> None:
+    layer = viewer.add_image(np.zeros((200, 64, 64), np.uint8), name="long")
+    widget.planes.value = _detect.ALL
+    widget.run()
+    qtbot.waitUntil(lambda: widget.progress.value >= 1, timeout=60_000)
+    if what == "removed":
+        viewer.layers.remove(layer)
+    else:
+        layer.data = np.ones((200, 64, 64), np.uint8)
+    qtbot.waitUntil(lambda: not widget.is_running, timeout=5000)
+    assert what in widget.status.value
+
+
+def test_errors_are_lines_a_person_can_act_on(
+    qtbot: Any, viewer: Any, widget: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    viewer.add_image(np.full((40, 50), np.nan), name="broken", contrast_limits=(0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        shown: list[str] = []
+        patch.setattr("napari.utils.notifications.show_error", shown.append)
+        finish(qtbot, widget)
+        assert shown == ["broken: no finite value (all NaN or infinite)"]
+
+        def no_memory(*args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory\nand more")
+
+        patch.setattr(Detector, "iter_planes", no_memory)
+        viewer.layers["broken"].data = np.zeros((40, 50))
+        finish(qtbot, widget)
+        assert shown[1] == "broken: DefaultCPUAllocator: not enough memory"
+    assert widget.run_button.enabled
+    assert len(viewer.layers) == 1
+
+
+def test_one_click_needs_no_dock(qtbot: Any, viewer: Any) -> None:
+    from napari._app_model import get_app_model
+
+    layer = viewer.add_image(photo(), rgb=True, name="photo")
+    viewer.layers.selection.active = layer
+    get_app_model().commands.execute_command("napari-semanticblur.detect_now")
+    qtbot.waitUntil(lambda: not _detection._running, timeout=60_000)
+    assert all(results(viewer, layer))
+
+
+def test_the_command_is_copied(qtbot: Any, viewer: Any, widget: Any) -> None:
+    viewer.add_image(np.zeros((3, 40, 50), np.uint16), name="stack")
+    assert not widget.copy_button.enabled
+    finish(qtbot, widget)
+    widget.copy_button.native.click()
+    clipboard = QApplication.clipboard()
+    assert clipboard is not None
+    assert clipboard.text() == (
+        "semanticblur-core detect --input=FILE --output=result --model=default --device=auto "
+        "--size=320 --threshold=0.5 --axes=ZYX --planes=1:2 --range=0,1"
+    )
+
+
+def test_opening_the_widget_loads_no_torch() -> None:
+    code = (
+        "import sys, time\n"
+        "from napari.components import ViewerModel\n"
+        "from qtpy.QtWidgets import QApplication\n"
+        "app = QApplication([])\n"
+        "import napari_semanticblur._detect as d\n"
+        "d.DetectWidget(ViewerModel())\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_window_stays_alive_during_a_stack(qtbot: Any, viewer: Any, widget: Any) -> None:
+    """Figures for a quiet machine are in the guide; here only that nothing is held for long."""
+    viewer.add_image(np.zeros((20, 256, 256), np.uint8), name="stack")
+    finish(qtbot, widget)  # torch is imported and the layers are there
+    ticks: list[float] = []
+    timer = QTimer()
+    timer.timeout.connect(lambda: ticks.append(time.perf_counter()))
+    timer.start(5)
+    widget.planes.value = _detect.ALL
+    widget.run()
+    qtbot.waitUntil(lambda: not widget.is_running, timeout=120_000)
+    timer.stop()
+    assert len(ticks) > 20
+    assert np.diff(ticks).max() < 1
