@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from semanticblur_core.losses import blur_loss
     from semanticblur_core.metrics import BlurScorer
     from semanticblur_core.network import SemanticBlur
+    from semanticblur_core.training.finetune import finetune
     from semanticblur_core.training.loop import train
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "TrainConfig",
     "blur_loss",
     "evaluate",
+    "finetune",
     "train",
 ]
 
@@ -46,6 +48,7 @@ _HOMES = {
     "TrainConfig": "semanticblur_core.config",
     "blur_loss": "semanticblur_core.losses",
     "evaluate": "semanticblur_core.evaluation",
+    "finetune": "semanticblur_core.training.finetune",
     "train": "semanticblur_core.training.loop",
 }
 

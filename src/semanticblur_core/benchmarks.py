@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import statistics
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,20 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from semanticblur_core.config import TrainConfig
+from semanticblur_core.data.datasets import DecodedPairs
+from semanticblur_core.data.defocus import SharpImages
+from semanticblur_core.device import DeviceChoice
 from semanticblur_core.network import SemanticBlur
+from semanticblur_core.training.loop import (
+    Batch,
+    backward,
+    launch_fabric,
+    make_batches,
+    synthetic_sources,
+)
+
+_LOADED_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,95 @@ def bench_model(
             "channel_attention": _n_parameters(network.channel_attention),
             "spatial_attention": _n_parameters(network.spatial_attention),
         },
+    }
+
+
+def bench_train(
+    pairs: DecodedPairs,
+    config: TrainConfig,
+    *,
+    sharp: Mapping[str, SharpImages],
+    n_rounds: int,
+    device: DeviceChoice,
+) -> Generator[tuple[int, int], None, dict[str, Any]]:
+    """Time the loader, a training step on one repeated batch, and both together.
+
+    Parameters
+    ----------
+    pairs
+        Decoded pairs: the warm cache.
+    config
+        Recipe.
+    sharp
+        Sharp images by kind, if the recipe makes synthetic ones of them.
+    n_rounds
+        Batches of each, in turn, after one of warm-up.
+    device
+        What to compute on.
+
+    Yields
+    ------
+    tuple
+        Rounds done and rounds in all.
+
+    Returns
+    -------
+    dict
+        JSON values: machine, recipe and medians in images a second; ``loader_over_model`` and
+        ``training_over_step``, the speed of steps on fresh batches as a share of the same step on
+        one repeated batch.
+    """
+    torch.manual_seed(config.seed)
+    model = SemanticBlur().to(memory_format=torch.channels_last)
+    fabric = launch_fabric(device, config)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    wrapped, optimizer = fabric.setup(model, optimizer)
+    model.train()
+    synthetic = synthetic_sources(config, sharp)
+
+    def step(batch: Batch) -> None:
+        backward(fabric, wrapped, optimizer, batch, config, config.accumulate)
+        optimizer.step()
+
+    def endless() -> Iterator[Batch]:
+        for epoch in itertools.count():
+            yield from make_batches(pairs, synthetic, config, epoch)
+
+    # A source of its own for each: with the other's, a batch would be ready before it is timed.
+    alone, together = endless(), endless()
+    repeated = next(alone)
+    next(together)
+    seconds: dict[str, list[float]] = {"loader": [], "step": [], "training": []}
+    for i in range(n_rounds + 1):
+        actions: dict[str, Callable[[], object]] = {
+            "loader": lambda: [next(alone) for _ in range(_LOADED_AT_ONCE)],
+            "step": lambda: step(repeated),
+            "training": lambda: step(next(together)),
+        }
+        for name, action in actions.items():
+            if name == "loader":
+                next(alone)  # which was made while something else was timed
+            start = time.perf_counter()
+            action()
+            if device.device.type == "cuda":
+                torch.cuda.synchronize()
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+        yield i + 1, n_rounds + 1
+    alone.close()  # type: ignore[attr-defined]
+    together.close()  # type: ignore[attr-defined]
+    speed = {name: config.batch_size / statistics.median(s) for name, s in seconds.items()}
+    speed["loader"] *= _LOADED_AT_ONCE
+    return {
+        "machine": machine(),
+        "device": str(device.device),
+        "precision": str(device.dtype).removeprefix("torch."),
+        "n_threads": torch.get_num_threads(),
+        "recipe": config.to_dict(),
+        "n_rounds": n_rounds,
+        "images_per_s": speed,
+        "loader_over_model": speed["loader"] / speed["step"],
+        "training_over_step": speed["training"] / speed["step"],
     }
 
 

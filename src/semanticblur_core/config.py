@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, get_args
 from semanticblur_core.errors import ConfigError
 
 BackboneName = Literal["vgg16", "resnet34", "resnet50", "efficientnet_b4"]
+Schedule = Literal["polynomial", "cosine"]
 Augmentation = Literal["none", "flip", "crop", "colour"]
 
 
@@ -95,7 +96,10 @@ class TrainConfig(_Config):
     Parameters
     ----------
     epochs, batch_size
-        Length of the run and images per step. An incomplete last batch of an epoch is dropped.
+        Length of the run and images per step, of all processes together. An incomplete last batch
+        of an epoch is dropped.
+    accumulate
+        Parts that each batch is worked through in, for less memory. BatchNorm sees the parts.
     synthetic_photographs, synthetic_microscopy
         How many images of each batch are synthetic defocus, made of sharp photographs and of sharp
         microscopy (`semanticblur_core.data.defocus`); the rest are pairs. An epoch is one pass over
@@ -104,8 +108,9 @@ class TrainConfig(_Config):
         Side of the square that images are resized (squashed) to.
     learning_rate
         Initial rate of Adam.
-    poly_power
-        Rate at step t of T: ``learning_rate * (1 - t / T) ** poly_power``.
+    schedule, poly_power
+        Rate at step t of T: ``polynomial``, ``learning_rate * (1 - t / T) ** poly_power``, or
+        ``cosine``, half a cosine.
     early_rate_factor
         Rate of the backbone's first three stages, those that ImageNet weights fill, as a multiple.
     frozen_stages
@@ -139,10 +144,12 @@ class TrainConfig(_Config):
 
     epochs: int = 100
     batch_size: int = 6
+    accumulate: int = 1
     synthetic_photographs: int = 0
     synthetic_microscopy: int = 0
     image_size_px: int = 320
     learning_rate: float = 1e-4
+    schedule: Schedule = "polynomial"
     poly_power: float = 0.9
     early_rate_factor: float = 1.0
     frozen_stages: int = 0
@@ -159,11 +166,19 @@ class TrainConfig(_Config):
 
     def __post_init__(self) -> None:
         lowest = {"epochs": 1, "batch_size": 1, "image_size_px": 33, "warmup_steps": 0, "seed": 0}
-        lowest |= {"synthetic_photographs": 0, "synthetic_microscopy": 0}
+        lowest |= {"synthetic_photographs": 0, "synthetic_microscopy": 0, "accumulate": 1}
         for name, low in lowest.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name}: expected a whole number of at least {low}, got {value}")
+        if self.accumulate > self.batch_size:
+            raise ConfigError(
+                f"accumulate: expected at most batch_size {self.batch_size}, got {self.accumulate}"
+            )
+        if self.schedule not in get_args(Schedule):
+            raise ConfigError(
+                f"schedule: expected one of {', '.join(get_args(Schedule))}, got {self.schedule!r}"
+            )
         if self.n_pairs_per_batch < 1:
             raise ConfigError("batch_size: leaves no place for pairs beside the synthetic images")
         for name in ("learning_rate", "gradient_clip_norm"):
@@ -190,3 +205,84 @@ class TrainConfig(_Config):
     def n_pairs_per_batch(self) -> int:
         """Images of each batch that are photographs with masks."""
         return self.batch_size - self.synthetic_photographs - self.synthetic_microscopy
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(_Config):
+    """Every number of a fine-tuning run; the defaults are the budget ``quick``.
+
+    Parameters
+    ----------
+    n_steps
+        Longest length of the run.
+    batch_size
+        Views of the user's images in each step.
+    n_views
+        Views made of them in all: turned, mirrored, cropped and recoloured copies.
+    replay_size
+        Generated photographs in each step, on which the network is held to what it said before.
+    n_replay
+        Generated photographs in all.
+    replay_weight
+        Weight of their loss beside that of the labels.
+    frozen_stages
+        Stages of the backbone, from the image on, that stay as they are; what they say of each view
+        is computed once.
+    learning_rate
+        Highest rate of gradient descent with momentum 0.9; it falls to zero along half a cosine.
+    backbone_rate_factor
+        Rate of the stages that are not frozen, as a multiple.
+    gradient_clip_norm
+        Maximum norm of the whole gradient.
+    ema_decay
+        Decay per step of the moving average of the weights that is looked at and kept.
+    validate_every, patience
+        Steps between looks at the held-out labels, and how many looks without progress end the run,
+        counted from the half of it on: early on, the labels and what is replayed still pull apart.
+    held_out_share
+        Share of the strokes of each class that is held out.
+    image_size_px
+        Side of the squares that the network sees.
+    window_px
+        Side of the window of each square in which the loss is taken in a step.
+    seed
+        Seed of everything drawn.
+    """
+
+    n_steps: int = 60
+    batch_size: int = 5
+    n_views: int = 30
+    replay_size: int = 4
+    n_replay: int = 24
+    replay_weight: float = 1.0
+    frozen_stages: int = 4
+    learning_rate: float = 0.03
+    ema_decay: float = 0.8
+    backbone_rate_factor: float = 0.05
+    gradient_clip_norm: float = 1.0
+    validate_every: int = 5
+    patience: int = 4
+    held_out_share: float = 0.25
+    image_size_px: int = 320
+    window_px: int = 144
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        lowest = {"n_steps": 1, "batch_size": 1, "n_views": 1, "replay_size": 0, "n_replay": 0}
+        lowest |= {"validate_every": 1, "patience": 1, "image_size_px": 33, "seed": 0}
+        lowest |= {"window_px": 16}
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise ConfigError(f"{name}: expected a whole number of at least {low}, got {value}")
+        if self.frozen_stages not in range(5):
+            raise ConfigError(f"frozen_stages: expected 0 to 4, got {self.frozen_stages}")
+        for name in ("learning_rate", "gradient_clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}: expected above 0, got {getattr(self, name)}")
+        for name in ("replay_weight", "backbone_rate_factor"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name in ("held_out_share", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected in [0, 1), got {getattr(self, name)}")

@@ -30,7 +30,8 @@ def choose_device(device: str = "auto", precision: str = "auto") -> DeviceChoice
     device
         ``auto`` (CUDA, else Apple's MPS, else CPU), ``cpu``, ``cuda`` (or ``cuda:1`` ...), ``mps``.
     precision
-        ``auto``: bfloat16 where the device is faster with it, else float32.
+        ``auto``: bfloat16 where the device is faster with it, else float32. ``float16`` is for
+        CUDA only.
 
     Raises
     ------
@@ -50,8 +51,12 @@ def choose_device(device: str = "auto", precision: str = "auto") -> DeviceChoice
         return DeviceChoice(chosen, torch.float32, f"{why}; float32 as asked")
     if precision == "bfloat16":
         return DeviceChoice(chosen, torch.bfloat16, f"{why}; bfloat16 as asked")
+    if precision == "float16":
+        if chosen.type != "cuda":
+            raise ConfigError(f"precision float16: needs a CUDA GPU, not {chosen.type}")
+        return DeviceChoice(chosen, torch.float16, f"{why}; float16 as asked")
     if precision != "auto":
-        raise ConfigError(f"precision {precision!r}: expected auto, float32 or bfloat16")
+        raise ConfigError(f"precision {precision!r}: expected auto, float32, bfloat16 or float16")
     if bfloat16_pays(chosen.type):
         return DeviceChoice(chosen, torch.bfloat16, f"{why}; bfloat16 is faster on it")
     return DeviceChoice(chosen, torch.float32, f"{why}; bfloat16 is not faster on it")

@@ -23,8 +23,33 @@ class BlurLoss(NamedTuple):
     ssim: Tensor
 
 
+class LabelCounts(NamedTuple):
+    """What the two terms of the loss are means over: labelled pixels, wholly labelled windows.
+
+    Float scalars, so that they can be summed over parts of a batch and over processes.
+    """
+
+    pixels: Tensor
+    windows: Tensor
+
+
+def label_counts(target: Tensor, labelled: Tensor | None = None) -> LabelCounts:
+    """Counts of a batch ``(N, 1, H, W)``; None labels every pixel."""
+    if labelled is None:
+        margin = SSIM_WINDOW_PX - 1
+        n, _, height, width = target.shape
+        n_windows = n * max(0, height - margin) * max(0, width - margin)
+        return LabelCounts(target.new_tensor(target.numel()), target.new_tensor(n_windows))
+    return LabelCounts(labelled.sum().float(), _whole_windows(labelled).sum().float())
+
+
 def blur_loss(
-    logits: Tensor, target: Tensor, *, labelled: Tensor | None = None, ssim_weight: float = 0.1
+    logits: Tensor,
+    target: Tensor,
+    *,
+    labelled: Tensor | None = None,
+    ssim_weight: float = 0.1,
+    counts: LabelCounts | None = None,
 ) -> BlurLoss:
     """Loss of predicted logits against a mask.
 
@@ -38,6 +63,9 @@ def blur_loss(
         ``(N, 1, H, W)`` bool, False = ignore. None counts every pixel.
     ssim_weight
         lambda of equation 16; 0 leaves the SSIM term out.
+    counts
+        What to divide by instead of this batch's own counts: with those of the whole batch, the
+        losses of its parts add up to its own.
 
     Returns
     -------
@@ -48,10 +76,11 @@ def blur_loss(
     if labelled is not None:
         target = torch.where(labelled, target, torch.zeros_like(target))
     bce_map = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    bce = _masked_mean(bce_map, labelled)
+    pixels, windows = (None, None) if counts is None else counts
+    bce = _masked_mean(bce_map, labelled, pixels)
     if ssim_weight == 0:
         return BlurLoss(bce, bce, torch.zeros_like(bce))
-    ssim = ssim_loss(torch.sigmoid(logits), target, labelled=labelled)
+    ssim = _ssim_loss(torch.sigmoid(logits), target, labelled, windows)
     return BlurLoss(bce + ssim_weight * ssim, bce, ssim)
 
 
@@ -76,14 +105,23 @@ def ssim_loss(probability: Tensor, target: Tensor, *, labelled: Tensor | None = 
     similarity, IEEE TIP 2004, doi:10.1109/TIP.2003.819861 (Gaussian window 11 x 11, sigma 1.5,
     K1 = 0.01, K2 = 0.03; windows wholly inside the image).
     """
+    return _ssim_loss(probability, target, labelled, None)
+
+
+def _ssim_loss(
+    probability: Tensor, target: Tensor, labelled: Tensor | None, n_windows: Tensor | None
+) -> Tensor:
     ssim = _ssim_map(probability, target)
-    if labelled is None:
-        return 1 - ssim.mean()
+    whole = None if labelled is None else _whole_windows(labelled)
+    return _masked_mean(1 - ssim, whole, n_windows)
+
+
+def _whole_windows(labelled: Tensor) -> Tensor:
+    """Which windows are labelled throughout: ``(N, 1, H - 10, W - 10)`` bool."""
     pad = SSIM_WINDOW_PX // 2
     unlabelled = (~labelled).float()
     whole = F.max_pool2d(unlabelled, SSIM_WINDOW_PX, stride=1, padding=pad)
-    whole = whole[..., pad:-pad, pad:-pad] == 0
-    return _masked_mean(1 - ssim, whole)
+    return whole[..., pad:-pad, pad:-pad] == 0
 
 
 def _ssim_map(x: Tensor, y: Tensor) -> Tensor:
@@ -115,9 +153,10 @@ def _window_matrix(size: int, device: torch.device) -> Tensor:
         return (window / window.sum(dim=1, keepdim=True)).to(device)
 
 
-def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+def _masked_mean(values: Tensor, mask: Tensor | None, count: Tensor | None) -> Tensor:
+    """Mean of what the mask leaves, or its sum over ``count``."""
     if mask is None:
-        return values.mean()
+        return values.mean() if count is None else values.sum() / count.clamp(min=1)
     # where, not a product: an ignored infinity must not become NaN.
     total = torch.where(mask, values, torch.zeros_like(values)).sum()
-    return total / mask.sum().clamp(min=1)
+    return total / (mask.sum() if count is None else count).clamp(min=1)

@@ -3,12 +3,18 @@
 The metadata of a file holds, as JSON text under the key ``semanticblur``: ``format_version``,
 ``architecture`` (a `ModelConfig`), ``provenance`` (data, recipe, seed, date, software), ``metrics``
 (with their protocol), ``licence`` and ``sha256`` of the tensors. Never pickle.
+
+Models of one's own lie in a folder of the user's (``SEMANTICBLUR_HOME`` moves it) as
+``models/NAME@VERSION.safetensors``; ``NAME`` is the newest version, ``NAME@2`` the second.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -42,12 +48,12 @@ class WeightsInfo:
 
 
 def resolve(name: str) -> Path:
-    """Path of a packaged model's name, or of a file.
+    """Path of a packaged model, of a file, or of a model of one's own (``NAME`` or ``NAME@2``).
 
     Raises
     ------
     WeightsError
-        If it is neither.
+        If it is none of these.
     """
     if name in PACKAGED:
         path = Path(str(resources.files("semanticblur_core.assets") / PACKAGED[name]))
@@ -57,7 +63,111 @@ def resolve(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    raise WeightsError(f"model {name}: neither a packaged model ({', '.join(PACKAGED)}) nor a file")
+    stem, _, number = name.partition("@")
+    versions = model_versions(stem)
+    if versions and not number:
+        return versions[-1]
+    for version in versions:
+        if version.stem == name:
+            return version
+    known = ", ".join((*PACKAGED, *own_models()))
+    raise WeightsError(f"model {name}: neither a model ({known}) nor a file")
+
+
+def models_folder() -> Path:
+    """Folder of the user's own models; it need not exist.
+
+    ``SEMANTICBLUR_HOME/models``, or else the platform's folder for a user's data.
+    """
+    home = os.environ.get("SEMANTICBLUR_HOME")
+    if home:
+        return Path(home) / "models"
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return base / "semanticblur" / "models"
+
+
+def own_models() -> list[str]:
+    """Names of the user's own models, sorted; each has at least one version."""
+    return sorted({path.stem.partition("@")[0] for path in _own_files()})
+
+
+def model_versions(name: str) -> list[Path]:
+    """Files of a model of one's own, oldest version first; empty if there is none."""
+    found = [path for path in _own_files() if path.stem.partition("@")[0] == name]
+    return sorted(found, key=_version)
+
+
+def next_version(name: str) -> Path:
+    """File that a new version of a model of one's own is to be written to.
+
+    Raises
+    ------
+    WeightsError
+        If the name is a packaged model's, or cannot be one.
+    """
+    if name in PACKAGED:
+        raise WeightsError(f"model {name}: is packaged and cannot be replaced; take another name")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._ -]*", name) or name.endswith((".", " ")):
+        raise WeightsError(
+            f"model {name!r}: a name is of letters, digits, dots, dashes, underscores and spaces, "
+            "and starts with a letter or digit"
+        )
+    versions = model_versions(name)
+    number = _version(versions[-1]) + 1 if versions else 1
+    return models_folder() / f"{name}@{number}.safetensors"
+
+
+def rename_model(name: str, new_name: str) -> None:
+    """Rename a model of one's own, all its versions.
+
+    Raises
+    ------
+    WeightsError
+        If there is no such model, or the new name is taken or cannot be one.
+    """
+    versions = _versions_or_error(name)
+    if model_versions(new_name):
+        raise WeightsError(f"model {new_name}: there is one already; take another name")
+    next_version(new_name)
+    for path in versions:
+        path.rename(path.with_name(f"{new_name}@{_version(path)}.safetensors"))
+
+
+def delete_model(name: str) -> None:
+    """Delete a model of one's own: all versions of ``NAME``, or ``NAME@2`` alone.
+
+    Raises
+    ------
+    WeightsError
+        If there is no such model.
+    """
+    stem = name.partition("@")[0]
+    versions = [p for p in _versions_or_error(stem) if name in (stem, p.stem)]
+    if not versions:
+        raise WeightsError(f"model {name}: there is no such version")
+    for path in versions:
+        path.unlink()
+
+
+def _own_files() -> list[Path]:
+    found = models_folder().glob("*@*.safetensors")
+    return [path for path in found if path.stem.partition("@")[2].isdecimal()]
+
+
+def _version(path: Path) -> int:
+    return int(path.stem.partition("@")[2])
+
+
+def _versions_or_error(name: str) -> list[Path]:
+    versions = model_versions(name)
+    if not versions:
+        raise WeightsError(f"model {name}: none of your own models ({', '.join(own_models())})")
+    return versions
 
 
 def read_info(path: Path) -> WeightsInfo:

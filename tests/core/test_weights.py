@@ -105,7 +105,7 @@ def test_other_files_are_refused_in_one_line(
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(WeightsError, match=r"model nonsense: neither a packaged model \(default"):
+    with pytest.raises(WeightsError, match=r"model nonsense: neither a model \(default"):
         weights.load("nonsense")
 
 

@@ -22,6 +22,8 @@ _COMMANDS = {
     "data": "Look through data sets of images and masks.",
     "models": "List, describe and verify weights.",
     "train": "Train a network on images and masks.",
+    "finetune": "Teach a model with a few labelled images.",
+    "ablate": "Train the variants of the paper's tables.",
     "bench": "Measure speed on this machine.",
 }
 

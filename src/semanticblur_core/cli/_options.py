@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+    from semanticblur_core.data.store import LabelledImage
 
     _ParamType = click.ParamType[Any]
 else:
@@ -20,12 +24,15 @@ device_option = click.option(
 )
 precision_option = click.option(
     "--precision",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
     show_default=True,
     help="auto: bfloat16 where the device is faster with it.",
 )
 
+flip_option = click.option(
+    "--flip", is_flag=True, help="Average with the mirrored image's map, in twice the time."
+)
 mask_polarity_option = click.option(
     "--mask-polarity",
     type=click.Choice(["blur", "sharp"]),
@@ -158,3 +165,43 @@ def progress_bar() -> Iterator[Progress]:
         transient=True,
     ) as progress:
         yield progress
+
+
+def override(text: str, config: Any) -> tuple[str, Any]:
+    """Key and value of ``KEY=VALUE`` for a field of a configuration, of the field's type."""
+    from semanticblur_core.errors import ConfigError
+
+    key, separator, value = text.partition("=")
+    known = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if not separator or key not in known:
+        raise ConfigError(f"--set={text}: expected KEY=VALUE with KEY one of {', '.join(known)}")
+    if isinstance(known[key], bool):
+        if value.lower() not in ("true", "false"):
+            raise ConfigError(f"--set={text}: expected true or false")
+        return key, value.lower() == "true"
+    try:
+        return key, type(known[key])(value)
+    except ValueError:
+        kind = type(known[key]).__name__
+        raise ConfigError(f"--set={text}: expected a value of type {kind}") from None
+
+
+def read_labelled(
+    data: Path | None, images: Path | None, masks: Path | None, mask_polarity: str = "blur"
+) -> list[LabelledImage]:
+    """Labelled images of an annotation store, or of a folder of images and one of masks."""
+    from semanticblur_core.data.datasets import find_pairs
+    from semanticblur_core.data.store import is_store, labelled_pairs, read_store
+    from semanticblur_core.errors import DataError
+
+    if (data is None) == (images is None) or (images is None) != (masks is None):
+        raise click.UsageError("give --data, or both --images and --masks")
+    if data is not None and is_store(data):
+        return read_store(data)
+    if data is not None:
+        images, masks = data / "images", data / "masks"
+        if not masks.is_dir():
+            raise DataError(f"{data}: holds neither images/ and labels/ nor images/ and masks/")
+    assert images is not None
+    assert masks is not None
+    return labelled_pairs(find_pairs(images, masks), blurred_is_white=mask_polarity == "blur")

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import click
 
-from semanticblur_core.cli._options import ListType, device_option, progress_bar
+from semanticblur_core.cli._options import (
+    ListType,
+    device_option,
+    precision_option,
+    progress_bar,
+)
+
+_folder = click.Path(path_type=Path, file_okay=False, exists=True)
 
 
 @click.group(name="bench")
@@ -49,15 +58,7 @@ def bench_model(
         precisions=precisions,
         device=str(chosen),
     )
-    with progress_bar() as progress:
-        task = progress.add_task("Measuring", total=None)
-        while True:
-            try:
-                done, total = next(measuring)
-            except StopIteration as finished:
-                result = finished.value
-                break
-            progress.update(task, completed=done, total=total)
+    result = _run(measuring)
     for timing in result["timings"]:
         click.echo(
             f"{timing['precision']}: network {timing['network_ms']:.0f} ms, bare ResNet-50 "
@@ -72,3 +73,75 @@ def bench_model(
     )
     if json_path is not None:
         io.write_text(json_path, json.dumps(result, indent=1) + "\n")
+
+
+@command.command(name="train")
+@click.option("--images", type=_folder, required=True, help="Folder of photographs.")
+@click.option("--masks", type=_folder, required=True, help="Folder of masks, 255 = blurred.")
+@click.option("--sharp", type=_folder, help="Sharp photographs, for recipes that want them.")
+@click.option("--sharp-microscopy", type=_folder, help="Sharp microscopy, likewise.")
+@click.option("--recipe", default="paper", show_default=True, help="As in train.")
+@click.option("--pairs", "n_pairs", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--rounds", "n_rounds", type=click.IntRange(3), default=10, show_default=True)
+@device_option
+@precision_option
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
+def bench_train(
+    images: Path,
+    masks: Path,
+    sharp: Path | None,
+    sharp_microscopy: Path | None,
+    recipe: str,
+    n_pairs: int,
+    n_rounds: int,
+    device: str,
+    precision: str,
+    json_path: Path | None,
+) -> None:
+    """Time the loader with a warm cache, a training step, and both together."""
+    from semanticblur_core import benchmarks, io
+    from semanticblur_core.data.datasets import DecodedPairs, find_pairs, list_images
+    from semanticblur_core.data.defocus import SharpImages
+    from semanticblur_core.device import choose_device, keep_freed_memory
+    from semanticblur_core.training.recipes import recipe as find_recipe
+
+    keep_freed_memory()
+    sources = {}
+    if sharp is not None:
+        sources["photograph"] = SharpImages(list_images(sharp)[:n_pairs])
+    if sharp_microscopy is not None:
+        files = list_images(sharp_microscopy)[:n_pairs]
+        sources["microscopy"] = SharpImages(files, kind="microscopy")
+    measuring = benchmarks.bench_train(
+        DecodedPairs(find_pairs(images, masks)[:n_pairs]),
+        find_recipe(recipe),
+        sharp=sources,
+        n_rounds=n_rounds,
+        device=choose_device(device, precision),
+    )
+    result = _run(measuring)
+    speed = result["images_per_s"]
+    click.echo(
+        f"recipe {recipe}, {result['precision']} on {result['device']}, {result['n_threads']} "
+        f"threads, medians of {n_rounds} rounds in turn:\n"
+        f"  loader alone {speed['loader']:.1f} images/s, {result['loader_over_model']:.1f} times "
+        f"what the model takes\n"
+        f"  step on one repeated batch {speed['step']:.2f} images/s\n"
+        f"  step on fresh batches {speed['training']:.2f} images/s, "
+        f"{result['training_over_step']:.0%} of that"
+    )
+    if json_path is not None:
+        io.write_text(json_path, json.dumps(result, indent=1) + "\n")
+
+
+def _run(measuring: Generator[tuple[int, int], None, dict[str, Any]]) -> dict[str, Any]:
+    """What a measurement returns, with a progress bar while it goes."""
+    with progress_bar() as progress:
+        task = progress.add_task("Measuring", total=None)
+        while True:
+            try:
+                done, total = next(measuring)
+            except StopIteration as finished:
+                result: dict[str, Any] = finished.value
+                return result
+            progress.update(task, completed=done, total=total)

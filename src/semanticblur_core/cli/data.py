@@ -39,13 +39,19 @@ def check(
 ) -> None:
     """Say what FOLDER holds: counts, sizes, blurred share, duplicates, unreadable files.
 
+    Of an annotation store: what is labelled of each image.
+
     Exit code 2 if anything is wrong with the files.
     """
     import statistics
 
     from semanticblur_core import io
     from semanticblur_core.data.check import check_data, find_folders
+    from semanticblur_core.data.store import is_store
 
+    if images is None and masks is None and is_store(folder):
+        _check_store(folder, json_file)
+        return
     if (images is None) != (masks is None):
         raise click.UsageError("give both --images and --masks, or neither")
     if images is None or masks is None:
@@ -78,4 +84,27 @@ def check(
     for problem in report.problems:
         click.echo(f"semanticblur-core: {problem}", err=True)
     if report.problems:
+        raise SystemExit(2)
+
+
+def _check_store(folder: Path, json_file: Path | None) -> None:
+    from semanticblur_core import io
+    from semanticblur_core.data.store import check_store
+
+    rows, problems = check_store(folder)
+    click.echo(f"annotation store: {folder}\nlabelled images: {len(rows)}")
+    for row in rows:
+        size = " x ".join(map(str, row["shape"]))
+        split = f", {row['split']}" if row["split"] else ""
+        click.echo(
+            f"  {row['name']}: {size} px, sharp {row['sharp']:.2%}, blurred "
+            f"{row['blurred']:.2%}{split}"
+        )
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        report = {"store": str(folder), "items": rows, "problems": problems}
+        io.write_text(json_file, json.dumps(report, indent=1) + "\n")
+    for problem in problems:
+        click.echo(f"semanticblur-core: {problem}", err=True)
+    if problems:
         raise SystemExit(2)

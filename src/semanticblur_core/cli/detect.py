@@ -16,6 +16,7 @@ from semanticblur_core.cli._options import (
     RangeType,
     SizeType,
     device_option,
+    flip_option,
     precision_option,
     progress_bar,
 )
@@ -45,10 +46,14 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
 @click.option("--resume", is_flag=True, help="Skip inputs whose results are all there.")
 @click.option(
-    "--model", default="default", show_default=True, help="Packaged model or file of weights."
+    "--model",
+    default="default",
+    show_default=True,
+    help="Packaged model, your own, or a file.",
 )
 @device_option
 @precision_option
+@flip_option
 @click.option(
     "--size",
     type=SizeType(),
@@ -116,6 +121,7 @@ def command(
     model: str,
     device: str,
     precision: str,
+    flip: bool,
     size: Any,
     threshold: float,
     formats: tuple[str, ...] | None,
@@ -150,7 +156,7 @@ def command(
     from semanticblur_core.inference.detector import Detector
 
     keep_freed_memory()
-    detector = Detector(model, device=device, precision=precision)
+    detector = Detector(model, device=device, precision=precision, flip=flip)
     results = []
     try:
         with progress_bar() as progress:

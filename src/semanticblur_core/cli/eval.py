@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from semanticblur_core.cli._options import device_option, mask_polarity_option, progress_bar
+from semanticblur_core.cli._options import (
+    device_option,
+    flip_option,
+    mask_polarity_option,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +32,10 @@ _polarity = click.Choice(["blur", "sharp"])
 @click.command(name="eval")
 @click.option("--images", type=_folder, help="Folder of images: the model finds their blur.")
 @click.option("--maps", type=_folder, help="Folder of blur maps of any method, to be scored.")
-@click.option("--masks", required=True, type=_folder, help="Folder of masks, 255 = blurred.")
+@click.option("--masks", type=_folder, help="Folder of masks, 255 = blurred.")
+@click.option(
+    "--data", type=_folder, help="Or an annotation store: the model is scored where it is labelled."
+)
 @click.option("--split", help="Names to score: cuhk-te1, cuhk-val or a text file, one name a line.")
 @click.option("--map-polarity", type=_polarity, help="White in maps is it.  [default: blur]")
 @mask_polarity_option
@@ -83,10 +91,12 @@ _polarity = click.Choice(["blur", "sharp"])
     show_default=True,
     help="What the model computes in.",
 )
+@flip_option
 def command(
     images: Path | None,
     maps: Path | None,
-    masks: Path,
+    masks: Path | None,
+    data: Path | None,
     split: str | None,
     map_polarity: Any,
     mask_polarity: Any,
@@ -104,6 +114,7 @@ def command(
     compare: str | None,
     device: str,
     precision: str,
+    flip: bool,
 ) -> None:
     """Score blur maps, or a model on images, against masks.
 
@@ -114,8 +125,17 @@ def command(
     from semanticblur_core.data.datasets import list_images, read_split
     from semanticblur_core.evaluation import Evaluator, evaluate, match, resize_map
 
+    if data is not None:
+        if images or maps or masks:
+            raise click.UsageError("--data goes without --images, --maps and --masks")
+        _eval_store(data, model or "default", device, precision, flip, json_file)
+        return
     if (images is None) == (maps is None):
-        raise click.UsageError("give --images or --maps")
+        raise click.UsageError("give --images or --maps, or --data")
+    if masks is None:
+        raise click.UsageError("give --masks")
+    if flip and images is None:
+        raise click.UsageError("--flip goes with --images")
     is_onnx = model is not None and model.lower().endswith(".onnx")
     if images is not None and (photos or (not is_onnx and (map_polarity or map_resize))):
         raise click.UsageError("--map-polarity, --map-resize and --photos go with --maps")
@@ -149,7 +169,7 @@ def command(
             f"{onnx_output_kind} out, white = {map_polarity}, other sizes: {map_resize}"
         )
     elif images is not None:
-        predict, analysis, method = _predictor(model or "default", device, precision)
+        predict, analysis, method = _predictor(model or "default", device, precision, flip)
     analysis += f"; masks: white = {mask_polarity}"
     evaluator = Evaluator(protocol, positive=positive, analysis=analysis)
     for problem in problems:
@@ -209,20 +229,52 @@ def command(
         raise SystemExit(2)
 
 
-def _predictor(model: str, device: str, precision: str) -> tuple[Predict, str, str]:
+def _eval_store(
+    data: Path, model: str, device: str, precision: str, flip: bool, json_file: Path | None
+) -> None:
+    """Score a model on the labelled pixels of an annotation store."""
+    from semanticblur_core import io
+    from semanticblur_core.data.store import BLURRED, read_store
+    from semanticblur_core.inference.detector import Detector
+    from semanticblur_core.metrics import BlurScorer
+    from semanticblur_core.training.finetune import PROTOCOL
+
+    images = read_store(data)
+    detector = Detector(model, device=device, precision=precision, flip=flip)
+    scorer = BlurScorer(PROTOCOL)
+    with progress_bar() as progress:
+        for image in progress.track(images, description="Scoring"):
+            labelled = image.labels > 0
+            blur = detector.detect(image.image, value_range=image.value_range)
+            truth = image.labels[labelled] == BLURRED
+            scorer.add(blur[labelled][None], truth[None], name=image.name)
+    scores = scorer.result()
+    click.echo(f"model {model}: {scores.n_images} images of {data}")
+    click.echo(f"protocol: {PROTOCOL.describe()}")
+    for name, value in (("MAE", scores.mae), ("F-beta", scores.f_beta), ("IoU", scores.iou)):
+        click.echo(f"  {name:<28}{value:.4f}")
+    if json_file:
+        rows = [score.to_dict() for score in scorer.images]
+        report = scores.to_dict() | {"method": f"model {model}", "per_image": rows}
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        io.write_text(json_file, json.dumps(report, indent=1) + "\n")
+
+
+def _predictor(model: str, device: str, precision: str, flip: bool) -> tuple[Predict, str, str]:
     """Function from a pair to its map, under the protocol of the field."""
     from semanticblur_core import weights
     from semanticblur_core.inference.detector import Detector
     from semanticblur_core.training.loop import VALIDATION_PROTOCOL
 
-    detector = Detector(model, device=device, precision=precision)
+    detector = Detector(model, device=device, precision=precision, flip=flip)
 
     def predict(pair: Pair) -> NDArray[np.float32]:
         return detector.detect(_read_as_large_as_mask(pair), upsampling="nearest-exact")
 
     name = f"model {model} ({weights.resolve(model).name})"
     dtype = str(detector.dtype).removeprefix("torch.")
-    return predict, f"{VALIDATION_PROTOCOL.analysis}; {dtype} on {detector.device.type}", name
+    analysis = f"{VALIDATION_PROTOCOL.analysis}; {dtype} on {detector.device.type}"
+    return predict, analysis + ("; averaged with the mirrored image's" if flip else ""), name
 
 
 def _read_as_large_as_mask(pair: Pair) -> NDArray[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import click
 
@@ -17,7 +18,7 @@ def command() -> None:
 
 @command.command(name="list")
 def list_models() -> None:
-    """Packaged models, a line each."""
+    """Packaged models and your own, a line each."""
     for name in weights.PACKAGED:
         info = weights.read_info(weights.resolve(name))
         metrics = info.metrics
@@ -27,6 +28,39 @@ def list_models() -> None:
             f"{metrics['n_images']} images of {metrics.get('data', 'its validation set')}"
         )
         click.echo(f"  ({Protocol(**metrics['protocol']).describe()})")
+    for name in weights.own_models():
+        for path in weights.model_versions(name):
+            click.echo(f"{path.stem}: {_describe_own(path)}")
+
+
+def _describe_own(path: Path) -> str:
+    from semanticblur_core.errors import WeightsError
+
+    try:
+        info = weights.read_info(path)
+    except WeightsError as error:
+        return f"UNREADABLE: {error}"
+    start = info.provenance.get("start", {}).get("from", "nothing known")
+    mae = info.metrics.get("mae")
+    score = "" if mae is None else f", MAE {mae:.3f} on {info.metrics.get('data')}"
+    return f"{info.size_bytes / 1e6:.1f} MB, from {start}{score}"
+
+
+@command.command()
+@click.argument("name")
+@click.argument("new_name")
+def rename(name: str, new_name: str) -> None:
+    """Rename a model of your own, all its versions."""
+    weights.rename_model(name, new_name)
+    click.echo(f"{new_name}: was {name}")
+
+
+@command.command()
+@click.argument("name", metavar="NAME|NAME@VERSION")
+def delete(name: str) -> None:
+    """Delete a model of your own, or one version of it."""
+    weights.delete_model(name)
+    click.echo(f"{name}: deleted")
 
 
 @command.command()

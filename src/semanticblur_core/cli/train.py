@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from semanticblur_core.cli._options import device_option, precision_option, progress_bar
+from semanticblur_core.cli._options import (
+    device_option,
+    mask_polarity_option,
+    override,
+    precision_option,
+    progress_bar,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from semanticblur_core.data.datasets import DecodedPairs
 
 BEST = "best.safetensors"
 LICENCE = (
@@ -23,15 +34,19 @@ LICENCE = (
 @click.command(name="train")
 @click.option(
     "--images",
-    required=True,
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Folder of photographs.",
 )
 @click.option(
     "--masks",
-    required=True,
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Folder of masks of the same names, 255 = blurred.",
+)
+@mask_polarity_option
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Or an annotation store; its items marked val are held out.",
 )
 @click.option(
     "--output",
@@ -43,7 +58,7 @@ LICENCE = (
     "--recipe",
     default="paper",
     show_default=True,
-    help="paper, first-256, first-320, first-320-whole or mixed.",
+    help="paper, first-256, first-320, first-320-whole, mixed, pretrain, best, or a YAML file.",
 )
 @click.option(
     "--set",
@@ -82,11 +97,24 @@ LICENCE = (
 )
 @click.option("--init", help="Packaged model or file of weights to start from.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUTPUT.")
+@click.option(
+    "--checkpoint-every",
+    "checkpoint_every_s",
+    type=click.FloatRange(0, min_open=True),
+    default=300,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often the state is written within an epoch.",
+)
+@click.option("--compile", "compile_model", is_flag=True, help="Train through torch.compile.")
+@click.option("--tensorboard", is_flag=True, help="Also write TensorBoard logs to OUTPUT.")
 @device_option
 @precision_option
 def command(
-    images: Path,
-    masks: Path,
+    images: Path | None,
+    masks: Path | None,
+    mask_polarity: Any,
+    data: Path | None,
     output: Path,
     recipe: str,
     overrides: tuple[str, ...],
@@ -97,21 +125,24 @@ def command(
     backbone_weights: Path | None,
     init: str | None,
     resume: bool,
+    checkpoint_every_s: float,
+    compile_model: bool,
+    tensorboard: bool,
     device: str,
     precision: str,
 ) -> None:
     """Train a network on images and masks.
 
     Prints a line an epoch; OUTPUT gets best.safetensors (the epoch of lowest validation MAE),
-    last.ckpt (to --resume from) and history.csv.
+    last.ckpt (to --resume from), history.csv and, with matplotlib, curves.png. Under `torchrun`
+    several GPUs or machines share each batch.
     """
     from semanticblur_core.config import TrainConfig
-    from semanticblur_core.data.datasets import find_pairs, read_split, select
-    from semanticblur_core.errors import ConfigError, DataError, TrainingError
+    from semanticblur_core.errors import ConfigError, TrainingError
     from semanticblur_core.training.recipes import recipe as find_recipe
 
     config = find_recipe(recipe)
-    values = dict(_override(text, config) for text in overrides)
+    values = dict(override(text, config) for text in overrides)
     config = TrainConfig.from_dict(config.to_dict() | values)
     if sum(map(bool, (init, backbone_weights, resume))) > 1:
         raise ConfigError("--init, --backbone-weights and --resume: give one of them")
@@ -125,26 +156,21 @@ def command(
     ):
         if given and not count:
             raise ConfigError(f"{flag}: recipe {recipe} makes none of it")
-    pairs = find_pairs(images, masks)
-    try:
-        held_out = select(pairs, read_split(val_split))
-    except DataError as error:
-        raise DataError(f"--val-split={val_split}: {error}; give a list of your own") from error
-    names = {pair.name for pair in held_out}
-    training = [pair for pair in pairs if pair.name not in names]
+    training, held_out = read_data(data, images, masks, mask_polarity, val_split)
 
     import torch
 
     from semanticblur_core import __version__, weights
-    from semanticblur_core.data.datasets import DecodedPairs
     from semanticblur_core.data.defocus import SharpImages
     from semanticblur_core.device import choose_device, keep_freed_memory
     from semanticblur_core.metrics import Scores
     from semanticblur_core.network import SemanticBlur
     from semanticblur_core.training.checkpoint import load_checkpoint
-    from semanticblur_core.training.loop import VALIDATION_PROTOCOL, train
+    from semanticblur_core.training.logs import RunLog
+    from semanticblur_core.training.loop import VALIDATION_PROTOCOL, is_first_process, train
 
     keep_freed_memory()
+    say = click.echo if is_first_process() else _say_nothing
     chosen = choose_device(device, precision)
     torch.manual_seed(config.seed)
     start: dict[str, Any] = {"from": "random initialisation"}
@@ -158,10 +184,10 @@ def command(
         start = {"from": backbone_weights.name, "n_parameters_set": n_set}
     if resume:
         start = load_checkpoint(output / "last.ckpt")["start"]
-    click.echo(f"recipe {recipe}: {json.dumps(config.to_dict())}")
-    click.echo(f"start: {start['from']}, {start.get('n_parameters_set', 'all')} parameters")
-    click.echo(f"scores: {VALIDATION_PROTOCOL.describe()}")
-    click.echo(f"{len(training)} images to train on, {len(held_out)} to validate; {chosen.reason}")
+    say(f"recipe {recipe}: {json.dumps(config.to_dict())}")
+    say(f"start: {start['from']}, {start.get('n_parameters_set', 'all')} parameters")
+    say(f"scores: {VALIDATION_PROTOCOL.describe()}")
+    say(f"{len(training)} images to train on, {len(held_out)} to validate; {chosen.reason}")
 
     sources: dict[str, SharpImages] = {}
     if config.synthetic_photographs and sharp:
@@ -169,7 +195,7 @@ def command(
     if config.synthetic_microscopy and sharp_microscopy:
         sources["microscopy"] = SharpImages(_training_part(sharp_microscopy), kind="microscopy")
     for kind, source in sources.items():
-        click.echo(
+        say(
             f"synthetic defocus from {len(source)} sharp images ({kind}), "
             f"{len(source.with_mask)} of them with a mask"
         )
@@ -185,7 +211,7 @@ def command(
             "recipe": {"name": recipe} | config.to_dict(),
             "epoch": epoch,
             "n_training_images": len(training),
-            "data": images.resolve().parent.name,
+            "data": _name_of_data(data or images),
             "validation_split": val_split,
             "n_sharp_images": {kind: len(source) for kind, source in sources.items()},
             "device": str(chosen.device),
@@ -199,8 +225,8 @@ def command(
 
     updates = train(
         model,
-        DecodedPairs(training),
-        DecodedPairs(held_out),
+        training,
+        held_out,
         config,
         run_dir=output,
         device=chosen,
@@ -208,11 +234,20 @@ def command(
         sharp=sources,
         start=start,
         resume=resume,
+        checkpoint_every_s=checkpoint_every_s,
+        compile_model=compile_model,
     )
+    log = RunLog(output, tensorboard=tensorboard and is_first_process())
+    started = time.monotonic()
+    first_step = None
+    update = None
     with progress_bar() as progress:
         task = progress.add_task("Training", total=None)
-        update = None
         for update in updates:
+            if not is_first_process():
+                continue
+            first_step = update.step - 1 if first_step is None else first_step
+            log.add(update)
             progress.update(
                 task,
                 completed=update.step,
@@ -221,14 +256,61 @@ def command(
             )
             if update.scores is not None:
                 scores = update.scores
-                click.echo(
+                per_step_s = (time.monotonic() - started) / (update.step - first_step)
+                left_min = per_step_s * (update.total_steps - update.step) / 60
+                say(
                     f"epoch {update.epoch}/{config.epochs}: MAE {scores.mae:.4f}, F "
                     f"{scores.f_beta:.4f}, IoU {scores.iou:.4f}, {update.images_per_s:.2f} images/s"
-                    f"{', best so far' if update.is_best else ''}"
+                    f", about {left_min:.0f} min left{', best so far' if update.is_best else ''}"
                 )
-
+                log.draw()
+    log.close()
     if update is None:
-        click.echo(f"{output}: all {config.epochs} epochs were done before")
+        say(f"{output}: all {config.epochs} epochs were done before")
+
+
+def _say_nothing(_: str) -> None:
+    """What all processes but the first print."""
+
+
+def read_data(
+    data: Path | None, images: Path | None, masks: Path | None, mask_polarity: Any, val_split: str
+) -> tuple[DecodedPairs, DecodedPairs]:
+    """What to train on and what to validate on."""
+    from semanticblur_core.cli._options import read_labelled
+    from semanticblur_core.data.datasets import DecodedPairs, find_pairs, read_split, select
+    from semanticblur_core.errors import DataError
+
+    if (data is None) == (images is None) or (images is None) != (masks is None):
+        raise click.UsageError("give --data, or both --images and --masks")
+    if data is not None:
+        labelled = read_labelled(data, None, None)
+        split = [[x for x in labelled if (x.split == "val") == is_val] for is_val in (False, True)]
+        if not all(split):
+            raise DataError(
+                f"{data}: {len(split[1])} of {len(labelled)} labelled images are marked val in its "
+                "dataset.json; some must be, and not all"
+            )
+        return DecodedPairs.from_labels(split[0]), DecodedPairs.from_labels(split[1])
+    assert images is not None
+    assert masks is not None
+    pairs = find_pairs(images, masks)
+    try:
+        held_out = select(pairs, read_split(val_split))
+    except DataError as error:
+        raise DataError(f"--val-split={val_split}: {error}; give a list of your own") from error
+    names = {pair.name for pair in held_out}
+    training = [pair for pair in pairs if pair.name not in names]
+    return (
+        DecodedPairs(training, mask_polarity=mask_polarity),
+        DecodedPairs(held_out, mask_polarity=mask_polarity),
+    )
+
+
+def _name_of_data(folder: Path | None) -> str:
+    assert folder is not None
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "images" else folder.name
 
 
 def _training_part(folders: Sequence[Path]) -> list[Path]:
@@ -239,33 +321,26 @@ def _training_part(folders: Sequence[Path]) -> list[Path]:
     return [path for path in found if not is_held_out(path.stem)]
 
 
-def _override(text: str, config: Any) -> tuple[str, Any]:
-    from semanticblur_core.errors import ConfigError
-
-    key, separator, value = text.partition("=")
-    known = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    if not separator or key not in known:
-        raise ConfigError(f"--set={text}: expected KEY=VALUE with KEY one of {', '.join(known)}")
-    if isinstance(known[key], bool):
-        if value.lower() not in ("true", "false"):
-            raise ConfigError(f"--set={text}: expected true or false")
-        return key, value.lower() == "true"
-    try:
-        return key, type(known[key])(value)
-    except ValueError:
-        kind = type(known[key]).__name__
-        raise ConfigError(f"--set={text}: expected a value of type {kind}") from None
-
-
-def _load_backbone(model: Any, path: Path) -> int:
+def read_imagenet(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file of ImageNet weights."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from semanticblur_core.errors import WeightsError
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise WeightsError(f"{path}: not weights of a ResNet-50: {reason}") from error
+
+
+def _load_backbone(model: Any, path: Path) -> int:
+    from semanticblur_core.errors import WeightsError
     from semanticblur_core.network.backbones import load_imagenet_resnet50
 
     try:
-        return load_imagenet_resnet50(model.backbone, load_file(path))
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        return load_imagenet_resnet50(model.backbone, read_imagenet(path))
+    except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise WeightsError(f"{path}: not weights of a ResNet-50: {reason}") from error

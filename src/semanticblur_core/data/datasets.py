@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from semanticblur_core.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from semanticblur_core.data.store import LabelledImage
 
 
 @dataclass(frozen=True)
@@ -146,16 +148,29 @@ class DecodedPairs:
     ----------
     pairs
         What to decode; 600 photographs of 640 x 427 px take about 0.7 GB.
+    mask_polarity
+        What white in the masks means.
+
+    Attributes
+    ----------
+    pairs
+        What was decoded; empty where they came from labels.
+    names
+        One for each image.
     """
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
+    def __init__(
+        self, pairs: Sequence[Pair], *, mask_polarity: Literal["blur", "sharp"] = "blur"
+    ) -> None:
         # Evaluating maps needs the rest of this module, but not torch's 400 MB.
         import torch
 
         self.pairs = list(pairs)
+        self.names = [pair.name for pair in pairs]
         self._tensors: list[tuple[Tensor, Tensor]] = []
         for pair in pairs:
             image, mask = read_pair(pair)
+            mask = mask == (mask_polarity == "blur")
             self._tensors.append(
                 (
                     torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
@@ -166,6 +181,31 @@ class DecodedPairs:
     def __len__(self) -> int:
         return len(self._tensors)
 
+    @classmethod
+    def from_labels(cls, images: Sequence[LabelledImage]) -> Self:
+        """Images of which only a part may be labelled."""
+        import torch
+
+        from semanticblur_core.data.store import BLURRED
+
+        made = cls([])
+        for item in images:
+            rgb = io.as_rgb(io.to_unit_range(item.image, limits=item.value_range, name=item.name))
+            if rgb.dtype != np.uint8:
+                rgb = np.round(rgb * 255).astype(np.uint8)
+            mask = np.stack([item.labels == BLURRED, item.labels > 0]).astype(np.uint8) * 255
+            made.names.append(item.name)
+            made._tensors.append(
+                (
+                    torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1))),
+                    torch.from_numpy(mask if item.labels.min() == 0 else mask[:1]),
+                )
+            )
+        return made
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image ``(3, H, W)`` uint8 and mask ``(1, H, W)`` uint8, 255 = blurred."""
+        """Image ``(3, H, W)`` uint8 and mask ``(1, H, W)`` uint8, 255 = blurred.
+
+        Of an image that is labelled in part, ``(2, H, W)``: the second channel is 255 = labelled.
+        """
         return self._tensors[index]

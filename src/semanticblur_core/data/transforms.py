@@ -65,7 +65,7 @@ def augment(
     image
         ``(3, H, W)`` uint8.
     mask
-        ``(1, H, W)`` uint8, 255 = blurred.
+        ``(1, H, W)`` uint8, 255 = blurred; or ``(2, H, W)``, then also 255 = labelled.
     config
         Size and kind of augmentation.
     rng
@@ -74,7 +74,8 @@ def augment(
     Returns
     -------
     tuple of Tensor
-        ``(3, S, S)`` float32 in 0..1 and ``(1, S, S)`` float32 of 0 and 1.
+        ``(3, S, S)`` float32 in 0..1 and, like ``mask``, ``(1, S, S)`` or ``(2, S, S)`` float32 of
+        0 and 1. A pixel is labelled where a fifth of what it covers is, so that strokes survive.
 
     Notes
     -----
@@ -91,7 +92,11 @@ def augment(
         image, mask = image.flip(-1), mask.flip(-1)
     size = (config.image_size_px, config.image_size_px)
     image = _resize(image, size).float() / 255
-    target = (_resize(mask, size) > 127).float()
+    resized = _resize(mask, size)
+    target = (resized > 127).float()
+    if len(mask) == 2:
+        share, labelled = resized.float()
+        target = torch.stack([2 * share > labelled, labelled >= 51]).float()
     if config.augmentation == "colour":
         image = _recolour(image, rng)
     return image, target
@@ -105,7 +110,7 @@ def cutmix(
     Parameters
     ----------
     images, targets
-        ``(N, C, H, W)`` and ``(N, 1, H, W)``.
+        ``(N, C, H, W)`` and ``(N, K, H, W)``.
     share
         Probability, 0..1, that an image receives one.
     rng

@@ -68,11 +68,15 @@ class Detector:
         ``auto``, ``cpu``, ``cuda`` or ``mps``.
     precision
         ``auto``, ``float32`` or ``bfloat16``.
+    flip
+        Average the map with that of the mirrored image: twice the time.
 
     Attributes
     ----------
     device, dtype, reason
         What it computes on, and why.
+    flip
+        As given.
     name
         The model as it was asked for, or ``"network"``.
 
@@ -94,7 +98,9 @@ class Detector:
         *,
         device: str = "auto",
         precision: str = "auto",
+        flip: bool = False,
     ) -> None:
+        self.flip = flip
         self.device, self.dtype, self.reason = choose_device(device, precision)
         if isinstance(model, SemanticBlur):
             network, self.name = model, "network"
@@ -301,8 +307,14 @@ class Detector:
         """``(N, H, W)`` maps of ``(H, W, 3)`` float32 in 0..1, all of one size."""
         batch = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)
         with torch.inference_mode():
-            logits = self._network(normalise(batch).to(self.dtype))
-            return torch.sigmoid(logits.float())[:, 0]
+            blur = self._maps(batch)
+            if self.flip:
+                blur = (blur + self._maps(batch.flip(-1)).flip(-1)) / 2
+            return blur
+
+    def _maps(self, batch: torch.Tensor) -> torch.Tensor:
+        logits = self._network(normalise(batch).to(self.dtype))
+        return torch.sigmoid(logits.float())[:, 0]
 
 
 def _upsample(blur: torch.Tensor, shape: tuple[int, ...], mode: str) -> torch.Tensor:

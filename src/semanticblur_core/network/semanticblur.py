@@ -11,6 +11,7 @@ happens on 64 channels instead of up to 2048. The function is the same (see
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,7 +97,7 @@ class SemanticBlur(nn.Module):
                 f"expected at least {MIN_SIZE_PX} x {MIN_SIZE_PX} px, got {height} x {width}"
             )
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
-        return self._head(features, height, width)
+        return self.head(features, height, width)
 
     def for_inference(self, dtype: torch.dtype = torch.float32) -> SemanticBlur:
         """Copy for inference: batch normalisations folded, constant products done once.
@@ -161,7 +162,31 @@ class SemanticBlur(nn.Module):
         semantic_bias = self.semantic.reduce.get_parameter("bias")
         return _Composite(level, offset, torch.cat(semantic_parts), semantic_bias, head_bias)
 
-    def _head(self, features: list[Tensor], height: int, width: int) -> Tensor:
+    def head(
+        self,
+        features: list[Tensor],
+        height: int,
+        width: int,
+        *,
+        windows: Sequence[tuple[slice, slice]] | None = None,
+    ) -> Tensor:
+        """Everything after the backbone.
+
+        Parameters
+        ----------
+        features
+            F1..F4 of the backbone.
+        height, width
+            Size of the images they are of.
+        windows
+            Rows and columns of each image that are wanted, all of one size; most of the time goes
+            into the full resolution. Two pixels along a window's sides differ from the whole.
+
+        Returns
+        -------
+        Tensor
+            Logits ``(N, 1, height, width)``, or of the windows' size.
+        """
         if self.fixed is not None:
             composite = self.fixed()
         else:
@@ -176,7 +201,7 @@ class SemanticBlur(nn.Module):
             pyramid[i] = pyramid[i][..., :head] + constant.to(pyramid[i].dtype)
         for i in (2, 1, 0):
             pyramid[i] = pyramid[i] + resize(pyramid[i + 1], *pyramid[i].shape[1:3])
-        fused = self._fuse(pyramid, composite.head_bias, height, width)
+        fused = self._fuse(pyramid, composite.head_bias, height, width, windows)
         return self.decoder.predict(fused.permute(0, 3, 1, 2))
 
     def _attend(self, index: int, features: Tensor, weight: Tensor) -> Tensor:
@@ -197,8 +222,15 @@ class SemanticBlur(nn.Module):
         attention: Tensor = self.spatial_attention[index](mean, maximum)
         return product[..., :-1].view(n, h, w, -1) * attention[..., None].to(product.dtype)
 
-    def _fuse(self, pyramid: list[Tensor], bias: Tensor, height: int, width: int) -> Tensor:
-        """Equation 14 and the head's bias: ``(N, height, width, 64)``.
+    def _fuse(
+        self,
+        pyramid: list[Tensor],
+        bias: Tensor,
+        height: int,
+        width: int,
+        windows: Sequence[tuple[slice, slice]] | None,
+    ) -> Tensor:
+        """Equation 14 and the head's bias: ``(N, height, width, 64)``, or of the windows' size.
 
         Columns are resized level by level; rows of all levels together, by one product with the
         row weights side by side, scaled by beta, and a last column of ones for the bias.
@@ -215,6 +247,10 @@ class SemanticBlur(nn.Module):
         dtype = wide[0].dtype
         wide.append(bias.to(dtype).expand(n, 1, width, c))
         stacked = torch.cat(wide, dim=1)
+        if windows is not None:
+            stacked = torch.stack([s[:, w[1]] for s, w in zip(stacked, windows, strict=True)])
+            matrix = torch.stack([matrix[rows] for rows, _ in windows])
+            height, width = matrix.shape[1], stacked.shape[2]
         return torch.matmul(matrix.to(dtype), stacked.flatten(2)).view(n, height, width, c)
 
 

@@ -7,9 +7,12 @@ import csv
 import hashlib
 import io as streams
 import math
+import os
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from semanticblur_core.data.transforms import augment, cutmix, normalise
 from semanticblur_core.device import DeviceChoice
 from semanticblur_core.errors import TrainingError
 from semanticblur_core.inference.detector import Detector
-from semanticblur_core.losses import blur_loss
+from semanticblur_core.losses import LabelCounts, blur_loss, label_counts
 from semanticblur_core.metrics import BlurScorer, Protocol, Scores
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.training.checkpoint import load_checkpoint, save_checkpoint
@@ -37,6 +40,7 @@ VALIDATION_PROTOCOL = Protocol(
     analysis="images squashed to 320 x 320, maps brought back by nearest-exact"
 )
 
+Batch = tuple[Tensor, Tensor, Tensor | None]
 SaveBest = Callable[[SemanticBlur, Scores, int], None]
 
 
@@ -70,6 +74,9 @@ def train(
     sharp: Mapping[str, SharpImages] | None = None,
     start: dict[str, Any] | None = None,
     resume: bool = False,
+    checkpoint_every_s: float = 300.0,
+    checkpoint_every_steps: int | None = None,
+    compile_model: bool = False,
 ) -> Generator[TrainUpdate]:
     """Train a network; close the generator to stop.
 
@@ -82,9 +89,11 @@ def train(
     config
         Recipe.
     run_dir
-        Folder of ``last.ckpt`` (full state, after every epoch) and ``history.csv``.
+        Folder of ``last.ckpt`` (full state) and ``history.csv``.
     device
-        What to compute on; bfloat16 means mixed precision.
+        What to compute on; bfloat16 and float16 mean mixed precision. In a process that
+        ``torchrun`` started it is one of several: each batch is shared among them, the loss is
+        divided by the labels of the whole batch, and only the first writes files.
     save_best
         Called with the network, its scores and the epoch whenever the validation MAE fell.
     sharp
@@ -94,34 +103,35 @@ def train(
         What the network was before (JSON values); kept in the checkpoint.
     resume
         Go on from ``last.ckpt``. On a CPU with the same number of threads the result is that of an
-        uninterrupted run; GPUs are not deterministic.
+        uninterrupted run, wherever it was interrupted; GPUs are not deterministic.
+    checkpoint_every_s, checkpoint_every_steps
+        How often the state is written within an epoch; it always is at its end.
+    compile_model
+        Train through ``torch.compile``.
 
     Raises
     ------
     TrainingError
         If sharp images that the recipe asks for are missing, the loss or the gradient stops being
-        finite, the checkpoint does not fit the settings or
-        the data, a file cannot be written, or there are fewer images than one batch.
+        finite, the checkpoint does not fit the settings or the data, a file cannot be written,
+        there are fewer images than one batch, or memory does not suffice for a single image.
     """
-    from lightning_fabric import Fabric
-
     steps_per_epoch = len(training) // config.n_pairs_per_batch
     if steps_per_epoch == 0:
         raise TrainingError(
             f"{len(training)} training images are fewer than the {config.n_pairs_per_batch} of one "
             "batch"
         )
-    synthetic = _synthetic_sources(config, sharp or {})
+    synthetic = synthetic_sources(config, sharp or {})
     total_steps = steps_per_epoch * config.epochs
-    fabric = Fabric(
-        accelerator=device.device.type,
-        devices=[device.device.index or 0] if device.device.type == "cuda" else 1,
-        precision="bf16-mixed" if device.dtype == torch.bfloat16 else "32-true",
-    )
+    fabric = launch_fabric(device, config)
+    device = device._replace(device=fabric.device)
     torch.manual_seed(config.seed)
     model.to(memory_format=torch.channels_last)
+    if fabric.world_size > 1 and device.device.type == "cuda" and not config.frozen_statistics:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     optimizer = torch.optim.Adam(_parameter_groups(model, config), weight_decay=config.weight_decay)
-    wrapped, optimizer = fabric.setup(model, optimizer)
+    wrapped, optimizer = fabric.setup(torch.compile(model) if compile_model else model, optimizer)
     averaged = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else None
     identity: dict[str, Any] = {
         "config": config.to_dict(),
@@ -129,56 +139,20 @@ def train(
         "images": _names_digest(training, validation, synthetic),
         "computed on": f"{device.device.type}, {device.dtype}",
     }
-    first_epoch, best_mae = 0, math.inf
+    first_epoch, first_batch, loss_sum, best_mae = 0, 0, 0.0, math.inf
     history: list[dict[str, str]] = []
     if resume:
         state = _restore(run_dir, model, averaged, optimizer, identity)
+        fabric.strategy.precision.load_state_dict(state.get("precision", {}))
         first_epoch, best_mae = int(state["epoch"]), float(state["best_mae"])
+        first_batch, loss_sum = int(state.get("batch", 0)), float(state.get("loss_sum", 0.0))
         history, start = state["history"], state["start"]
+    n_parts = config.accumulate
 
-    for epoch in range(first_epoch, config.epochs):
-        _set_training_mode(model, config)
-        started = time.perf_counter()
-        loss_sum = 0.0
-        update: TrainUpdate | None = None
-        batches = _batches(training, synthetic, config, epoch)
-        for i, (images, targets, labelled) in enumerate(batches):
-            step = epoch * steps_per_epoch + i
-            rate = learning_rate(step, total_steps, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["rate_factor"]
-            images, targets = images.to(fabric.device), targets.to(fabric.device)
-            labelled = None if labelled is None else labelled.to(fabric.device)
-            optimizer.zero_grad()
-            logits = wrapped(normalise(images))
-            loss = blur_loss(
-                logits, targets, labelled=labelled, ssim_weight=config.ssim_weight
-            ).total
-            value = float(loss.detach())
-            _require_finite("loss", value, step, run_dir)
-            fabric.backward(loss)
-            norm = fabric.clip_gradients(
-                wrapped, optimizer, max_norm=config.gradient_clip_norm, error_if_nonfinite=False
-            )
-            assert norm is not None
-            _require_finite("gradient's norm", float(norm), step, run_dir)
-            optimizer.step()
-            if averaged is not None:
-                _average(averaged, model, config.ema_decay, step)
-            loss_sum += value
-            speed = (i + 1) * config.batch_size / (time.perf_counter() - started)
-            update = TrainUpdate(epoch + 1, step + 1, total_steps, value, rate, speed)
-            if i + 1 < steps_per_epoch:
-                yield update
-        assert update is not None
-        candidate = averaged if averaged is not None else model
-        scores = validate(candidate, validation, device)
-        is_best = scores.mae < best_mae
-        if is_best:
-            best_mae = scores.mae
-            save_best(candidate, scores, epoch + 1)
-        done = replace(update, scores=scores, is_best=is_best)
-        history.append(_history_row(done, loss_sum / steps_per_epoch))
+    def write_state(epoch: int, batch: int) -> None:
+        if not fabric.is_global_zero:
+            return
+        cuda = device.device.type == "cuda"
         save_checkpoint(
             run_dir / LAST_CHECKPOINT,
             {
@@ -188,22 +162,174 @@ def train(
                 "model": model.state_dict(),
                 "averaged": averaged.state_dict() if averaged is not None else None,
                 "optimizer": optimizer.state_dict(),
+                "precision": fabric.strategy.precision.state_dict(),
                 "torch_rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all() if device.device.type == "cuda" else [],
-                "epoch": epoch + 1,
+                "cuda_rng": torch.cuda.get_rng_state_all() if cuda else [],
+                "epoch": epoch,
+                "batch": batch,
+                "loss_sum": loss_sum,
                 "best_mae": best_mae,
             },
         )
-        _write_history(run_dir / HISTORY, history)
+
+    for epoch in range(first_epoch, config.epochs):
+        _set_training_mode(model, config)
+        started = written = time.perf_counter()
+        update: TrainUpdate | None = None
+        batches = make_batches(training, synthetic, config, epoch, first=first_batch)
+        for i, batch in enumerate(batches, start=first_batch):
+            step = epoch * steps_per_epoch + i
+            rate = learning_rate(step, total_steps, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["rate_factor"]
+            value, n_parts = backward(fabric, wrapped, optimizer, batch, config, n_parts)
+            _require_finite("loss", value, step, run_dir)
+            norm = fabric.clip_gradients(
+                wrapped, optimizer, max_norm=config.gradient_clip_norm, error_if_nonfinite=False
+            )
+            assert norm is not None
+            if device.dtype != torch.float16:  # whose loss scale is found by overflowing
+                _require_finite("gradient's norm", float(norm), step, run_dir)
+            optimizer.step()
+            if averaged is not None:
+                _average(averaged, model, config.ema_decay, step)
+            loss_sum += value
+            seconds = time.perf_counter() - started
+            speed = (i + 1 - first_batch) * config.batch_size / seconds
+            update = TrainUpdate(epoch + 1, step + 1, total_steps, value, rate, speed)
+            if i + 1 < steps_per_epoch:
+                due = time.perf_counter() - written > checkpoint_every_s
+                if due or (checkpoint_every_steps and (i + 1) % checkpoint_every_steps == 0):
+                    write_state(epoch, i + 1)
+                    written = time.perf_counter()
+                yield update
+        assert update is not None
+        candidate = averaged if averaged is not None else model
+        scores = None
+        if fabric.is_global_zero:
+            scores = validate(candidate, validation, device)
+        scores = fabric.broadcast(scores)
+        assert scores is not None
+        is_best = scores.mae < best_mae
+        if is_best:
+            best_mae = scores.mae
+            if fabric.is_global_zero:
+                save_best(candidate, scores, epoch + 1)
+        done = replace(update, scores=scores, is_best=is_best)
+        history.append(_history_row(done, loss_sum / steps_per_epoch))
+        first_batch, loss_sum = 0, 0.0
+        write_state(epoch + 1, 0)
+        if fabric.is_global_zero:
+            _write_history(run_dir / HISTORY, history)
         yield done
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Linear warm-up, then polynomial decay to zero (``poly_power`` 0.9 in the paper)."""
-    rate: float = config.learning_rate * (1 - step / total_steps) ** config.poly_power
+    """Linear warm-up, then polynomial (power 0.9 in the paper) or cosine decay to zero."""
+    done = step / total_steps
+    if config.schedule == "cosine":
+        rate = config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        rate = config.learning_rate * (1 - done) ** config.poly_power
     if step < config.warmup_steps:
         rate *= (step + 1) / (config.warmup_steps + 1)
     return rate
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that prints and writes; always without ``torchrun``."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def launch_fabric(device: DeviceChoice, config: TrainConfig) -> Any:
+    """Fabric for this process: alone, or one of those that ``torchrun`` started."""
+    from lightning_fabric import Fabric
+
+    precisions = {torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
+    kind = device.device.type
+    keywords: dict[str, Any] = {"devices": [device.device.index or 0] if kind == "cuda" else 1}
+    if torch.distributed.is_torchelastic_launched():
+        n_local = int(os.environ["LOCAL_WORLD_SIZE"])
+        n_all = int(os.environ["WORLD_SIZE"])
+        if n_all > config.batch_size:
+            raise TrainingError(
+                f"{n_all} processes share batches of {config.batch_size} images; "
+                f"--set=batch_size={n_all} or more is needed"
+            )
+        keywords = {"devices": n_local, "num_nodes": n_all // n_local, "strategy": "ddp"}
+    fabric = Fabric(
+        accelerator=kind,
+        precision=precisions.get(device.dtype, "32-true"),
+        **keywords,
+    )
+    fabric.launch()
+    return fabric
+
+
+def backward(
+    fabric: Any,
+    wrapped: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    config: TrainConfig,
+    n_parts: int,
+) -> tuple[float, int]:
+    """Gradient of the whole batch, worked through in parts; halved when memory runs out.
+
+    Returns
+    -------
+    tuple
+        The whole batch's loss, and the number of parts that it and those to come are worked in.
+    """
+    n_processes = fabric.world_size
+    counts = LabelCounts(*(c.to(fabric.device) for c in label_counts(batch[1], batch[2])))
+    mine = [
+        None if tensor is None else torch.tensor_split(tensor, n_processes)[fabric.global_rank]
+        for tensor in batch
+    ]
+    assert mine[0] is not None
+    n_images = len(mine[0])
+    while True:
+        optimizer.zero_grad()
+        try:
+            total = 0.0
+            n_parts = min(n_parts, n_images)
+            parts = [
+                [None] * n_parts if tensor is None else torch.tensor_split(tensor, n_parts)
+                for tensor in mine
+            ]
+            for k, (images, targets, labelled) in enumerate(zip(*parts, strict=True)):
+                assert images is not None
+                assert targets is not None
+                images, targets = images.to(fabric.device), targets.to(fabric.device)
+                labelled = None if labelled is None else labelled.to(fabric.device)
+                waits = n_processes > 1 and k + 1 < n_parts
+                with fabric.no_backward_sync(wrapped) if waits else nullcontext():
+                    loss = blur_loss(
+                        wrapped(normalise(images)),
+                        targets,
+                        labelled=labelled,
+                        ssim_weight=config.ssim_weight,
+                        counts=counts,
+                    ).total
+                    # Gradients are averaged over processes, and are to be summed.
+                    fabric.backward(loss * n_processes)
+                total += float(loss.detach())
+        except torch.OutOfMemoryError as error:
+            # Other processes would wait for this one's gradients for ever.
+            if n_processes > 1 or n_parts >= n_images:
+                raise TrainingError(
+                    f"out of memory with {math.ceil(n_images / n_parts)} images at once; a larger "
+                    "accumulate, or a smaller image_size_px, would do"
+                ) from error
+        else:
+            if n_processes > 1:
+                total = float(fabric.all_reduce(torch.tensor(total), reduce_op="sum"))
+            return total, n_parts
+        # Outside the handler, which keeps the failed attempt's tensors alive.
+        n_parts = min(2 * n_parts, n_images)
+        if fabric.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _parameter_groups(model: SemanticBlur, config: TrainConfig) -> list[dict[str, Any]]:
@@ -229,23 +355,30 @@ def _set_training_mode(model: SemanticBlur, config: TrainConfig) -> None:
         stage.eval()
     if config.frozen_statistics:
         for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.eval()
 
 
 def validate(model: SemanticBlur, pairs: DecodedPairs, device: DeviceChoice) -> Scores:
-    """Scores under the protocol of `semanticblur_core.metrics`, in float32."""
+    """Scores under the protocol of `semanticblur_core.metrics`, in float32.
+
+    Of images that are labelled in part, on the labelled pixels.
+    """
     detector = Detector(model, device=str(device.device), precision="float32")
     scorer = BlurScorer(VALIDATION_PROTOCOL)
-    for index, pair in enumerate(pairs.pairs):
+    for index, name in enumerate(pairs.names):
         image, mask = pairs[index]
         rgb = image.permute(1, 2, 0).numpy()
         [blur] = detector.detect_tensors([rgb], upsampling="nearest-exact")
-        scorer.add_tensor(blur, mask[0].to(blur.device) > 127, name=pair.name)
+        mask = mask.to(blur.device) > 127
+        blurred = mask[0]
+        if len(mask) == 2:
+            blur, blurred = blur[mask[1]][None], blurred[mask[1]][None]
+        scorer.add_tensor(blur, blurred, name=name)
     return scorer.result()
 
 
-def _synthetic_sources(
+def synthetic_sources(
     config: TrainConfig, sharp: Mapping[str, SharpImages]
 ) -> list[tuple[SharpImages, int]]:
     """Sources of synthetic images and how many of each batch come from them."""
@@ -262,34 +395,47 @@ def _synthetic_sources(
     return [(sharp[kind], count) for kind, count in wanted.items() if count]
 
 
-def _batches(
+def make_batches(
     pairs: DecodedPairs,
     synthetic: Sequence[tuple[SharpImages, int]],
     config: TrainConfig,
     epoch: int,
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Images, targets and what of them is labelled, the next batch made while one is used.
+    *,
+    first: int = 0,
+) -> Iterator[Batch]:
+    """Images, targets and what of them is labelled, the next batches made while one is used.
 
     Each example draws from a generator of its own, seeded by run, epoch and image, so that the data
     do not depend on where a run was interrupted; so do the synthetic images of each batch.
     """
     order = np.random.default_rng((config.seed, epoch)).permutation(len(pairs))
 
-    def make(indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def make(indices: Sequence[int]) -> Batch:
         examples = [
             augment(*pairs[i], config, np.random.default_rng((config.seed, epoch, i)))
             for i in indices
         ]
-        images, targets = (torch.stack(tensors) for tensors in zip(*examples, strict=True))
+        images = torch.stack([image for image, _ in examples])
+        partial = any(len(target) == 2 for _, target in examples)
+        if partial:
+            examples = [
+                (image, target if len(target) == 2 else torch.cat([target, target * 0 + 1]))
+                for image, target in examples
+            ]
+        targets = torch.stack([target for _, target in examples])
         # The first index names the batch: every image occurs once in an epoch.
         if config.cutmix_share:
             rng = np.random.default_rng((config.seed, epoch, indices[0], 2))
             images, targets = cutmix(images, targets, share=config.cutmix_share, rng=rng)
+        labelled = None
+        if partial:
+            targets, labelled = targets[:, :1], targets[:, 1:] > 0
         if not synthetic:
-            return images, targets, None
+            return images, targets, labelled
         rng = np.random.default_rng((config.seed, epoch, indices[0], 1))
         made = [synthesise(s, count, config.image_size_px, rng) for s, count in synthetic]
-        labelled = torch.ones_like(targets, dtype=torch.bool)
+        if labelled is None:
+            labelled = torch.ones_like(targets, dtype=torch.bool)
         return (
             torch.cat([images, *(example.image for example in made)]),
             torch.cat([targets, *(example.blurred.float() for example in made)]),
@@ -297,13 +443,15 @@ def _batches(
         )
 
     size = config.n_pairs_per_batch
-    batches = [order[i : i + size].tolist() for i in range(0, len(order) - size + 1, size)]
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = pool.submit(make, batches[0])
-        for following in [*batches[1:], None]:
-            ready = pending
+    batches = [order[i : i + size].tolist() for i in range(0, len(order) - size + 1, size)][first:]
+    # A GPU is fed by several threads; two CPU cores are better spent on the network.
+    n_workers = max(1, min(4, (os.cpu_count() or 1) // 4))
+    with ThreadPoolExecutor(n_workers) as pool:
+        pending = deque(pool.submit(make, indices) for indices in batches[:n_workers])
+        for following in [*batches[n_workers:], *[None] * len(pending)]:
+            ready = pending.popleft()
             if following is not None:
-                pending = pool.submit(make, following)
+                pending.append(pool.submit(make, following))
             yield ready.result()
 
 
@@ -322,7 +470,7 @@ def _names_digest(
     synthetic: Sequence[tuple[SharpImages, int]],
 ) -> str:
     """sha256 of the names of the images trained on and held out, in order."""
-    names = [[pair.name for pair in pairs.pairs] for pairs in (training, validation)]
+    names = [list(pairs.names) for pairs in (training, validation)]
     for source, _ in synthetic:
         stems = [path.stem for path in source.paths]
         names += [[source.kind, *stems], [stems[i] for i in source.with_mask]]
@@ -333,7 +481,7 @@ def _require_finite(what: str, value: float, step: int, run_dir: Path) -> None:
     if math.isfinite(value):
         return
     path = run_dir / LAST_CHECKPOINT
-    kept = f"; the state of the last whole epoch is kept in {path}" if path.exists() else ""
+    kept = f"; an earlier state is kept in {path}" if path.exists() else ""
     raise TrainingError(
         f"the {what} became {value} at step {step + 1}{kept}; a lower learning rate would do"
     )
@@ -351,6 +499,9 @@ def _restore(
     differing = []
     for key, mine in identity.items():
         theirs = state["identity"].get(key)
+        if key == "config":
+            # Settings that came later have their default in older checkpoints.
+            theirs = TrainConfig().to_dict() | theirs
         if isinstance(mine, dict) and isinstance(theirs, dict):
             differing += sorted(k for k in mine | theirs if mine.get(k) != theirs.get(k))
         elif theirs != mine:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from semanticblur_core.config import TrainConfig
+from pathlib import Path
+
+from semanticblur_core.config import FinetuneConfig, TrainConfig
 from semanticblur_core.errors import ConfigError
 
 RECIPES: dict[str, TrainConfig] = {
@@ -52,17 +54,104 @@ RECIPES: dict[str, TrainConfig] = {
         ema_decay=0.997,
         seed=3,
     ),
+    # Nearly all synthetic: what blur looks like, before the photographs that there are few of.
+    "pretrain": TrainConfig(
+        epochs=10,
+        batch_size=8,
+        synthetic_photographs=5,
+        synthetic_microscopy=1,
+        learning_rate=2e-4,
+        schedule="cosine",
+        warmup_steps=50,
+        augmentation="colour",
+        ema_decay=0.998,
+        seed=5,
+    ),
+    # What won on the validation split (docs/training.md says by how much): other scenes pasted in,
+    # and BatchNorm as the start left it.
+    "best": TrainConfig(
+        epochs=20,
+        batch_size=8,
+        synthetic_photographs=2,
+        synthetic_microscopy=1,
+        learning_rate=1.2e-4,
+        warmup_steps=20,
+        augmentation="colour",
+        crop_min_side=0.6,
+        cutmix_share=0.5,
+        frozen_stages=1,
+        frozen_statistics=True,
+        ema_decay=0.998,
+        seed=7,
+    ),
 }
 
 
 def recipe(name: str) -> TrainConfig:
-    """Recipe of that name.
+    """Recipe of that name, or of a YAML file (``.yaml`` or ``.yml``).
+
+    The file is a mapping of `TrainConfig`'s fields; what it leaves out is as in the recipe that
+    its key ``recipe`` names (``paper`` where it names none).
 
     Raises
     ------
     ConfigError
-        If there is none.
+        If there is none, or the file is not such a mapping.
     """
+    if name.lower().endswith((".yaml", ".yml")):
+        return _recipe_from_file(Path(name))
     if name not in RECIPES:
-        raise ConfigError(f"recipe {name!r}: expected one of {', '.join(RECIPES)}")
+        raise ConfigError(f"recipe {name!r}: expected one of {', '.join(RECIPES)}, or a YAML file")
     return RECIPES[name]
+
+
+def _recipe_from_file(path: Path) -> TrainConfig:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path}: expected a mapping of settings, such as epochs: 20")
+    base = recipe(str(values.pop("recipe", "paper")))
+    fields = base.to_dict()
+    for key, value in values.items():
+        expected = type(fields.get(key))
+        # 1e-4 is text in YAML, and 1 a whole number.
+        if expected is float and isinstance(value, int | str) and not isinstance(value, bool):
+            try:
+                values[key] = float(value)
+            except ValueError:
+                raise ConfigError(f"{path}: {key}: expected a number, got {value!r}") from None
+        elif key in fields and type(value) is not expected:
+            raise ConfigError(f"{path}: {key}: expected {expected.__name__}, got {value!r}")
+    try:
+        return TrainConfig.from_dict(fields | values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+BUDGETS: dict[str, FinetuneConfig] = {
+    "quick": FinetuneConfig(),
+    "thorough": FinetuneConfig(
+        n_steps=200, n_views=96, n_replay=48, frozen_stages=3, validate_every=10, patience=6
+    ),
+}
+
+
+def finetune_budget(budget: str | FinetuneConfig) -> FinetuneConfig:
+    """Numbers of a budget's name; numbers as they are.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such budget.
+    """
+    if isinstance(budget, FinetuneConfig):
+        return budget
+    if budget not in BUDGETS:
+        raise ConfigError(f"budget {budget!r}: expected one of {', '.join(BUDGETS)}")
+    return BUDGETS[budget]

@@ -1,5 +1,7 @@
 """`Detector`: any image in, a map of its size in 0..1 out, by the protocol it names."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -116,3 +118,15 @@ def test_wrong_settings_are_refused(network: SemanticBlur, detector: Detector) -
 def test_a_detector_says_why_it_runs_where_it_runs(network: SemanticBlur) -> None:
     assert "as asked" in Detector(network, device="cpu", precision="float32").reason
     assert Detector(network, precision="bfloat16").dtype == torch.bfloat16
+
+
+def test_flipping_makes_the_map_of_the_mirrored_image_the_mirrored_map(
+    random_weights: Path, rng: np.random.Generator
+) -> None:
+    image = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    detector = Detector(str(random_weights), device="cpu", precision="float32", flip=True)
+    plain = Detector(str(random_weights), device="cpu", precision="float32")
+    there, back = (detector.detect(x, size=64) for x in (image, image[:, ::-1]))
+    np.testing.assert_allclose(there, back[:, ::-1], atol=1e-5)
+    both = plain.detect(image, size=64), plain.detect(image[:, ::-1], size=64)[:, ::-1]
+    np.testing.assert_allclose(there, (both[0] + both[1]) / 2, atol=1e-5)

@@ -6,16 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from semanticblur_core.config import ModelConfig, TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs, find_pairs
 from semanticblur_core.data.defocus import SharpImages
+from semanticblur_core.data.store import LabelledImage
+from semanticblur_core.data.transforms import cutmix
 from semanticblur_core.device import DeviceChoice
 from semanticblur_core.errors import ConfigError, TrainingError
 from semanticblur_core.metrics import Scores
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.training.checkpoint import load_checkpoint
-from semanticblur_core.training.loop import TrainUpdate, learning_rate, train
+from semanticblur_core.training.logs import draw_curves
+from semanticblur_core.training.loop import TrainUpdate, learning_rate, make_batches, train
+from semanticblur_core.training.recipes import recipe
 
 CPU = DeviceChoice(torch.device("cpu"), torch.float32, "test")
 CONFIG = TrainConfig(
@@ -198,8 +204,6 @@ def test_learning_rate_follows_the_paper() -> None:
 
 
 def test_the_paper_recipe_is_the_paper() -> None:
-    from semanticblur_core.training.recipes import recipe
-
     paper = recipe("paper")
     assert (paper.epochs, paper.batch_size, paper.image_size_px) == (100, 6, 320)
     assert (paper.learning_rate, paper.poly_power, paper.gradient_clip_norm) == (1e-4, 0.9, 0.5)
@@ -238,3 +242,167 @@ def test_a_recipe_with_synthetic_images_needs_sharp_ones(
         Run(pairs, tmp_path / "run", MIXED).updates()
     with pytest.raises(ConfigError, match="no place for pairs"):
         TrainConfig(batch_size=2, synthetic_photographs=2)
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(
+    pairs: DecodedPairs, tmp_path: Path
+) -> None:
+    """With BatchNorm as it was, for its statistics are those of a part."""
+    values = CONFIG.to_dict() | {"epochs": 1, "frozen_statistics": True, "learning_rate": 1e-5}
+    ends = []
+    for parts in (1, 3):
+        config = TrainConfig.from_dict(values | {"accumulate": parts})
+        Run(pairs, tmp_path / f"parts{parts}", config).updates()
+        ends.append(load_checkpoint(tmp_path / f"parts{parts}" / "last.ckpt")["model"])
+    for key, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][key], tensor, rtol=0, atol=1e-5, msg=key)
+
+
+class _Small(SemanticBlur):
+    """A network for whose batches memory does not suffice beyond ``most`` images."""
+
+    most = 1
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training and len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(images)
+
+
+def test_out_of_memory_halves_the_batch_and_accumulates(
+    pairs: DecodedPairs, tmp_path: Path
+) -> None:
+    run = Run(pairs, tmp_path / "run")
+    run.model.__class__ = _Small
+    updates = run.updates()
+    assert len(updates) == 4
+    assert all(np.isfinite(update.loss) for update in updates)
+    _Small.most = 0
+    try:
+        with pytest.raises(TrainingError, match="out of memory with 1 images at once"):
+            run.updates()
+    finally:
+        _Small.most = 1
+
+
+def test_frozen_statistics_stay_in_every_stage(pairs: DecodedPairs, tmp_path: Path) -> None:
+    config = TrainConfig.from_dict(CONFIG.to_dict() | {"epochs": 1, "frozen_statistics": True})
+    run = Run(pairs, tmp_path / "run", config)
+    before = {k: t.clone() for k, t in run.model.state_dict().items()}
+    run.updates()
+    after = run.model.state_dict()
+    statistics = [k for k in before if "running_" in k or "num_batches" in k]
+    assert len(statistics) > 100
+    assert all(torch.equal(before[k], after[k]) for k in statistics)
+    assert not torch.equal(before["decoder.norm1.weight"], after["decoder.norm1.weight"])
+
+
+@given(
+    share=st.floats(0, 1),
+    n=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+    size=st.tuples(st.integers(3, 20), st.integers(3, 20)),
+)
+def test_cutmix_keeps_label_and_pixel_together(
+    share: float, n: int, seed: int, size: tuple[int, int]
+) -> None:
+    """Pixels that say of themselves which target they came with still do after mixing."""
+    rng = np.random.default_rng(seed)
+    targets = torch.from_numpy(rng.integers(0, 2, (n, 1, *size))).float()
+    images = targets.expand(-1, 3, -1, -1) + 2 * torch.arange(n).view(n, 1, 1, 1)
+    before = images.clone()
+    mixed, mixed_targets = cutmix(images, targets, share=share, rng=rng)
+    assert torch.equal(images, before)
+    assert torch.equal(mixed[:, :1] % 2, mixed_targets)
+    origin = (mixed[:, 0] // 2).long()
+    for i in range(n):
+        assert set(origin[i].unique().tolist()) <= {i, (i + 1) % n}
+    if share == 0:
+        assert torch.equal(mixed, images)
+
+
+def test_cosine_schedule_is_half_a_cosine() -> None:
+    config = TrainConfig(schedule="cosine", warmup_steps=9)
+    assert learning_rate(500, 1000, config) == pytest.approx(0.5e-4)
+    assert learning_rate(250, 1000, config) == pytest.approx(1e-4 * (1 + 2**-0.5) / 2)
+    assert learning_rate(0, 1000, config) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("epochs: 3", {"epochs": 3}),
+        ("recipe: mixed\nlearning_rate: 1e-4", {"learning_rate": 1e-4, "batch_size": 8}),
+        ("frozen_statistics: true\ncutmix_share: 1", {"cutmix_share": 1.0}),
+    ],
+)
+def test_recipes_are_read_from_yaml(tmp_path: Path, text: str, expected: dict[str, object]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    config = recipe(str(path)).to_dict()
+    assert {key: config[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1", "expected a mapping"),
+        ("epochs: [", "not YAML"),
+        ("epochs: x", "epochs: expected int, got 'x'"),
+        ("learning_rate: fast", "learning_rate: expected a number"),
+        ("momentum: 1", "unknown setting momentum"),
+        ("recipe: none", "recipe 'none': expected one of"),
+    ],
+)
+def test_recipes_in_yaml_that_make_no_sense_are_one_clear_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        recipe(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_state(
+    pairs: DecodedPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Run(pairs, tmp_path / "run").updates(epochs=1)
+    before = (tmp_path / "run" / "last.ckpt").read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file data: No space left")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingError, match=r"last\.ckpt: cannot be written: .*No space left"):
+        Run(pairs, tmp_path / "run").updates(resume=True)
+    assert (tmp_path / "run" / "last.ckpt").read_bytes() == before
+    assert [path.name for path in (tmp_path / "run").glob("*.part")] == []
+
+
+def test_images_labelled_in_part_are_trained_on_where_labelled(tmp_path: Path) -> None:
+    """The unlabelled half would teach the opposite."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    labels = np.zeros((64, 64), np.uint8)
+    labels[:, :20] = 1
+    decoded = DecodedPairs.from_labels([LabelledImage("x", image, labels)] * 4)
+    config = TrainConfig(epochs=1, batch_size=4, image_size_px=64, augmentation="none")
+    [(_, targets, labelled)] = list(make_batches(decoded, [], config, 0))
+    assert labelled is not None
+    assert labelled[:, 0, :, :20].all()
+    assert not labelled[:, 0, :, 20:].any()
+    assert not targets[labelled].any()
+    run = Run(decoded, tmp_path / "run", config)
+    run.validation = decoded
+    [update] = run.updates()
+    assert update.scores is not None
+    assert np.isfinite(update.loss)
+
+
+def test_learning_curves_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    text = "epoch,step,mean_loss,learning_rate,images_per_s,val_mae,val_f_beta,val_iou\n"
+    (tmp_path / "history.csv").write_text(text + "1,5,0.7,1e-4,2,0.3,0.6,0.5\n")
+    draw_curves(tmp_path / "history.csv", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

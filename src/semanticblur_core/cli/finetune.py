@@ -1,0 +1,160 @@
+"""``semanticblur-core finetune``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from semanticblur_core.cli._options import (
+    SizeType,
+    device_option,
+    mask_polarity_option,
+    progress_bar,
+    read_labelled,
+)
+
+if TYPE_CHECKING:
+    from semanticblur_core.training.finetune import FinetuneResult
+
+_folder = click.Path(path_type=Path, file_okay=False)
+
+
+@click.command(name="finetune")
+@click.option("--data", type=_folder, help="Annotation store: images/ and labels/ in it.")
+@click.option("--images", type=_folder, help="Or a folder of images,")
+@click.option("--masks", type=_folder, help="and one of their masks, 255 = blurred.")
+@mask_polarity_option
+@click.option("--base", default="default", show_default=True, help="Model to start from.")
+@click.option(
+    "--output",
+    required=True,
+    metavar="NAME|FILE",
+    help="Name of a model of your own (a new version of it), or a new .safetensors file.",
+)
+@click.option(
+    "--budget",
+    type=click.Choice(["quick", "thorough"]),
+    default="quick",
+    show_default=True,
+    help="About a minute on two cores, or several.",
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a number of the budget, for example --set=n_steps=20; several times.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--size",
+    type=SizeType(),
+    default="320",
+    show_default=True,
+    help="Side that images are squashed to, or native: as in detect.",
+)
+@device_option
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16", "auto"]),
+    default="float32",
+    show_default=True,
+    help="bfloat16 is faster where the processor has it.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the table to this file.",
+)
+def command(
+    data: Path | None,
+    images: Path | None,
+    masks: Path | None,
+    mask_polarity: Any,
+    base: str,
+    output: str,
+    budget: str,
+    overrides: tuple[str, ...],
+    seed: int,
+    size: Any,
+    device: str,
+    precision: str,
+    json_file: Path | None,
+) -> None:
+    """Teach a model with a few labelled images.
+
+    Part of the labels is held out and scored before and after. Exit code 1 if the new model is not
+    better there, or forgot photographs; it is written all the same, and never made the default.
+    """
+    from semanticblur_core.cli._options import override
+    from semanticblur_core.config import FinetuneConfig
+    from semanticblur_core.training.recipes import finetune_budget
+
+    config = finetune_budget(budget)
+    values = dict(override(text, config) for text in overrides)
+    config = FinetuneConfig.from_dict(config.to_dict() | values | {"seed": seed})
+    labelled = read_labelled(data, images, masks, mask_polarity)
+
+    from semanticblur_core import io
+    from semanticblur_core.device import keep_freed_memory
+    from semanticblur_core.training.finetune import PROTOCOL, finetune
+
+    keep_freed_memory()
+    share = sum(int((image.labels > 0).sum()) for image in labelled)
+    share_text = f"{share / sum(image.labels.size for image in labelled):.1%}"
+    click.echo(f"{len(labelled)} images, {share_text} of their pixels labelled")
+    click.echo(f"budget {budget}: {json.dumps(config.to_dict())}")
+    update = None
+    with progress_bar() as progress:
+        task = progress.add_task("Preparing", total=None)
+        for update in finetune(
+            labelled,
+            base=base,
+            output=output,
+            budget=config,
+            size=size,
+            device=device,
+            precision=precision,
+        ):
+            text = {"preparing": "Preparing", "done": "Done"}.get(update.phase, "")
+            progress.update(
+                task,
+                completed=update.step,
+                total=update.total_steps,
+                description=text or f"loss {update.loss:.3f}",
+            )
+            if update.held_out_loss is not None:
+                best = ", best so far" if update.is_best else ""
+                click.echo(
+                    f"step {update.step}/{update.total_steps}: loss {update.loss:.3f}, held-out "
+                    f"error {update.held_out_loss:.3f}{best}"
+                )
+    assert update is not None
+    assert update.result is not None
+    _print(update.result, PROTOCOL.describe())
+    if json_file:
+        io.write_text(json_file, json.dumps(update.result.to_dict(), indent=1) + "\n")
+    if not update.result.is_better:
+        raise SystemExit(1)
+
+
+def _print(result: FinetuneResult, protocol: str) -> None:
+    held_out = result.held_out or "NONE: too few strokes, so these are the ones trained on"
+    click.echo(f"held out: {held_out}\nprotocol: {protocol}")
+    click.echo(f"  {'':<24}{'before':>8}{'after':>8}")
+    for name, key in (("MAE", "mae"), ("F-beta", "f_beta"), ("IoU", "iou")):
+        before, after = (getattr(scores, key) for scores in (result.before, result.after))
+        click.echo(f"  {name:<24}{before:8.4f}{after:8.4f}")
+    click.echo(
+        f"  {'MAE, generated photos':<24}{result.forgetting_before:8.4f}"
+        f"{result.forgetting_after:8.4f}"
+    )
+    if result.after.mae >= result.before.mae:
+        click.echo("NOT better than before on these labels; keep the base model")
+    if result.has_forgotten:
+        click.echo("photographs were FORGOTTEN in part; use it for images like yours only")
+    click.echo(f"{result.path}: use it as --model={result.model}")

@@ -1,0 +1,511 @@
+"""Annotation store: a plain folder of images and of labels painted on them.
+
+``STORE/images/<name>.<ext>``, ``STORE/labels/<name>.png`` (``.tif`` for stacks) and
+``STORE/dataset.json``. Labels are uint8: 0 = unlabelled, 1 = sharp, 2 = blurred. Files are replaced
+as a whole, and what they replace is kept in ``STORE/previous``. Labels that the JSON file does not
+know of are read too, so that a folder made by hand is a store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from semanticblur_core import io
+from semanticblur_core.data.datasets import Pair, list_images
+from semanticblur_core.errors import DataError, SemanticBlurError
+
+FORMAT_VERSION = 1
+UNLABELLED, SHARP, BLURRED = 0, 1, 2
+N_PREVIOUS = 20
+_LOCK_WAIT_S = 10.0
+_LOCK_STALE_S = 30.0
+
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """One image or plane and what was painted on it.
+
+    Attributes
+    ----------
+    name
+        For tables and messages.
+    image
+        ``(H, W)`` or ``(H, W, 3)``, any real dtype.
+    labels
+        ``(H, W)`` uint8: 0 = unlabelled, 1 = sharp, 2 = blurred.
+    value_range
+        Intensities that count as black and white, of the whole stack it comes from; None as in
+        `semanticblur_core.io.to_unit_range`.
+    split
+        ``"val"`` holds the image out, ``"train"`` never does, None leaves it open.
+    """
+
+    name: str
+    image: NDArray[Any]
+    labels: NDArray[np.uint8]
+    value_range: tuple[float, float] | None = None
+    split: Split | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels.shape != self.image.shape[:2] or self.labels.dtype != np.uint8:
+            raise DataError(
+                f"{self.name}: expected uint8 labels of {self.image.shape[:2]} px, got "
+                f"{self.labels.dtype} {self.labels.shape}"
+            )
+        if self.labels.size == 0:
+            raise DataError(f"{self.name}: the image has no pixels, shape {self.image.shape}")
+        if self.labels.max() > BLURRED:
+            raise DataError(
+                f"{self.name}: label {self.labels.max()}; expected 0 = unlabelled, 1 = sharp, "
+                "2 = blurred"
+            )
+
+
+@dataclass(frozen=True)
+class Item:
+    """What the store knows of one image.
+
+    ``image`` and ``labels`` are files; ``axes`` the image's axis names (``YX``, ``YXS``, ``ZYX``
+    ...); ``plane`` its index in the source it was taken from; ``sha256`` that of the image file;
+    ``time`` when labels were last written (ISO 8601, UTC); ``polarity`` what white meant in
+    imported masks.
+    """
+
+    name: str
+    image: Path
+    labels: Path
+    source: str = ""
+    axes: str = ""
+    plane: tuple[int, ...] | None = None
+    sha256: str = ""
+    time: str = ""
+    polarity: str | None = None
+    split: Split | None = None
+
+
+class AnnotationStore:
+    """Reads and writes an annotation store.
+
+    Parameters
+    ----------
+    folder
+        The store.
+    create
+        Make it if it is not there.
+
+    Raises
+    ------
+    DataError
+        If it is not there, or is not a store.
+    """
+
+    def __init__(self, folder: Path, *, create: bool = False) -> None:
+        self.folder = folder
+        if create:
+            for name in ("images", "labels"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+        if not is_store(folder):
+            raise DataError(f"{folder}: no annotation store (no labels and images folder in it)")
+
+    def items(self) -> list[Item]:
+        """Everything that has labels, sorted by name.
+
+        Raises
+        ------
+        DataError
+            If ``dataset.json`` is damaged or of another version, or labels have no image.
+        """
+        known = self._read_index()["items"]
+        try:
+            images = {path.stem: path for path in list_images(self.folder / "images", also=_NPY)}
+        except DataError:
+            images = {}
+        found = []
+        for path in _label_files(self.folder):
+            if path.stem not in images:
+                raise DataError(f"{path}: no image of that name in {self.folder / 'images'}")
+            values = known.get(path.stem, {})
+            plane = values.get("plane")
+            found.append(
+                Item(
+                    name=path.stem,
+                    image=images[path.stem],
+                    labels=path,
+                    source=values.get("source", ""),
+                    axes=values.get("axes", ""),
+                    plane=None if plane is None else tuple(plane),
+                    sha256=values.get("sha256", ""),
+                    time=values.get("time", ""),
+                    polarity=values.get("polarity"),
+                    split=values.get("split"),
+                )
+            )
+        return found
+
+    def write(
+        self,
+        name: str,
+        labels: NDArray[np.uint8],
+        *,
+        image: Path | NDArray[Any] | None = None,
+        source: str | None = None,
+        axes: str | None = None,
+        plane: Sequence[int] | None = None,
+        polarity: Literal["blur", "sharp"] | None = None,
+        split: Split | None = None,
+    ) -> Path:
+        """Write the labels of an image; those they replace are kept.
+
+        Parameters
+        ----------
+        name
+            Name stem of image and labels.
+        labels
+            uint8 ``(H, W)``, or ``(..., H, W)`` of a stack.
+        image
+            The image: a file to copy, or an array. None when the store holds it already.
+        source, axes, plane, polarity, split
+            See `Item`; None keeps what is known.
+
+        Returns
+        -------
+        Path
+            The file of labels.
+
+        Raises
+        ------
+        DataError
+            If the name cannot be a file's, the labels are of another kind, the store holds another
+            image of that name or none, or somebody else has kept the store locked.
+        ImageError
+            If a file cannot be written; the labels before it are untouched.
+        """
+        if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|'):
+            raise DataError(f"{name!r}: not a name that a file can have")
+        if labels.dtype != np.uint8 or labels.ndim < 2 or labels.max(initial=0) > BLURRED:
+            raise DataError(f"{name}: expected labels (..., H, W) of uint8 0, 1 or 2")
+        stacked = labels.ndim > 2
+        path = self.folder / "labels" / f"{name}{'.tif' if stacked else '.png'}"
+        with self._locked():
+            index = self._read_index()
+            values = index["items"].setdefault(name, {})
+            held = self._image_of(name)
+            if image is None and held is None:
+                raise DataError(f"{name}: {self.folder} holds no image of that name yet")
+            if image is not None:
+                values["sha256"] = self._put_image(name, image, held)
+            self._keep_previous(path)
+            with io.replacing(path, durable=True) as temporary:
+                if stacked:
+                    import tifffile
+
+                    tifffile.imwrite(
+                        temporary, labels, compression="zlib", photometric="minisblack"
+                    )
+                else:
+                    Image.fromarray(labels).save(temporary, format="PNG")
+            given = {"source": source, "axes": axes, "polarity": polarity, "split": split}
+            given["plane"] = None if plane is None else list(plane)  # type: ignore[assignment]
+            values |= {key: value for key, value in given.items() if value is not None}
+            values["time"] = datetime.now(UTC).isoformat(timespec="seconds")
+            with io.replacing(self.folder / "dataset.json", durable=True) as temporary:
+                temporary.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", "utf-8")
+        return path
+
+    def previous(self, name: str) -> list[Path]:
+        """Kept earlier labels of an image, oldest first; at most the last 20."""
+        kept = (self.folder / "previous").glob(f"{_escape(name)}.*.*")
+        return sorted(p for p in kept if p.stem.rpartition(".")[0] == name)
+
+    def read(self, item: Item) -> list[LabelledImage]:
+        """The planes of an item on which anything is labelled; one for a photograph.
+
+        Raises
+        ------
+        DataError, ImageError
+            If a file cannot be read, or image and labels do not fit each other.
+        """
+        image, labels = _read_array(item.image), read_labels(item.labels)
+        colour = item.axes.endswith("S") or (
+            not item.axes and image.ndim == labels.ndim + 1 and image.shape[-1] in (3, 4)
+        )
+        lengths = image.shape[:-1] if colour else image.shape
+        if lengths != labels.shape:
+            raise DataError(
+                f"{item.labels}: labels of shape {labels.shape} for an image of {image.shape}"
+            )
+        if colour:
+            image = image[..., :3]
+        value_range = _stack_range(image) if labels.ndim > 2 else None
+        planes = []
+        for index in np.ndindex(labels.shape[:-2]):
+            if labels[index].any():
+                where = f"[{', '.join(map(str, index))}]" if index else ""
+                planes.append(
+                    LabelledImage(
+                        item.name + where, image[index], labels[index], value_range, item.split
+                    )
+                )
+        return planes
+
+    def _image_of(self, name: str) -> Path | None:
+        for suffix in (*io.IMAGE_SUFFIXES, *_NPY):
+            path = self.folder / "images" / f"{name}{suffix}"
+            if path.is_file():
+                return path
+        return None
+
+    def _put_image(self, name: str, image: Path | NDArray[Any], held: Path | None) -> str:
+        """Copy the image into the store unless it is there; its file's sha256."""
+        if isinstance(image, Path):
+            target = self.folder / "images" / f"{name}{image.suffix.lower()}"
+        else:
+            photo = image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,))
+            target = self.folder / "images" / f"{name}{'.png' if photo else '.tif'}"
+        if held is not None:
+            same = (
+                _sha256(held) == _sha256(image)
+                if isinstance(image, Path)
+                else np.array_equal(_read_array(held), image)
+            )
+            if not same:
+                raise DataError(f"{held}: is another image of that name; choose another name")
+            return _sha256(held)
+        with io.replacing(target, durable=True) as temporary:
+            if isinstance(image, Path):
+                shutil.copyfile(image, temporary)
+            elif target.suffix == ".png":
+                Image.fromarray(image).save(temporary, format="PNG")
+            else:
+                import tifffile
+
+                tifffile.imwrite(temporary, image, compression="zlib", photometric="minisblack")
+        return _sha256(target)
+
+    def _keep_previous(self, path: Path) -> None:
+        if not path.is_file():
+            return
+        kept = self.previous(path.stem)
+        if kept and kept[-1].read_bytes() == path.read_bytes():
+            return
+        number = int(kept[-1].stem.rpartition(".")[2]) + 1 if kept else 1
+        target = self.folder / "previous" / f"{path.stem}.{number:06d}{path.suffix}"
+        with io.replacing(target, durable=True) as temporary:
+            shutil.copyfile(path, temporary)
+        for old in [*kept, target][:-N_PREVIOUS]:
+            old.unlink(missing_ok=True)
+
+    def _read_index(self) -> dict[str, Any]:
+        path = self.folder / "dataset.json"
+        if not path.exists():
+            return {"format_version": FORMAT_VERSION, "items": {}}
+        try:
+            index = json.loads(path.read_text("utf-8"))
+            version, items = index["format_version"], index["items"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: damaged ({error}); without it the labels can still be read: move it away"
+            ) from error
+        if version != FORMAT_VERSION or not isinstance(items, dict):
+            raise DataError(
+                f"{path}: a store of format version {version}; this release reads {FORMAT_VERSION}"
+            )
+        result: dict[str, Any] = index
+        return result
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One writer at a time, also of other processes."""
+        lock = self.folder / ".lock"
+        deadline = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                break
+            except FileExistsError:
+                # A writer that was killed leaves its lock; no write takes half a minute.
+                try:
+                    age_s = time.time() - lock.stat().st_mtime
+                except OSError:
+                    continue
+                if age_s > _LOCK_STALE_S:
+                    lock.unlink(missing_ok=True)
+                elif time.monotonic() > deadline:
+                    raise DataError(
+                        f"{lock}: another program is writing to the store; try again"
+                    ) from None
+                else:
+                    time.sleep(0.02)
+            except OSError as error:
+                raise DataError(f"{lock}: cannot be written: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder holds images and labels as an annotation store does.
+
+    Without ``dataset.json`` the first file of labels decides: a data set's ``labels`` of 0 and 255
+    are masks.
+    """
+    if not ((folder / "labels").is_dir() and (folder / "images").is_dir()):
+        return False
+    if (folder / "dataset.json").exists():
+        return True
+    files = _label_files(folder)
+    if not files:
+        return True
+    try:
+        read_labels(files[0])
+    except SemanticBlurError:
+        return False
+    return True
+
+
+def _label_files(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in sorted((folder / "labels").iterdir())
+        if path.suffix.lower() in (".png", *io.TIFF_SUFFIXES) and not path.name.startswith(".")
+    ]
+
+
+def read_labels(path: Path) -> NDArray[np.uint8]:
+    """Read a file of labels: ``(H, W)`` or ``(..., H, W)`` uint8 of 0, 1 and 2.
+
+    Raises
+    ------
+    DataError
+        If it is not of that kind.
+    """
+    array = _read_array(path)
+    if array.dtype != np.uint8 or array.ndim < 2 or array.size == 0 or array.max() > BLURRED:
+        raise DataError(
+            f"{path}: expected 8-bit labels 0 = unlabelled, 1 = sharp, 2 = blurred, got "
+            f"{array.dtype} {array.shape}, largest value {array.max(initial=0)}; masks of 0 and "
+            "255 go with --masks"
+        )
+    return array
+
+
+def labels_of_mask(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Labels of a mask that is True where blurred: every pixel is labelled."""
+    return np.where(mask, np.uint8(BLURRED), np.uint8(SHARP))
+
+
+def read_store(folder: Path) -> list[LabelledImage]:
+    """Every image and plane of a store on which anything is labelled.
+
+    Raises
+    ------
+    DataError
+        If there is none, or as in `AnnotationStore`.
+    """
+    store = AnnotationStore(folder)
+    found = [plane for item in store.items() for plane in store.read(item)]
+    if not found:
+        raise DataError(f"{folder}: nothing in it is labelled yet")
+    return found
+
+
+def labelled_pairs(pairs: Sequence[Pair], *, blurred_is_white: bool = True) -> list[LabelledImage]:
+    """Photographs with masks as labelled images; every pixel is labelled."""
+    return [
+        LabelledImage(
+            pair.name,
+            io.read_image(pair.image),
+            labels_of_mask(io.read_mask(pair.mask) == blurred_is_white),
+        )
+        for pair in pairs
+    ]
+
+
+def check_store(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """What a store holds, a row an item, and what is wrong with it, a line each."""
+    rows, problems = [], []
+    store = AnnotationStore(folder)
+    for item in store.items():
+        try:
+            if item.sha256 and _sha256(item.image) != item.sha256:
+                problems.append(f"{item.image}: changed since it was labelled")
+            store.read(item)
+            labels = read_labels(item.labels)
+        except SemanticBlurError as error:
+            problems.append(str(error))
+            continue
+        shares = [float((labels == code).mean()) for code in (SHARP, BLURRED)]
+        rows.append(
+            {
+                "name": item.name,
+                "shape": list(labels.shape),
+                "sharp": shares[0],
+                "blurred": shares[1],
+                "split": item.split,
+                "time": item.time,
+            }
+        )
+    return rows, problems
+
+
+_NPY = (".npy",)
+
+
+def _read_array(path: Path) -> NDArray[Any]:
+    """A photograph, or a stack of any number of axes."""
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".npy":
+            array: NDArray[Any] = np.load(path, allow_pickle=False)
+            return array
+        if suffix in io.TIFF_SUFFIXES:
+            import tifffile
+
+            stack: NDArray[Any] = np.asarray(tifffile.imread(path))
+            is_stack = stack.ndim > 3 or (stack.ndim == 3 and stack.shape[-1] > 4)
+            return stack if is_stack else io.read_image(path)
+    except SemanticBlurError:
+        raise
+    except Exception as error:  # tifffile and its codecs raise many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path}: damaged or unreadable: {reason}") from error
+    return io.read_image(path)
+
+
+def _stack_range(stack: NDArray[Any]) -> tuple[float, float] | None:
+    """The percentiles that `io.to_unit_range` takes, of a whole stack, from a regular sample."""
+    if stack.dtype in (np.uint8, np.bool_):
+        return None
+    flat = stack.reshape(-1)[:: max(1, stack.size // 4_000_000)]
+    flat = flat[np.isfinite(flat)]
+    if flat.size == 0:
+        return None
+    low, high = (float(v) for v in np.percentile(flat, (0.1, 99.9)))
+    return (low, high) if low < high else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _escape(name: str) -> str:
+    """A name in which ``glob`` finds no pattern."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

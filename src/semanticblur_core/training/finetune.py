@@ -1,0 +1,567 @@
+"""Fine-tuning on a few images with partial labels, in about a minute on two CPU cores.
+
+What the frozen part of the backbone says of each view is computed once; the rest is trained on
+the labelled pixels alone. Beside them stand generated photographs on which the network is held to
+what it said before (Li and Hoiem, Learning without forgetting, TPAMI 2018,
+doi:10.1109/TPAMI.2017.2773081).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from semanticblur_core import __version__, io, weights
+from semanticblur_core.config import FinetuneConfig
+from semanticblur_core.data.defocus import Example, SharpImages, synthesise
+from semanticblur_core.data.store import BLURRED, SHARP, LabelledImage
+from semanticblur_core.data.transforms import normalise, squash
+from semanticblur_core.device import DeviceChoice, choose_device
+from semanticblur_core.errors import DataError, TrainingError, WeightsError
+from semanticblur_core.inference.detector import Detector
+from semanticblur_core.metrics import BlurScorer, Protocol, Scores
+from semanticblur_core.network import SemanticBlur
+from semanticblur_core.training.recipes import finetune_budget
+from semanticblur_core.training.strokes import (
+    HeldOut,
+    Size,
+    View,
+    augmented_views,
+    hold_out,
+    plain_views,
+)
+
+PROTOCOL = Protocol(
+    resolution="the labels' own",
+    iou="pooled over labelled pixels, blurred class",
+    analysis="labelled pixels only",
+)
+FORGOTTEN = 0.01
+_REPLAYED = ("astronaut", "brick", "coffee", "grass", "motorcycle_left", "rocket")
+_CHECKED = ("camera", "chelsea", "gravel")
+_N_CHECKED = 6
+_RIM_PX = 2
+
+Window = tuple[slice, slice]
+Phase = Literal["preparing", "training", "done"]
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What came of a run.
+
+    Attributes
+    ----------
+    path
+        File of the new weights, None where none was asked for.
+    model
+        The name or file that ``--model`` and `Detector` take, None likewise.
+    before, after
+        Scores of base and new model on the held-out labels (on all labels where ``held_out`` is
+        None: too few to hold any out).
+    forgetting_before, forgetting_after
+        MAE on generated photographs that were not trained on.
+    held_out
+        What was held out, in words.
+    best_step, n_steps
+        Step of the weights that were kept, 0 = the base's own, and steps done.
+    """
+
+    path: Path | None
+    model: str | None
+    before: Scores
+    after: Scores
+    forgetting_before: float
+    forgetting_after: float
+    held_out: str | None
+    best_step: int
+    n_steps: int
+
+    @property
+    def is_better(self) -> bool:
+        """Whether MAE on the held-out labels fell and photographs were not forgotten."""
+        return self.after.mae < self.before.mae and not self.has_forgotten
+
+    @property
+    def has_forgotten(self) -> bool:
+        """Whether MAE on generated photographs rose by more than 0.01."""
+        return self.forgetting_after - self.forgetting_before > FORGOTTEN
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values = asdict(self) | {"is_better": self.is_better, "has_forgotten": self.has_forgotten}
+        return values | {"path": None if self.path is None else str(self.path)}
+
+
+@dataclass(frozen=True)
+class FinetuneUpdate:
+    """State of a run.
+
+    Attributes
+    ----------
+    phase
+        ``preparing`` (features are computed), ``training``, ``done``.
+    step, total_steps
+        Pieces of work of this phase.
+    loss
+        This step's, on the labels; NaN while preparing.
+    held_out_loss
+        Mean absolute error on held-out labels at the network's size, both classes counting alike;
+        only after steps at which it was looked at.
+    is_best
+        Whether these are the best weights so far.
+    preview
+        ``(H, W)`` float32 blur map of the image given as ``preview``, with ``held_out_loss``.
+    result
+        Only with the phase ``done``.
+    """
+
+    phase: Phase
+    step: int
+    total_steps: int
+    loss: float = math.nan
+    held_out_loss: float | None = None
+    is_best: bool = False
+    preview: NDArray[np.float32] | None = None
+    result: FinetuneResult | None = None
+
+
+def finetune(
+    images: Sequence[LabelledImage],
+    *,
+    base: str = "default",
+    output: str | Path | None = None,
+    budget: str | FinetuneConfig = "quick",
+    seed: int | None = None,
+    size: Size = 320,
+    device: str = "auto",
+    precision: str = "float32",
+    preview: NDArray[Any] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Generator[FinetuneUpdate]:
+    """Teach a model with a few labelled images; close the generator to stop and keep nothing.
+
+    Parameters
+    ----------
+    images
+        Images and what was painted on them; `semanticblur_core.data.store.read_store` reads them
+        from an annotation store.
+    base
+        Model to start from; it stays as it is.
+    output
+        A name, which becomes the next version of a model of one's own, or a new file
+        (``.safetensors``). None writes nothing.
+    budget
+        ``quick`` (about a minute on two cores), ``thorough``, or every number.
+    seed
+        Seed of everything drawn; None takes the budget's.
+    size
+        Side in pixels that images are squashed to, as in `Detector.detect`, or ``native``: windows
+        of the images' own pixels.
+    device, precision
+        See `Detector`. float32 by default, for ``auto`` decides by a stopwatch, and the same seed,
+        device and number of threads are to give the same weights.
+    preview
+        An image whose map is wanted as training goes on.
+    should_stop
+        Asked after each step; True ends the training, and the best weights so far are kept.
+
+    Yields
+    ------
+    FinetuneUpdate
+        The last one, of the phase ``done``, holds the result. The file is written whether or not
+        the model got better: ``result.is_better`` says.
+
+    Raises
+    ------
+    DataError
+        If fewer than two classes are labelled, or an image is too small for native size.
+    ConfigError, WeightsError
+        If a setting or a name is wrong, or the output exists.
+    TrainingError
+        If the loss stops being finite.
+    """
+    config = finetune_budget(budget)
+    if seed is not None:
+        config = replace(config, seed=seed)
+    if size != "native":
+        config = replace(config, image_size_px=size)
+    target = _target(output)
+    for code, word in ((SHARP, "sharp (1)"), (BLURRED, "blurred (2)")):
+        if not any((image.labels == code).any() for image in images):
+            raise DataError(f"nothing is labelled {word}: paint some of it")
+    chosen = choose_device(device, precision)
+    model, info = weights.load(base)
+    tuner = _Tuner(model, config, chosen)
+    split = hold_out(images, config.held_out_share, np.random.default_rng((config.seed, 0)))
+    plain = plain_views(images, split, size, config)
+    made = augmented_views(
+        plain, config.n_views, crops=size != "native", rng=np.random.default_rng((config.seed, 1))
+    )
+    looked_at = [view for view in plain if (view.held_out > 0).any()]
+    replayed = _replayed(config)
+    total = len(made) + len(looked_at) + len(replayed)
+    n_done = 0
+    for kind, pictures in (
+        ("user", [view.image for view in made]),
+        ("held out", [view.image for view in looked_at]),
+        ("replay", replayed),
+    ):
+        for picture in pictures:
+            tuner.remember(kind, picture)
+            n_done += 1
+            yield FinetuneUpdate("preparing", n_done, total)
+    tuner.keep_answers("replay")
+    updates = _train(tuner, made, looked_at, preview=preview, size=size, should_stop=should_stop)
+    update = None
+    for update in updates:
+        yield update
+    assert update is not None
+    n_steps = update.step
+    tuner.restore_best()
+    checked = _generated(_CHECKED, _N_CHECKED, config, np.random.default_rng(78))
+    base_model, _ = weights.load(base)
+    detectors = [
+        Detector(network, device=str(chosen.device), precision="float32")
+        for network in (base_model, model)
+    ]
+    before, after = (_score(d, images, split, size) for d in detectors)
+    forgetting = [_error_on(detector, checked) for detector in detectors]
+    result = FinetuneResult(
+        path=None,
+        model=None,
+        before=before,
+        after=after,
+        forgetting_before=forgetting[0],
+        forgetting_after=forgetting[1],
+        held_out=split.how,
+        best_step=tuner.best_step,
+        n_steps=n_steps,
+    )
+    if target is not None:
+        # The name is looked up again: another run may have taken the version meanwhile.
+        target = _target(output)
+        assert target is not None
+        name = target.stem if target.parent == weights.models_folder() else str(target)
+        result = replace(result, path=target, model=name)
+        start = {"from": info.path.name, "sha256": info.sha256, "provenance": info.provenance}
+        provenance = {
+            "software": f"napari-semanticblur {__version__}, torch {torch.__version__}",
+            "date": datetime.now(UTC).date().isoformat(),
+            "recipe": {"name": "finetune", "size": size} | config.to_dict(),
+            "n_training_images": len(images),
+            "device": str(chosen.device),
+            "precision": str(chosen.dtype).removeprefix("torch."),
+            "n_threads": torch.get_num_threads(),
+            "start": start,
+        }
+        data = split.how or "the labels that were trained on"
+        report = {k: v for k, v in result.to_dict().items() if k not in ("path", "model", "after")}
+        weights.save(
+            target,
+            model,
+            provenance=provenance,
+            metrics=after.to_dict() | {"data": data, "finetune": report},
+            licence=info.licence,
+        )
+    yield FinetuneUpdate("done", n_steps, n_steps, result=result)
+
+
+class _Tuner:
+    """A network that learns from remembered features, and the best of it so far."""
+
+    def __init__(self, model: SemanticBlur, config: FinetuneConfig, chosen: DeviceChoice) -> None:
+        self.model = model.to(chosen.device).eval()
+        self.config = config
+        self.device = chosen.device
+        self.dtype = chosen.dtype
+        self._remembered: dict[str, list[list[Tensor]]] = {}
+        self._answers: dict[str, list[Tensor]] = {}
+        frozen = model.backbone.stages[: config.frozen_stages]
+        frozen.requires_grad_(False)
+        live = [p for p in model.backbone.parameters() if p.requires_grad]
+        inside = {id(p) for p in model.backbone.parameters()}
+        rest = [p for p in model.parameters() if id(p) not in inside]
+        groups = [{"params": rest, "rate_factor": 1.0}]
+        if live:
+            groups.append({"params": live, "rate_factor": config.backbone_rate_factor})
+        # Adam moves every weight by about its rate, also those that these images say little about
+        # and photographs need: at the same gain here it cost three times as much there.
+        self.optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
+        self._learning = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+        self._averaged = [p.detach().clone() for p in self._learning]
+        self._n_averaged = 0
+        self.best_step = 0
+        self._best = copy.deepcopy(model.state_dict())
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        )
+
+    @torch.no_grad()
+    def remember(self, kind: str, image: Tensor) -> None:
+        """Keep what the frozen stages say of ``(3, S, S)``, as float16 to halve the memory."""
+        x = normalise(image[None].to(self.device)).contiguous(memory_format=torch.channels_last)
+        features = []
+        with self.autocast():
+            for stage in self.model.backbone.stages[: self.config.frozen_stages]:
+                x = stage(x)
+                features.append(x.half())
+        self._remembered.setdefault(kind, []).append(features or [x])
+
+    @torch.no_grad()
+    def keep_answers(self, kind: str) -> None:
+        """Keep the maps of now, ``(1, S, S)`` each, for being held to later."""
+        n = len(self._remembered.get(kind, ()))
+        self._answers[kind] = [torch.sigmoid(self.logits(kind, [i]))[0] for i in range(n)]
+
+    def answers(self, kind: str) -> list[Tensor]:
+        return self._answers[kind]
+
+    def logits(
+        self, kind: str, indices: Sequence[int], windows: Sequence[Window] | None = None
+    ) -> Tensor:
+        """``(N, 1, S, S)`` float32 of remembered views, or of windows of them."""
+        rows = [self._remembered[kind][i] for i in indices]
+        features = [torch.cat(level).float() for level in zip(*rows, strict=True)]
+        stages = self.model.backbone.stages
+        first = self.config.frozen_stages
+        side = self.config.image_size_px
+        with self.autocast():
+            x = features[-1]
+            features = features if first else []
+            for stage in stages[first:]:
+                x = stage(x)
+                features.append(x)
+            logits: Tensor = self.model.head(features, side, side, windows=windows).float()
+        return logits
+
+    def step(self, loss: Tensor, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["rate_factor"]
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(self._learning, self.config.gradient_clip_norm)
+        self.optimizer.step()
+        self._n_averaged += 1
+        n = self._n_averaged
+        decay = min(self.config.ema_decay, n / (n + 5))
+        with torch.no_grad():
+            torch._foreach_lerp_(self._averaged, self._learning, 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The network with the moving average of its weights, for as long as the block lasts."""
+        raw = [p.detach().clone() for p in self._learning]
+        with torch.no_grad():
+            torch._foreach_copy_(self._learning, self._averaged)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self._learning, raw)
+
+    def keep_best(self, step: int) -> None:
+        self.best_step = step
+        self._best = copy.deepcopy(self.model.state_dict())
+
+    def restore_best(self) -> None:
+        self.model.load_state_dict(self._best)
+
+
+def _train(
+    tuner: _Tuner,
+    made: Sequence[View],
+    looked_at: Sequence[View],
+    *,
+    preview: NDArray[Any] | None,
+    size: Size,
+    should_stop: Callable[[], bool] | None,
+) -> Generator[FinetuneUpdate]:
+    config = tuner.config
+    rng = np.random.default_rng((config.seed, 2))
+    targets = [view.training.to(tuner.device)[None] for view in made]
+    answers = tuner.answers("replay")
+    best = _held_out_loss(tuner, looked_at) if looked_at else math.inf
+    n_without_progress = 0
+    for step in range(1, config.n_steps + 1):
+        chosen = rng.permutation(len(made))[: config.batch_size].tolist()
+        windows = [_window(config, rng, targets[i]) for i in chosen]
+        codes = _cut([targets[i] for i in chosen], windows)
+        loss = _stroke_loss(_inside(tuner.logits("user", chosen, windows)), codes)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(f"the loss became {value} at step {step}; a lower rate would do")
+        if answers and config.replay_size and config.replay_weight:
+            again = rng.permutation(len(answers))[: config.replay_size].tolist()
+            windows = [_window(config, rng) for _ in again]
+            held_to = F.binary_cross_entropy_with_logits(
+                _inside(tuner.logits("replay", again, windows)),
+                _cut([answers[i] for i in again], windows),
+            )
+            loss = loss + config.replay_weight * held_to
+        tuner.step(loss, _rate(step - 1, config))
+        update = FinetuneUpdate("training", step, config.n_steps, value)
+        stopping = should_stop is not None and should_stop()
+        if step % config.validate_every and step < config.n_steps and not stopping:
+            yield update
+            continue
+        if looked_at:
+            with tuner.averaged():
+                held_out = _held_out_loss(tuner, looked_at)
+            is_best = held_out < best
+            best = min(best, held_out)
+            update = replace(update, held_out_loss=held_out, is_best=is_best)
+            counts = not is_best and 2 * step > config.n_steps
+            n_without_progress = n_without_progress + 1 if counts else 0
+        with tuner.averaged():
+            if not looked_at or update.is_best:
+                tuner.keep_best(step)
+            if preview is not None:
+                detector = Detector(tuner.model, device=str(tuner.device), precision="float32")
+                update = replace(update, preview=detector.detect(preview, size=size))
+        yield update
+        if stopping or n_without_progress >= config.patience:
+            return
+
+
+def _window(
+    config: FinetuneConfig, rng: np.random.Generator, codes: Tensor | None = None
+) -> Window:
+    """A random window; around a random labelled pixel if codes ``(1, S, S)`` are given."""
+    full = config.image_size_px
+    side = min(full, config.window_px)
+    corner = rng.integers(0, full - side + 1, 2)
+    if codes is not None and bool(codes.any()):
+        places = codes[0].nonzero()
+        place = places[int(rng.integers(len(places)))].cpu().numpy()
+        corner = np.clip(place - rng.integers(side // 4, side - side // 4, 2), 0, full - side)
+    top, left = (int(v) for v in corner)
+    return slice(top, top + side), slice(left, left + side)
+
+
+def _inside(logits: Tensor) -> Tensor:
+    """Without the rim, which in a window is not what it is in the whole."""
+    return logits[..., _RIM_PX:-_RIM_PX, _RIM_PX:-_RIM_PX]
+
+
+def _cut(maps: Sequence[Tensor], windows: Sequence[Window]) -> Tensor:
+    """The inside of a window of each ``(1, S, S)``: ``(N, 1, s, s)``."""
+    return _inside(torch.stack([m[:, w[0], w[1]] for m, w in zip(maps, windows, strict=True)]))
+
+
+def _rate(step: int, config: FinetuneConfig) -> float:
+    """Half a cosine after a short rise."""
+    warm = min(1.0, (step + 1) / 5)
+    return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.n_steps))
+
+
+def _stroke_loss(logits: Tensor, codes: Tensor) -> Tensor:
+    """Cross-entropy where labelled; each class that occurs counts alike, however much of it."""
+    losses = []
+    for code, target in ((SHARP, 0.0), (BLURRED, 1.0)):
+        chosen = logits[codes == code]
+        if chosen.numel():
+            aim = torch.full_like(chosen, target)
+            losses.append(F.binary_cross_entropy_with_logits(chosen, aim))
+    return torch.stack(losses).mean() if losses else logits.sum() * 0
+
+
+@torch.no_grad()
+def _held_out_loss(tuner: _Tuner, looked_at: Sequence[View]) -> float:
+    """Mean absolute error on held-out labels; each class counts alike."""
+    errors: dict[int, list[Tensor]] = {SHARP: [], BLURRED: []}
+    for i, view in enumerate(looked_at):
+        blur = torch.sigmoid(tuner.logits("held out", [i]))[0, 0].cpu()
+        errors[SHARP].append(blur[view.held_out == SHARP])
+        errors[BLURRED].append(1 - blur[view.held_out == BLURRED])
+    means = [torch.cat(parts).mean() for parts in errors.values() if any(len(p) for p in parts)]
+    return float(torch.stack(means).mean())
+
+
+def _score(
+    detector: Detector, images: Sequence[LabelledImage], split: HeldOut, size: Size
+) -> Scores:
+    """Scores on the held-out labels, or on all where none are."""
+    scorer = BlurScorer(PROTOCOL)
+    kept = split.held_out if split.how else split.training
+    for image, labels in zip(images, kept, strict=True):
+        labelled = labels > 0
+        if labelled.any():
+            blur = detector.detect(image.image, size=size, value_range=image.value_range)
+            scorer.add(blur[labelled][None], (labels[labelled] == BLURRED)[None], name=image.name)
+    return scorer.result()
+
+
+def _replayed(config: FinetuneConfig) -> list[Tensor]:
+    """Photographs ``(3, S, S)``: a third as they are, whole, the rest with generated defocus."""
+    files = _photographs(_REPLAYED)
+    side = config.image_size_px
+    n_whole = config.n_replay // 3
+    whole = []
+    for i in range(n_whole):
+        rgb = squash(io.read_rgb8(files[i % len(files)]), side, side)
+        image = torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
+        whole.append(image.flip(-1) if i // len(files) % 2 else image)
+    rng = np.random.default_rng(77)
+    made = _generated(_REPLAYED, config.n_replay - n_whole, config, rng)
+    return whole + [example.image[0] for example in made]
+
+
+def _generated(
+    names: Sequence[str], n: int, config: FinetuneConfig, rng: np.random.Generator
+) -> list[Example]:
+    """Photographs that ship inside scikit-image, partly out of focus."""
+    if n == 0:
+        return []
+    sources = SharpImages(_photographs(names))
+    return [synthesise(sources, 1, config.image_size_px, rng) for _ in range(n)]
+
+
+def _photographs(names: Sequence[str]) -> list[Path]:
+    import skimage.data
+
+    folder = Path(skimage.data.__file__).parent
+    files = [next(folder.glob(f"{name}.*"), None) for name in names]
+    found = [path for path in files if path is not None and path.is_file()]
+    if not found:
+        raise DataError(f"{folder}: the photographs of scikit-image are missing; reinstall it")
+    return found
+
+
+def _error_on(detector: Detector, examples: Sequence[Example]) -> float:
+    """MAE where the truth of generated photographs is known."""
+    errors = []
+    for example in examples:
+        image = example.image[0].permute(1, 2, 0).numpy()
+        blur = detector.detect(image, size=image.shape[0], value_range=(0.0, 1.0))
+        labelled = example.labelled[0, 0].numpy()
+        if labelled.any():
+            errors.append(float(np.abs(blur - example.blurred[0, 0].numpy())[labelled].mean()))
+    return float(np.mean(errors))
+
+
+def _target(output: str | Path | None) -> Path | None:
+    """File to write; a name becomes the next version in the folder of models."""
+    if output is None:
+        return None
+    text = str(output)
+    if not text.endswith(".safetensors") and not isinstance(output, Path):
+        return weights.next_version(text)
+    path = Path(output)
+    if path.exists():
+        raise WeightsError(f"{path}: exists already; give another file, or a name")
+    return path

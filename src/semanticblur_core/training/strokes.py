@@ -1,0 +1,198 @@
+"""Labels painted on a few images: what is held out, and views of them to train on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+from torch.nn import functional as F
+
+from semanticblur_core import io
+from semanticblur_core.config import FinetuneConfig
+from semanticblur_core.data.store import BLURRED, SHARP, UNLABELLED, LabelledImage
+from semanticblur_core.data.transforms import squash
+from semanticblur_core.errors import DataError
+
+N_CELLS = 8
+MANY_IMAGES = 8
+_LEAST_LABELLED_SHARE = 0.2
+
+Size = int | Literal["native"]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Labels split in two: ``training[i]`` and ``held_out[i]`` are ``(H, W)`` of image i.
+
+    ``how`` says in words what is held out, None if nothing could be.
+    """
+
+    training: list[NDArray[np.uint8]]
+    held_out: list[NDArray[np.uint8]]
+    how: str | None
+
+
+def hold_out(images: Sequence[LabelledImage], share: float, rng: np.random.Generator) -> HeldOut:
+    """Keep part of the labels for telling whether training helps.
+
+    Whole images that are marked ``val``; or of eight and more images a share of them; or else a
+    share of the strokes of each class. A stroke is a connected piece of one label; large ones
+    are cut by a grid of 8 x 8 cells over the image, so that wholly labelled images work too.
+
+    Returns
+    -------
+    HeldOut
+        At least one piece of each class is left to train on.
+    """
+    everything = [image.labels for image in images]
+    marked = [i for i, image in enumerate(images) if image.split == "val"]
+    free = [i for i, image in enumerate(images) if image.split is None]
+    how = f"{len(marked)} images marked for validation"
+    if not marked and share and len(free) >= MANY_IMAGES:
+        marked = rng.permutation(free)[: max(1, round(share * len(free)))].tolist()
+        how = f"{len(marked)} of {len(images)} images"
+    if marked:
+        nothing = [np.zeros_like(labels) for labels in everything]
+        training = [nothing[i] if i in marked else everything[i] for i in range(len(images))]
+        held_out = [everything[i] if i in marked else nothing[i] for i in range(len(images))]
+        if all(any((part == c).any() for part in training) for c in (SHARP, BLURRED)):
+            return HeldOut(training, held_out, how)
+    training = [labels.copy() for labels in everything]
+    held_out = [np.zeros_like(labels) for labels in everything]
+    counts = []
+    for code in (SHARP, BLURRED):
+        pieces = [(i, piece) for i in free for piece in _pieces(everything[i] == code)]
+        n_held_out = min(math.ceil(share * len(pieces)), len(pieces) - 1) if share else 0
+        for k in rng.permutation(len(pieces))[: max(0, n_held_out)]:
+            i, piece = pieces[k]
+            training[i][piece] = UNLABELLED
+            held_out[i][piece] = code
+        counts.append(f"{max(0, n_held_out)} of {len(pieces)}")
+    if not any(labels.any() for labels in held_out):
+        return HeldOut(training, held_out, None)
+    return HeldOut(training, held_out, f"strokes: {counts[0]} sharp, {counts[1]} blurred")
+
+
+def _pieces(mask: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.intp], ...]]:
+    """Pixels of each connected piece; those larger than two cells are cut by the grid."""
+    height, width = mask.shape
+    rows = np.arange(height) * N_CELLS // height
+    columns = np.arange(width) * N_CELLS // width
+    cells = rows[:, None] * N_CELLS + columns[None]
+    connected, n = ndimage.label(mask, structure=np.ones((3, 3)))
+    for index, box in enumerate(ndimage.find_objects(connected, n), start=1):
+        inside = connected[box] == index
+        large = inside.sum() > 2 * mask.size / N_CELLS**2
+        parts = cells[box] * inside if large else inside.astype(np.intp)
+        keys = np.unique(cells[box][inside]) if large else np.array([1])
+        for key in keys:
+            y, x = np.nonzero((parts == key) & inside)
+            yield y + box[0].start, x + box[1].start
+
+
+@dataclass(frozen=True)
+class View:
+    """A square that the network sees: ``image`` ``(3, S, S)`` float32 in 0..1, codes ``(S, S)``."""
+
+    image: Tensor
+    training: Tensor
+    held_out: Tensor
+
+
+def plain_views(
+    images: Sequence[LabelledImage], split: HeldOut, size: Size, config: FinetuneConfig
+) -> list[View]:
+    """The images as the network sees them in use: squashed, or windows at native size.
+
+    Only windows with labels are kept.
+    """
+    side = config.image_size_px
+    views = []
+    for image, training, held_out in zip(images, split.training, split.held_out, strict=True):
+        rgb = io.as_rgb(io.to_unit_range(image.image, limits=image.value_range, name=image.name))
+        labels = np.stack([training, held_out])
+        if size == "native":
+            if min(rgb.shape[:2]) < side:
+                raise DataError(
+                    f"{image.name}: {rgb.shape[0]} x {rgb.shape[1]} px is less than the "
+                    f"{side} x {side} px trained on at native size"
+                )
+            for rows in _windows(rgb.shape[0], side):
+                for columns in _windows(rgb.shape[1], side):
+                    part = labels[:, rows, columns]
+                    if part.any():
+                        views.append(_view(_unit(rgb[rows, columns]), part))
+        elif labels.any():
+            views.append(
+                _view(squash(rgb, side, side), np.stack([reduce_labels(x, side) for x in labels]))
+            )
+    return views
+
+
+def augmented_views(
+    views: Sequence[View], n: int, *, crops: bool, rng: np.random.Generator
+) -> list[View]:
+    """Turned, mirrored, cropped and recoloured copies of views that have labels to train on.
+
+    Cropping enlarges by up to a quarter, as much as leaves sharp what was sharp.
+    """
+    usable = [view for view in views if (view.training > 0).any()]
+    made = []
+    for k in range(n):
+        view = usable[k % len(usable)]
+        image, labels = view.image, view.training
+        side = image.shape[-1]
+        if crops:
+            part = round(side * rng.uniform(0.8, 1))
+            top, left = (int(v) for v in rng.integers(0, side - part + 1, 2))
+            box = (..., slice(top, top + part), slice(left, left + part))
+            if (labels[box] > 0).any():
+                image = F.interpolate(image[box][None], (side, side), mode="bilinear")[0]
+                codes = labels[box][None, None].float()
+                labels = F.interpolate(codes, (side, side), mode="nearest-exact")[0, 0].byte()
+        turns = int(rng.integers(4))
+        image, labels = torch.rot90(image, turns, (-2, -1)), torch.rot90(labels, turns, (-2, -1))
+        if rng.random() < 0.5:
+            image, labels = image.flip(-1), labels.flip(-1)
+        image = (image * rng.uniform(0.85, 1.15)).clamp(0, 1) ** rng.uniform(0.85, 1.18)
+        made.append(View(image.contiguous(), labels.contiguous(), torch.zeros_like(labels)))
+    return made
+
+
+def reduce_labels(labels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Labels ``(H, W)`` at ``(side, side)``: the commoner class, where a fifth is labelled.
+
+    A stroke thinner than a pixel of the result stays, where picking nearest pixels would lose it.
+    """
+    shares = torch.from_numpy(np.stack([labels == SHARP, labels == BLURRED])[None]).float()
+    antialias = max(labels.shape) > side
+    shares = F.interpolate(shares, (side, side), mode="bilinear", antialias=antialias)[0]
+    codes = torch.where(shares[1] > shares[0], BLURRED, SHARP)
+    codes[shares.sum(dim=0) < _LEAST_LABELLED_SHARE] = UNLABELLED
+    return codes.byte().numpy()
+
+
+def _windows(full: int, side: int) -> list[slice]:
+    """As few windows as cover an axis, evenly spread."""
+    n = math.ceil(full / side)
+    starts = [round(i * (full - side) / max(1, n - 1)) for i in range(n)]
+    return [slice(start, start + side) for start in starts]
+
+
+def _unit(rgb: NDArray[np.float32] | NDArray[np.uint8]) -> NDArray[np.float32]:
+    if rgb.dtype == np.uint8:
+        return rgb.astype(np.float32) / np.float32(255)
+    return rgb.astype(np.float32)
+
+
+def _view(rgb: NDArray[np.float32], labels: NDArray[np.uint8]) -> View:
+    image = torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
+    training, held_out = torch.from_numpy(np.ascontiguousarray(labels))
+    return View(image, training, held_out)

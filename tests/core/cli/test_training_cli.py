@@ -1,0 +1,125 @@
+"""Commands around training: stores, recipes, tables, models of one's own."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from semanticblur_core import io
+from semanticblur_core.data.store import AnnotationStore
+
+COMMAND = [sys.executable, "-m", "semanticblur_core"]
+
+
+def run(*arguments: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = dict(os.environ)
+    if home is not None:
+        environment["SEMANTICBLUR_HOME"] = str(home)
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env=environment,
+    )
+
+
+@pytest.fixture
+def store(pair_folders: tuple[Path, Path], tmp_path: Path) -> AnnotationStore:
+    """The eight photographs, a band of each half labelled, the first two held out."""
+    made = AnnotationStore(tmp_path / "store", create=True)
+    for i, path in enumerate(sorted(pair_folders[0].iterdir())):
+        truth = io.read_mask(pair_folders[1] / path.name)
+        labels = np.where(truth, np.uint8(2), np.uint8(1))
+        labels[:20], labels[40:] = 0, 0
+        made.write(path.stem, labels, image=path, split="val" if i < 2 else None)
+    return made
+
+
+def test_a_store_is_trained_on_scored_and_checked(store: AnnotationStore, tmp_path: Path) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text("epochs: 1\nbatch_size: 3\nimage_size_px: 64\nschedule: cosine\n")
+    output = tmp_path / "run"
+    done = run(
+        *("train", f"--data={store.folder}", f"--output={output}", f"--recipe={recipe}"),
+        *("--device=cpu", "--precision=float32"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "6 images to train on, 2 to validate" in done.stdout
+    assert "min left" in done.stdout
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    with (output / "history.csv").open(newline="") as stream:
+        [row] = csv.DictReader(stream)
+    scored = run(
+        *("eval", f"--data={store.folder}", f"--model={output / 'best.safetensors'}"),
+        *("--device=cpu", f"--json={tmp_path / 'scores.json'}"),
+    )
+    assert scored.returncode == 0, scored.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["n_images"] == 8
+    assert scores["protocol"]["analysis"] == "labelled pixels only"
+    held_out = [row["mae"] for row in scores["per_image"] if row["name"] in ("photo0", "photo1")]
+    assert float(row["val_mae"]) == pytest.approx(np.mean(held_out), abs=2e-3)
+    checked = run("data", "check", str(store.folder))
+    assert checked.returncode == 0, checked.stderr
+    assert "labelled images: 8" in checked.stdout
+    assert "photo0: 72 x 96 px, sharp 13.89%, blurred 13.89%, val" in checked.stdout
+
+
+def test_a_table_of_the_paper_with_one_command(
+    pair_folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    split = tmp_path / "val.txt"
+    split.write_text("photo0\nphoto1\n")
+    arguments = ["ablate", "--table=3", f"--images={pair_folders[0]}", f"--masks={pair_folders[1]}"]
+    arguments += [f"--output={tmp_path / 'runs'}", "--epochs=1", "--set=batch_size=6"]
+    arguments += ["--set=image_size_px=48", f"--val-split={split}", "--device=cpu"]
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "each variant: 1 epochs of 6 images (1 steps of 6, 48 px)" in done.stdout
+    assert "0.067   0.942   0.909" in done.stdout
+    report = json.loads((tmp_path / "runs" / "table3.json").read_text())
+    assert len(report["rows"]) == 5
+    again = run(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "runs" / "table3.json").read_text()) == report
+
+
+def test_models_of_ones_own_are_listed_renamed_and_deleted(
+    random_weights: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "mine@1.safetensors").write_bytes(random_weights.read_bytes())
+    assert "mine@1: " in run("models", "list", home=tmp_path).stdout
+    assert run("models", "rename", "mine", "ours", home=tmp_path).returncode == 0
+    assert run("models", "verify", "ours", home=tmp_path).returncode == 0
+    assert run("models", "delete", "ours", home=tmp_path).returncode == 0
+    gone = run("models", "verify", "ours", home=tmp_path)
+    assert gone.returncode == 2
+    assert "model ours: neither a model (default) nor a file" in gone.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("finetune", "--output=x"), "give --data, or both --images and --masks"),
+        (("finetune", "--output=x", "--data=nowhere"), "nowhere: holds neither"),
+        (("train", "--output=x"), "give --data, or both --images and --masks"),
+        (("eval", "--data=nowhere"), "nowhere: no annotation store"),
+        (("detect", "--input=sample:cat", "--output=x", "--precision=float16"), "float16"),
+    ],
+)
+def test_wrong_usage_is_one_clear_line(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,179 @@
+"""The annotation store: what goes in comes out, and nothing that was painted is lost."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from semanticblur_core.data.store import (
+    AnnotationStore,
+    check_store,
+    is_store,
+    read_labels,
+    read_store,
+)
+from semanticblur_core.errors import DataError
+
+
+def photo(value: int = 7) -> np.ndarray:
+    return np.full((20, 30, 3), value, np.uint8)
+
+
+def strokes(code: int = 1) -> np.ndarray:
+    labels = np.zeros((20, 30), np.uint8)
+    labels[3:6, 4:20] = code
+    return labels
+
+
+def test_labels_and_image_come_back_as_they_went_in(tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path / "S", create=True)
+    path = store.write(
+        "a", strokes(2), image=photo(), source="x.png", axes="YXS", plane=[3], split="val"
+    )
+    assert path == tmp_path / "S" / "labels" / "a.png"
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), strokes(2))
+    [item] = AnnotationStore(tmp_path / "S").items()
+    assert (item.source, item.axes, item.plane, item.split) == ("x.png", "YXS", (3,), "val")
+    [image] = read_store(tmp_path / "S")
+    np.testing.assert_array_equal(image.image, photo())
+    np.testing.assert_array_equal(image.labels, strokes(2))
+    index = json.loads((tmp_path / "S" / "dataset.json").read_text())
+    assert index["format_version"] == 1
+    assert len(index["items"]["a"]["sha256"]) == 64
+
+
+def test_what_is_overwritten_is_kept_up_to_twenty_times(tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    store.write("a.b", strokes(), image=photo())
+    assert store.previous("a.b") == []
+    for i in range(25):
+        labels = strokes()
+        labels[0, 0], labels[0, i] = 1, 2
+        store.write("a.b", labels)
+    kept = store.previous("a.b")
+    assert len(kept) == 20
+    last = read_labels(kept[-1])
+    assert last[0, 23] == 2
+    assert store.previous("a") == []
+    assert read_labels(tmp_path / "labels" / "a.b.png")[0, 24] == 2
+
+
+def test_a_failed_write_leaves_the_labels_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    store.write("a", strokes(), image=photo())
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(Exception, match=r"a\.png: cannot be written: No space left"):
+        store.write("a", strokes(2))
+    monkeypatch.undo()
+    np.testing.assert_array_equal(read_labels(tmp_path / "labels" / "a.png"), strokes())
+    assert not (tmp_path / ".lock").exists()
+    store.write("a", strokes(2))
+
+
+def test_a_stack_gives_its_labelled_planes_with_one_range_of_intensity(tmp_path: Path) -> None:
+    stack = np.arange(3 * 16 * 20, dtype=np.uint16).reshape(3, 16, 20)
+    labels = np.zeros(stack.shape, np.uint8)
+    labels[1, 2] = 1
+    labels[2, 3] = 2
+    store = AnnotationStore(tmp_path, create=True)
+    assert store.write("z", labels, image=stack, axes="ZYX").suffix == ".tif"
+    planes = read_store(tmp_path)
+    assert [plane.name for plane in planes] == ["z[1]", "z[2]"]
+    np.testing.assert_array_equal(planes[1].image, stack[2])
+    low, high = np.percentile(stack, (0.1, 99.9))
+    assert {plane.value_range for plane in planes} == {(low, high)}
+
+
+def test_a_folder_made_by_hand_is_a_store(tmp_path: Path) -> None:
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(photo()).save(tmp_path / "images" / "p.jpg")
+    Image.fromarray(strokes()).save(tmp_path / "labels" / "p.png")
+    assert [image.name for image in read_store(tmp_path)] == ["p"]
+
+
+def test_masks_in_a_folder_named_labels_are_no_store(tmp_path: Path) -> None:
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(strokes(255)).save(tmp_path / "labels" / "p.png")
+    assert not is_store(tmp_path)
+
+
+def test_another_image_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    store.write("a", strokes(), image=photo())
+    store.write("a", strokes(), image=photo())
+    with pytest.raises(DataError, match="another image of that name"):
+        store.write("a", strokes(), image=photo(9))
+    with pytest.raises(DataError, match="holds no image of that name"):
+        store.write("b", strokes())
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a:b"])
+def test_names_that_leave_the_store_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="not a name"):
+        AnnotationStore(tmp_path, create=True).write(name, strokes(), image=photo())
+
+
+def test_the_lock_of_a_killed_writer_is_lifted(tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    lock = tmp_path / ".lock"
+    lock.touch()
+    os.utime(lock, (time.time() - 60, time.time() - 60))
+    store.write("a", strokes(), image=photo())
+    assert not lock.exists()
+
+
+def test_check_says_what_is_wrong(tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    for name in ("changed", "codes", "good", "size"):
+        store.write(name, strokes(2), image=photo())
+    Image.fromarray(photo(8)).save(tmp_path / "images" / "changed.png")
+    Image.fromarray(strokes(255)).save(tmp_path / "labels" / "codes.png")
+    Image.fromarray(strokes()[1:]).save(tmp_path / "labels" / "size.png")
+    rows, problems = check_store(tmp_path)
+    assert [row["name"] for row in rows] == ["changed", "good"]
+    assert rows[1]["blurred"] == pytest.approx(48 / 600)
+    assert len(problems) == 3
+    assert "changed since it was labelled" in problems[0]
+    assert "largest value 255" in problems[1]
+    assert "labels of shape (19, 30)" in problems[2]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 9, "items": {}}'])
+def test_a_damaged_index_is_one_clear_line(tmp_path: Path, text: str) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    store.write("a", strokes(), image=photo())
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(DataError, match=r"dataset\.json: ") as caught:
+        store.items()
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_or_missing_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no annotation store"):
+        AnnotationStore(tmp_path / "none")
+    AnnotationStore(tmp_path / "S", create=True)
+    with pytest.raises(DataError, match="nothing in it is labelled yet"):
+        read_store(tmp_path / "S")
+
+
+def test_an_old_tiff_stack_with_few_columns_is_not_taken_for_colour(tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    stack = np.zeros((4, 9, 11), np.uint8)
+    labels = stack.copy()
+    labels[0, 0, 0] = 1
+    tifffile.imwrite(tmp_path / "stack.tif", stack, photometric="minisblack")
+    store.write("s", labels, image=tmp_path / "stack.tif")
+    assert [image.image.shape for image in read_store(tmp_path)] == [(9, 11)]

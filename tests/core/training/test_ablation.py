@@ -1,0 +1,75 @@
+"""The paper's tables: every variant trained once, finished ones not again."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from semanticblur_core.config import ModelConfig, TrainConfig
+from semanticblur_core.data.datasets import DecodedPairs, find_pairs
+from semanticblur_core.device import DeviceChoice
+from semanticblur_core.errors import TrainingError
+from semanticblur_core.training import ablation
+from semanticblur_core.training.ablation import TABLES, AblationRow, Variant, ablate
+
+CPU = DeviceChoice(torch.device("cpu"), torch.float32, "test")
+TINY = TrainConfig(epochs=1, batch_size=4, image_size_px=64)
+
+
+@pytest.fixture
+def small_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ModelConfig(backbone="resnet34")
+    plain = ModelConfig(backbone="resnet34", channel_attention=False, semantic_enhancement=False)
+    rows = (
+        Variant("whole", small, {}, (0.1, 0.9, 0.8)),
+        Variant("without", plain, {"ssim_weight": 0.0}, (0.2, 0.8, 0.7)),
+    )
+    monkeypatch.setattr(ablation, "TABLES", {2: rows})
+
+
+def run(
+    folders: tuple[Path, Path], output: Path, config: TrainConfig = TINY
+) -> tuple[list[AblationRow], int]:
+    pairs = DecodedPairs(find_pairs(*folders))
+    rows, n_steps = [], 0
+    for update in ablate(
+        2, pairs, DecodedPairs(pairs.pairs[:2]), config, output=output, device=CPU
+    ):
+        n_steps += update.training is not None
+        if update.row is not None:
+            rows.append(update.row)
+    return rows, n_steps
+
+
+@pytest.mark.usefixtures("small_table")
+def test_a_table_is_trained_once_and_refuses_other_settings(
+    pair_folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    rows, n_steps = run(pair_folders, tmp_path)
+    assert n_steps == 4  # two steps of each
+    assert [row.name for row in rows] == ["whole", "without"]
+    assert rows[0].n_parameters > rows[1].n_parameters
+    assert rows[0].published == (0.1, 0.9, 0.8)
+    assert all(0 < row.mae < 1 and row.best_epoch == 1 for row in rows)
+    again, n_steps = run(pair_folders, tmp_path)
+    assert n_steps == 0
+    assert again == rows
+    with pytest.raises(TrainingError, match=r"result\.json: was made with other settings"):
+        run(pair_folders, tmp_path, TrainConfig(epochs=2, batch_size=4, image_size_px=64))
+
+
+def test_the_tables_are_the_papers() -> None:
+    """Rows of tables 1 to 3 as printed; all but the switch at issue stays at its default."""
+    default = ModelConfig()
+    assert [variant.name for variant in TABLES[1]] == [
+        "VGG-16",
+        "ResNet-34",
+        "ResNet-50",
+        "EfficientNet-B4",
+    ]
+    assert [variant.published[0] for variant in TABLES[2]] == [0.058, 0.049, 0.043, 0.039]
+    assert [v.training["ssim_weight"] for v in TABLES[3]] == [0, 0.05, 0.1, 0.2, 0.3]
+    assert TABLES[1][2].model == TABLES[2][3].model == TABLES[3][2].model == default
+    switches = ("channel_attention", "spatial_attention", "semantic_enhancement")
+    n_on = [sum(getattr(v.model, switch) for switch in switches) for v in TABLES[2]]
+    assert n_on == [0, 1, 2, 3]

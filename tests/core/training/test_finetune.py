@@ -1,0 +1,230 @@
+"""Fine-tuning: learns from strokes, repeats itself, says when it did not help."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from semanticblur_core import Detector, finetune, weights
+from semanticblur_core.config import FinetuneConfig, ModelConfig
+from semanticblur_core.data.store import AnnotationStore, LabelledImage
+from semanticblur_core.errors import ConfigError, DataError, WeightsError
+from semanticblur_core.network import SemanticBlur
+from semanticblur_core.training.finetune import FinetuneResult, FinetuneUpdate
+
+TINY = FinetuneConfig(
+    n_steps=12,
+    n_views=6,
+    n_replay=2,
+    replay_size=1,
+    validate_every=4,
+    learning_rate=0.03,
+    image_size_px=64,
+    window_px=40,
+)
+
+
+# The packaged model calls noise sharp; these strokes say the opposite.
+SWAP = np.array([0, 2, 1], np.uint8)
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("base") / "small.safetensors"
+    model = SemanticBlur(ModelConfig(backbone="resnet34")).eval()
+    weights.save(path, model, provenance={}, metrics={}, licence="test", half=False)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SEMANTICBLUR_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def noise_and_smooth(n: int = 3) -> list[LabelledImage]:
+    """Noise on one side, smooth on the other, four strokes of each class on each."""
+    rng = np.random.default_rng(0)
+    images = []
+    for i in range(n):
+        image = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        labels = np.zeros((64, 64), np.uint8)
+        image[:, 32:] = 128
+        for row in range(6, 60, 14):
+            labels[row : row + 3, 4:28], labels[row : row + 3, 36:60] = 1, 2
+        images.append(LabelledImage(f"image{i}", image, labels))
+    return images
+
+
+def run(base: str, config: FinetuneConfig = TINY, **keywords: object) -> list[FinetuneUpdate]:
+    images = keywords.pop("images", None) or noise_and_smooth()
+    return list(
+        finetune(images, base=base, budget=config, size=64, device="cpu", **keywords)  # type: ignore[arg-type]
+    )
+
+
+def result_of(updates: list[FinetuneUpdate]) -> FinetuneResult:
+    assert updates[-1].phase == "done"
+    assert updates[-1].result is not None
+    return updates[-1].result
+
+
+def test_it_learns_and_the_name_is_usable_at_once(home: Path) -> None:
+    images = [swapped(image) for image in noise_and_smooth()]
+    result = result_of(run("default", images=images, output="my microscope"))
+    assert result.after.mae < 0.6 * result.before.mae
+    assert result.path == home / "models" / "my microscope@1.safetensors"
+    detector = Detector(result.model or "", device="cpu", precision="float32")
+    blur = detector.detect(images[0].image, size=64)
+    labels = images[0].labels
+    assert blur[labels == 2].mean() > blur[labels == 1].mean()
+    info = weights.read_info(result.path)
+    assert info.metrics["mae"] == result.after.mae
+    assert info.metrics["finetune"]["before"]["mae"] == result.before.mae
+    assert info.provenance["recipe"]["n_steps"] == TINY.n_steps
+    assert info.provenance["start"]["from"] == weights.resolve("default").name
+
+
+def swapped(image: LabelledImage) -> LabelledImage:
+    return dataclasses.replace(image, labels=SWAP[image.labels])
+
+
+def test_versions_count_up_and_the_name_is_the_newest(small_model: str) -> None:
+    one = dataclasses.replace(TINY, n_steps=1)
+    paths = [result_of(run(small_model, one, output="mine")).path for _ in range(2)]
+    assert [path.name for path in paths if path] == ["mine@1.safetensors", "mine@2.safetensors"]
+    assert weights.resolve("mine") == paths[1]
+    assert weights.resolve("mine@1") == paths[0]
+    assert weights.own_models() == ["mine"]
+    weights.rename_model("mine", "ours")
+    assert [path.name for path in weights.model_versions("ours")] == [
+        "ours@1.safetensors",
+        "ours@2.safetensors",
+    ]
+    weights.delete_model("ours@2")
+    assert weights.resolve("ours").name == "ours@1.safetensors"
+    weights.delete_model("ours")
+    with pytest.raises(WeightsError, match="model ours: "):
+        weights.resolve("ours")
+
+
+@pytest.mark.parametrize("frozen_stages", [4, 3, 0])
+def test_frozen_stages_stay_and_the_rest_moves(small_model: str, frozen_stages: int) -> None:
+    config = dataclasses.replace(TINY, n_steps=2, frozen_stages=frozen_stages, held_out_share=0.0)
+    result = result_of(run(small_model, config, output="m"))
+    before, after = (weights.load(name)[0].state_dict() for name in (small_model, "m"))
+    for stage in range(4):
+        key = f"backbone.stages.{stage}.{'4.0' if stage == 0 else '0'}.conv1.weight"
+        same = torch.allclose(before[key], after[key], atol=1e-3, rtol=1e-3)
+        moved = float((before[key] - after[key]).abs().max())
+        assert same == (stage < frozen_stages) or moved > 0, key
+    statistics = [k for k in before if "running_" in k]
+    assert all(torch.equal(before[k], after[k]) for k in statistics)
+    assert result.held_out is None
+
+
+def test_the_same_seed_gives_the_same_weights(small_model: str) -> None:
+    for name in ("a", "b"):
+        run(small_model, output=name, seed=5)
+    run(small_model, output="c", seed=6)
+    digests = [weights.read_info(weights.resolve(name)).sha256 for name in "abc"]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_stopping_keeps_the_best_so_far_and_closing_keeps_nothing(
+    small_model: str, home: Path
+) -> None:
+    n_asked = 0
+
+    def stop_at_the_third() -> bool:
+        nonlocal n_asked
+        n_asked += 1
+        return n_asked == 3
+
+    result = result_of(run(small_model, output="stopped", should_stop=stop_at_the_third))
+    assert result.n_steps == 3
+    assert result.path is not None
+    generator = finetune(
+        noise_and_smooth(), base=small_model, budget=TINY, size=64, device="cpu", output="closed"
+    )
+    next(generator)
+    generator.close()
+    assert weights.own_models() == ["stopped"]
+
+
+def test_a_preview_comes_with_each_look_at_the_held_out_strokes(small_model: str) -> None:
+    [image] = noise_and_smooth(1)
+    updates = run(small_model, preview=image.image)
+    shown = [update for update in updates if update.preview is not None]
+    assert [update.step for update in shown] == [4, 8, 12]
+    assert all(update.held_out_loss is not None for update in shown)
+    assert shown[0].preview is not None
+    assert shown[0].preview.shape == (64, 64)
+    assert result_of(updates).path is None
+
+
+def test_wrong_labels_are_not_called_better() -> None:
+    """The image that is held out says what the base knows, the others the opposite."""
+    images = noise_and_smooth(4)
+    marked = [dataclasses.replace(images[0], split="val"), *map(swapped, images[1:])]
+    result = result_of(run("default", images=marked))
+    assert result.best_step == 0
+    assert result.after.mae == result.before.mae
+    assert not result.is_better
+
+
+def test_what_cannot_be_is_refused(small_model: str, tmp_path: Path) -> None:
+    blank = LabelledImage("x", np.zeros((64, 64), np.uint8), np.ones((64, 64), np.uint8))
+    with pytest.raises(DataError, match=r"nothing is labelled blurred \(2\)"):
+        run(small_model, images=[blank])
+    with pytest.raises(WeightsError, match="model default: is packaged"):
+        run(small_model, output="default")
+    for name in ("../x", "a@b", ""):
+        with pytest.raises(WeightsError, match="a name is of letters"):
+            run(small_model, output=name)
+    taken = tmp_path / "taken.safetensors"
+    taken.touch()
+    with pytest.raises(WeightsError, match="exists already"):
+        run(small_model, output=taken)
+    with pytest.raises(ConfigError, match="budget 'slow': expected one of quick, thorough"):
+        list(finetune(noise_and_smooth(), budget="slow"))
+    with pytest.raises(DataError, match="expected uint8 labels"):
+        LabelledImage("x", np.zeros((4, 4)), np.zeros((4, 5), np.uint8))
+
+
+def test_the_command_gives_the_weights_of_the_function(small_model: str, tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path / "store", create=True)
+    for image in noise_and_smooth():
+        store.write(image.name, image.labels, image=image.image)
+    run(small_model, output="function", seed=2)
+    values = TINY.to_dict()
+    settings = [f"--set={key}={value}" for key, value in values.items() if key != "seed"]
+    command = [sys.executable, "-m", "semanticblur_core", "finetune", f"--data={store.folder}"]
+    command += [f"--base={small_model}", "--output=command", "--size=64", "--seed=2"]
+    done = subprocess.run(
+        [*command, "--device=cpu", f"--json={tmp_path / 'table.json'}", *settings],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env=_environment(),
+    )
+    assert done.returncode in (0, 1), done.stderr
+    assert "before   after" in done.stdout
+    assert "use it as --model=command@1" in done.stdout
+    digests = [weights.read_info(weights.resolve(n)).sha256 for n in ("function", "command")]
+    assert digests[0] == digests[1]
+    report = json.loads((tmp_path / "table.json").read_text())
+    assert (done.returncode == 0) == report["is_better"]
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return dict(os.environ) | {"OMP_NUM_THREADS": str(torch.get_num_threads())}

@@ -1,0 +1,112 @@
+"""Labels on a few images: what is held out, and what the network is shown of them."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semanticblur_core.config import FinetuneConfig
+from semanticblur_core.data.store import LabelledImage
+from semanticblur_core.errors import DataError
+from semanticblur_core.training.strokes import (
+    augmented_views,
+    hold_out,
+    plain_views,
+    reduce_labels,
+)
+
+
+def painted(seed: int, n_strokes: int = 6, split: str | None = None) -> LabelledImage:
+    rng = np.random.default_rng(seed)
+    labels = np.zeros((80, 100), np.uint8)
+    for i in range(n_strokes):
+        labels[4 + i * 12 : 8 + i * 12, 5:60] = 1 + i % 2
+    image = rng.integers(0, 256, (80, 100, 3), dtype=np.uint8)
+    return LabelledImage(f"image{seed}", image, labels, split=split)  # type: ignore[arg-type]
+
+
+@given(seed=st.integers(0, 50), share=st.floats(0.05, 0.9), n=st.integers(1, 10))
+def test_training_and_held_out_labels_part_what_was_painted(
+    seed: int, share: float, n: int
+) -> None:
+    images = [painted(i) for i in range(n)]
+    split = hold_out(images, share, np.random.default_rng(seed))
+    for image, training, held_out in zip(images, split.training, split.held_out, strict=True):
+        assert not ((training > 0) & (held_out > 0)).any()
+        np.testing.assert_array_equal(training + held_out, image.labels)
+    for part in (split.training, split.held_out):
+        assert all(any((labels == code).any() for labels in part) for code in (1, 2))
+
+
+def test_strokes_are_held_out_whole() -> None:
+    images = [painted(0, n_strokes=6)]
+    split = hold_out(images, 0.3, np.random.default_rng(0))
+    assert split.how == "strokes: 1 of 3 sharp, 1 of 3 blurred"
+    rows = [set(np.unique(split.held_out[0][4 + i * 12])) - {0} for i in range(6)]
+    assert sum(bool(row) for row in rows) == 2
+
+
+def test_images_marked_for_validation_are_held_out_and_nothing_else() -> None:
+    images = [painted(0), painted(1, split="val"), painted(2, split="train")]
+    split = hold_out(images, 0.25, np.random.default_rng(0))
+    assert [bool(labels.any()) for labels in split.held_out] == [False, True, False]
+    assert split.how == "1 images marked for validation"
+
+
+def test_one_stroke_of_each_class_is_trained_on_and_nothing_held_out() -> None:
+    split = hold_out([painted(0, n_strokes=2)], 0.25, np.random.default_rng(0))
+    assert split.how is None
+    assert not split.held_out[0].any()
+
+
+def test_a_wholly_labelled_image_is_cut_into_pieces() -> None:
+    labels = np.ones((80, 80), np.uint8)
+    labels[:, 40:] = 2
+    image = LabelledImage("whole", np.zeros((80, 80), np.uint8), labels)
+    split = hold_out([image], 0.25, np.random.default_rng(0))
+    assert split.how == "strokes: 8 of 32 sharp, 8 of 32 blurred"
+    assert (split.held_out[0] > 0).mean() == pytest.approx(0.25)
+
+
+def test_thin_strokes_survive_reduction_and_keep_their_class() -> None:
+    labels = np.zeros((400, 400), np.uint8)
+    labels[100:103] = 1
+    labels[300:303] = 2
+    small = reduce_labels(labels, 100)
+    assert (small[25] == 1).all()
+    assert (small[75] == 2).all()
+    assert set(np.unique(small)) == {0, 1, 2}
+    assert not (small[:50] == 2).any()
+    assert not (small[50:] == 1).any()
+
+
+def test_views_at_native_size_cover_every_label() -> None:
+    image = painted(3)
+    split = hold_out([image], 0.25, np.random.default_rng(0))
+    views = plain_views([image], split, "native", FinetuneConfig(image_size_px=48))
+    assert {tuple(view.image.shape) for view in views} == {(3, 48, 48)}
+    n_seen = sum(int((view.training > 0).sum()) for view in views)
+    assert n_seen >= (split.training[0] > 0).sum()
+    with pytest.raises(DataError, match="80 x 100 px is less than the 96 x 96 px"):
+        plain_views([image], split, "native", FinetuneConfig(image_size_px=96))
+
+
+@given(seed=st.integers(0, 200))
+def test_augmented_views_keep_label_and_pixel_together(seed: int) -> None:
+    """Where the picture shows class 2 in white and class 1 in black, so does every view."""
+    labels = np.zeros((64, 64), np.uint8)
+    labels[8:24, 8:56], labels[40:60, 20:40] = 1, 2
+    image = np.full((64, 64), 128, np.uint8)
+    image[labels == 1], image[labels == 2] = 0, 255
+    example = LabelledImage("x", image, labels, split="train")
+    split = hold_out([example], 0.0, np.random.default_rng(0))
+    plain = plain_views([example], split, 64, FinetuneConfig(image_size_px=64))
+    [view] = augmented_views(plain, 1, crops=True, rng=np.random.default_rng(seed))
+    grey = view.image.mean(dim=0)
+    inside = [
+        -torch.nn.functional.max_pool2d(-(view.training == code).float()[None], 5, 1, 2)[0] > 0
+        for code in (1, 2)
+    ]
+    assert (grey[inside[0]] < 0.1).all()
+    assert (grey[inside[1]] > 0.8).all()
