@@ -54,11 +54,9 @@ class DetectWidget(Container):  # type: ignore[type-arg]
         self._rethresholding: Iterator[None] | None = None
         chosen = preferences()
         self.layer = ComboBox(choices=self._images, label="image")
-        models = _model_names()
-        if chosen.model not in models:
-            models.append(chosen.model)
+        self._opened_models = [] if chosen.model in _known_models() else [chosen.model]
         self.model = ComboBox(
-            choices=[*models, OTHER_FILE], value=chosen.model, label="model", tooltip=_MODEL_TIP
+            choices=self._models, value=chosen.model, label="model", tooltip=_MODEL_TIP
         )
         self.device = ComboBox(
             choices=["auto", "cpu", "cuda", "mps"],
@@ -131,6 +129,10 @@ class DetectWidget(Container):  # type: ignore[type-arg]
             for layer in map(unwrapped, self._viewer.layers)
             if is_image(layer) and METADATA_KEY not in layer.metadata
         ]
+
+    def _models(self, _: Any) -> list[str]:
+        """Packaged models, those fine-tuned here, files opened before, and the way to others."""
+        return [*_known_models(), *self._opened_models, OTHER_FILE]
 
     @property
     def settings(self) -> Settings:
@@ -259,11 +261,10 @@ class DetectWidget(Container):  # type: ignore[type-arg]
         path, _ = QFileDialog.getOpenFileName(
             self.native, "Open weights", str(Path.home()), "Weights (*.safetensors)"
         )
-        names = [name for name in self.model.choices if name != OTHER_FILE]
-        if path and path not in names:
-            names.append(path)
-        self.model.choices = [*names, OTHER_FILE]
-        self.model.value = path or names[0]
+        if path and path not in self._opened_models:
+            self._opened_models.append(path)
+        self.model.reset_choices()
+        self.model.value = path or _known_models()[0]
 
     def _threshold_moved(self, threshold: float) -> None:
         if self._detection is not None:
@@ -325,10 +326,10 @@ def detect_now(viewer: Viewer) -> None:
     detection.start()
 
 
-def _model_names() -> list[str]:
+def _known_models() -> list[str]:
     from semanticblur_core import weights
 
-    return list(weights.PACKAGED)
+    return [*weights.PACKAGED, *weights.own_models()]
 
 
 def _timer(callback: Any) -> Any:
@@ -340,7 +341,7 @@ def _timer(callback: Any) -> Any:
     return timer
 
 
-_MODEL_TIP = "The packaged model, or a file of weights of your own."
+_MODEL_TIP = "The packaged model, one fine-tuned here, or a file of weights."
 _SIZE_TIP = (
     "Squashed: the whole plane is brought to a square of that side (320 is the paper's protocol, "
     "best for photographs). Native: tiles of 512 px at the image's own pixels, for microscopy."

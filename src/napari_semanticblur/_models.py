@@ -8,12 +8,15 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from semanticblur_core import weights
+from semanticblur_core.errors import SemanticBlurError
+
 if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector
 
 _KEPT = 2
 _lock = threading.Lock()
-_detectors: OrderedDict[tuple[str, str], Detector] = OrderedDict()
+_detectors: OrderedDict[tuple[str, str, int], Detector] = OrderedDict()
 
 
 def detector(model: str, device: str) -> Detector:
@@ -21,7 +24,7 @@ def detector(model: str, device: str) -> Detector:
     _keep_triton_out()
     from semanticblur_core.inference.detector import Detector
 
-    key = (model, device)
+    key = _key(model, device)
     with _lock:
         if key not in _detectors:
             _detectors[key] = Detector(model, device=device)
@@ -33,7 +36,16 @@ def detector(model: str, device: str) -> Detector:
 
 def is_loaded(model: str, device: str) -> bool:
     """Whether `detector` will answer at once."""
-    return (model, device) in _detectors
+    try:
+        return _key(model, device) in _detectors
+    except SemanticBlurError:
+        return False
+
+
+def _key(model: str, device: str) -> tuple[str, str, int]:
+    """File and its time: a name stands for a newer file once a model is fine-tuned again."""
+    path = weights.resolve(model)
+    return str(path), device, path.stat().st_mtime_ns
 
 
 def _keep_triton_out() -> None:

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +16,3 @@ if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
 @pytest.fixture
 def viewer(make_napari_viewer: Callable[..., Any]) -> Any:
     return make_napari_viewer(show=True, strict_qt="raise")
-
-
-@pytest.fixture
-def fast_model(tmp_path_factory: pytest.TempPathFactory, random_weights: Path) -> str:
-    """A model whose maps vary; what it finds does not matter."""
-    return str(random_weights)

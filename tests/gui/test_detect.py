@@ -1,8 +1,10 @@
 """The detect widget in a real viewer, driven as a person would."""
 
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -267,6 +269,27 @@ def test_the_command_is_copied(qtbot: Any, viewer: Any, widget: Any) -> None:
         "semanticblur-core detect --input=FILE --output=result --model=default --device=auto "
         "--size=320 --threshold=0.5 --axes=ZYX --planes=1:2 --range=0,1"
     )
+
+
+def test_a_model_of_one_s_own_can_be_chosen(
+    qtbot: Any, viewer: Any, widget: Any, random_weights: Path, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("SEMANTICBLUR_HOME", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    shutil.copy(random_weights, tmp_path / "models" / "mine@1.safetensors")
+    layer = viewer.add_image(photo(), rgb=True, name="photo")
+    widget.model.reset_choices()
+    widget.model.value = "mine"
+    finish(qtbot, widget)
+    blur, _ = results(viewer, layer)
+    np.testing.assert_allclose(
+        blur.data, Detector(str(random_weights), device="cpu").detect(layer.data), atol=0.05
+    )
+    widget.model.value = "default"
+    (tmp_path / "models" / "mine@1.safetensors").unlink()
+    widget.model.reset_choices()
+    assert "mine" not in widget.model.choices
 
 
 def test_opening_the_widget_loads_no_torch() -> None:
