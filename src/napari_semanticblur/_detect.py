@@ -111,6 +111,7 @@ class DetectWidget(Container):  # type: ignore[type-arg]
         )  # fmt: skip
         self.native.setObjectName("semanticblur-detect")
         self.status.native.setWordWrap(True)
+        self._is_closed = False
         self.layer.changed.connect(self._layer_chosen)
         self.model.changed.connect(self._model_chosen)
         self.size.changed.connect(self._show_what_applies)
@@ -119,7 +120,8 @@ class DetectWidget(Container):  # type: ignore[type-arg]
         self.run_button.changed.connect(self.run)
         self.cancel_button.changed.connect(self.cancel)
         self.copy_button.changed.connect(self.copy_command)
-        self._timer = _timer(self._rethreshold_some)
+        self._timer = _timer(self.native, self._rethreshold_some)
+        self.native.destroyed.connect(self._closed)
         self._layer_chosen(self.layer.value)
 
     def _images(self, _: Any) -> list[Image]:
@@ -203,20 +205,32 @@ class DetectWidget(Container):  # type: ignore[type-arg]
             clipboard.setText(command)
             self._say(f"Copied: {command}")
 
+    def _closed(self) -> None:
+        """Qt's side of this is gone: stop, and touch none of it again."""
+        self._is_closed = True
+        if self._detection is not None:
+            self._detection.cancel()
+
     def _say(self, text: str) -> None:
-        self.status.value = text
+        if not self._is_closed:
+            self.status.value = text
 
     def _progressed(self, n_done: int, n_total: int) -> None:
-        self.progress.value = n_done
+        if not self._is_closed:
+            self.progress.value = n_done
 
     def _ended(self) -> None:
         detection, self._detection = self._detection, None
+        if self._is_closed:
+            return
         self.run_button.enabled, self.cancel_button.enabled = True, False
         self._update_copy_button()
         if detection is not None and detection.threshold != self.threshold.value:
             self._threshold_moved(self.threshold.value)
 
     def _layer_chosen(self, layer: Image | None) -> None:
+        if self._is_closed:
+            return
         self._update_copy_button()
         if layer is not None:
             try:
@@ -332,10 +346,10 @@ def _known_models() -> list[str]:
     return [*weights.PACKAGED, *weights.own_models()]
 
 
-def _timer(callback: Any) -> Any:
+def _timer(parent: Any, callback: Any) -> Any:
     from qtpy.QtCore import QTimer
 
-    timer = QTimer()
+    timer = QTimer(parent)
     timer.setInterval(0)
     timer.timeout.connect(callback)
     return timer

@@ -134,6 +134,8 @@ class Detection:
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self.viewer, self.layer, self.settings = viewer, unwrapped(layer), settings
+        if any(other.layer is self.layer for other in _running):
+            raise ImageError(f"{self.layer.name}: is being analysed already; cancel that first")
         self.threshold = settings.threshold
         self._on_status, self._on_progress, self._on_end = on_status, on_progress, on_end
         self.source = read_source(layer, level=settings.level)

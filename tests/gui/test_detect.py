@@ -227,6 +227,29 @@ def test_a_layer_that_goes_away_stops_the_run(
     assert what in widget.status.value
 
 
+def test_a_layer_is_analysed_once_at_a_time(qtbot: Any, viewer: Any, widget: Any) -> None:
+    layer = viewer.add_image(np.zeros((200, 64, 64), np.uint8), name="long")
+    widget.planes.value = _detect.ALL
+    widget.run()
+    with pytest.MonkeyPatch.context() as patch:
+        shown: list[str] = []
+        patch.setattr("napari.utils.notifications.show_error", shown.append)
+        viewer.layers.selection.active = layer
+        _detect.detect_now(viewer)
+    assert "is being analysed already" in shown[0]
+    widget.cancel()
+    qtbot.waitUntil(lambda: not widget.is_running, timeout=60_000)
+
+
+def test_closing_the_viewer_ends_the_run(qtbot: Any, viewer: Any, widget: Any) -> None:
+    viewer.add_image(np.zeros((300, 64, 64), np.uint8), name="long")
+    widget.planes.value = _detect.ALL
+    widget.run()
+    qtbot.waitUntil(lambda: widget.progress.value >= 1, timeout=60_000)
+    viewer.close()
+    qtbot.waitUntil(lambda: not _detection._running, timeout=20_000)
+
+
 def test_errors_are_lines_a_person_can_act_on(
     qtbot: Any, viewer: Any, widget: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
