@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -224,6 +225,8 @@ class Detection:
         settings = self.settings
         if not _models.is_loaded(settings.model, settings.device):
             yield Announcement("Loading PyTorch and the model; the first time takes a moment ...")
+            # napari imports it for its first Labels layer, in the main thread if it is left to it.
+            importlib.import_module("pandas")
         detector = _models.detector(settings.model, settings.device)
         self._reason = detector.reason
         self._sha256 = detector.info.sha256 if detector.info else None

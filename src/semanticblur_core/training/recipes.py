@@ -67,8 +67,8 @@ RECIPES: dict[str, TrainConfig] = {
         ema_decay=0.998,
         seed=5,
     ),
-    # What won on the validation split (docs/training.md says by how much): other scenes pasted in,
-    # and BatchNorm as the start left it.
+    # The recipe to go on with: other scenes pasted in against learning photographs by heart, and
+    # BatchNorm as the start left it. What it gave so far is in docs/training.md.
     "best": TrainConfig(
         epochs=20,
         batch_size=8,
