@@ -26,7 +26,7 @@ from napari_semanticblur._layers import (
     unwrapped,
 )
 from napari_semanticblur._settings import preferences
-from semanticblur_core.errors import SemanticBlurError
+from semanticblur_core.errors import ConfigError, SemanticBlurError
 
 if TYPE_CHECKING:
     from napari.layers import Image
@@ -325,6 +325,10 @@ def detect_now(viewer: Viewer) -> None:
         level = 0
         if getattr(layer, "multiscale", False):
             level = coarse_level(layer, at_least_px=LEVEL_SIDE_PX)
+        if chosen.size != "native" and not chosen.size.isdecimal():
+            raise ConfigError(
+                f"preference Analysis size {chosen.size!r}: expected native or a number of pixels"
+            )
         settings = Settings(
             chosen.model,
             chosen.device,
@@ -333,7 +337,7 @@ def detect_now(viewer: Viewer) -> None:
             level=level,
         )
         detection = Detection(viewer, layer, settings, on_status=say)
-    except (SemanticBlurError, ValueError) as error:
+    except SemanticBlurError as error:
         show_error(f"Detect defocus blur: {error}")
         return
     show_info(f"Detecting defocus blur in {layer.name} ...")

@@ -15,6 +15,7 @@ from qtpy.QtWidgets import QApplication
 
 from napari_semanticblur import _detect, _detection
 from napari_semanticblur._layers import find_result
+from napari_semanticblur._settings import Preferences, preferences
 from semanticblur_core import Detector
 
 ANGLE_DEG = 25
@@ -279,6 +280,33 @@ def test_one_click_needs_no_dock(qtbot: Any, viewer: Any) -> None:
     get_app_model().commands.execute_command("napari-semanticblur.detect_now")
     qtbot.waitUntil(lambda: not _detection._running, timeout=60_000)
     assert all(results(viewer, layer))
+
+
+def test_preferences_are_what_the_widget_starts_with(
+    viewer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = pytest.importorskip("napari.settings")
+    if not hasattr(settings, "get_plugin_settings"):
+        pytest.skip("this napari has no preferences of plugins")
+    assert preferences() == Preferences()
+    monkeypatch.setattr(settings.get_plugin_settings("napari-semanticblur").detect, "size", "64")
+    _, widget = viewer.window.add_plugin_dock_widget("napari-semanticblur", "Detect defocus blur")
+    assert widget.settings.size == 64
+    monkeypatch.setattr(settings.get_plugin_settings("napari-semanticblur").detect, "size", "big")
+    with pytest.MonkeyPatch.context() as patch:
+        shown: list[str] = []
+        patch.setattr("napari.utils.notifications.show_error", shown.append)
+        viewer.add_image(photo(), rgb=True)
+        _detect.detect_now(viewer)
+    assert "Analysis size 'big'" in shown[0]
+
+
+def test_the_menus_have_it(viewer: Any) -> None:
+    from napari._app_model import get_app_model
+
+    items = get_app_model().menus.get_menu("napari/layers/segment")
+    commands = {item.command.id for item in items if hasattr(item, "command")}
+    assert {"napari-semanticblur.detect", "napari-semanticblur.detect_now"} <= commands
 
 
 def test_the_command_is_copied(qtbot: Any, viewer: Any, widget: Any) -> None:
