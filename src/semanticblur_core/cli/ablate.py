@@ -96,7 +96,7 @@ def command(
             held_out,
             config,
             output=output,
-            device=choose_device(device, precision),
+            device=choose_device(device, _resumed_precision(output, precision)),
             imagenet=imagenet,
         ):
             if update.training is not None:
@@ -123,6 +123,16 @@ def command(
         "rows": [row.to_dict() for row in rows],
     }
     io.write_text(output / f"table{table}.json", json.dumps(report, indent=1) + "\n")
+
+
+def _resumed_precision(output: Path, precision: str) -> str:
+    """Precision of a run that was interrupted, unless one is asked for."""
+    from semanticblur_core.training.checkpoint import load_checkpoint, precision_of
+
+    interrupted = sorted(output.glob("*/last.ckpt"))
+    if precision != "auto" or not interrupted:
+        return precision
+    return precision_of(load_checkpoint(interrupted[0]))
 
 
 def _budget(config: TrainConfig, n_training: int, n_held_out: int) -> str:

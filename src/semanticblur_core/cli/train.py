@@ -165,12 +165,15 @@ def command(
     from semanticblur_core.device import choose_device, keep_freed_memory
     from semanticblur_core.metrics import Scores
     from semanticblur_core.network import SemanticBlur
-    from semanticblur_core.training.checkpoint import load_checkpoint
+    from semanticblur_core.training.checkpoint import load_checkpoint, precision_of
     from semanticblur_core.training.logs import RunLog
     from semanticblur_core.training.loop import VALIDATION_PROTOCOL, is_first_process, train
 
     keep_freed_memory()
     say = click.echo if is_first_process() else _say_nothing
+    state = load_checkpoint(output / "last.ckpt") if resume else None
+    if state is not None and precision == "auto":
+        precision = precision_of(state)
     chosen = choose_device(device, precision)
     torch.manual_seed(config.seed)
     start: dict[str, Any] = {"from": "random initialisation"}
@@ -182,8 +185,8 @@ def command(
     if backbone_weights:
         n_set = _load_backbone(model, backbone_weights)
         start = {"from": backbone_weights.name, "n_parameters_set": n_set}
-    if resume:
-        start = load_checkpoint(output / "last.ckpt")["start"]
+    if state is not None:
+        start = state["start"]
     say(f"recipe {recipe}: {json.dumps(config.to_dict())}")
     say(f"start: {start['from']}, {start.get('n_parameters_set', 'all')} parameters")
     say(f"scores: {VALIDATION_PROTOCOL.describe()}")

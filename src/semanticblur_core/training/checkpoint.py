@@ -42,3 +42,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
         raise TrainingError(f"{path}: not a training checkpoint of this release")
     return state
+
+
+def precision_of(state: dict[str, Any]) -> str:
+    """Precision that a checkpoint was computed in, as `choose_device` takes it.
+
+    ``auto`` is decided by a stopwatch and may come out differently on another day, when a run is
+    resumed.
+    """
+    return str(state["identity"]["computed on"]).rpartition("torch.")[2]
