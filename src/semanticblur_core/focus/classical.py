@@ -146,7 +146,7 @@ class ClassicalDetector:
         limits = planes.estimate_range() if value_range is None else planes.as_limits(value_range)
         views = [planes.view(i) for i in (planes.indices() if indices is None else indices)]
         for n_done, view in enumerate(views, start=1):
-            blur = self._map(_as_grey(view.read_unit(limits=limits)))
+            blur = self._map(as_grey(view.read_unit(limits=limits)))
             yield DetectUpdate(view.index, n_done, len(views), blur, ALL, True)
 
     def _map(self, image: Floats) -> Floats:
@@ -161,7 +161,14 @@ class ClassicalDetector:
 
 def grey(image: NDArray[Any], *, value_range: tuple[float, float] | None = None) -> Floats:
     """Luma (Rec. 601) of an image ``(H, W)`` or ``(H, W, 3)``: ``(H, W)`` float32 in 0..1."""
-    return _as_grey(io.to_unit_range(image, limits=value_range))
+    return as_grey(io.to_unit_range(image, limits=value_range))
+
+
+def as_grey(unit: NDArray[Any]) -> Floats:
+    """Luma of what `semanticblur_core.io.to_unit_range` gives: ``(H, W)`` float32 in 0..1."""
+    scale = np.float32(255 if unit.dtype == np.uint8 else 1)
+    values: NDArray[Any] = unit @ (_LUMA / scale) if unit.ndim == 3 else unit / scale
+    return np.asarray(values, np.float32)
 
 
 def hifst(image: Floats, *, stride_px: int = HIFST_STRIDE_PX) -> Floats:
@@ -481,13 +488,6 @@ def _interpolate(grid: Floats, height: int, width: int, stride: int) -> Floats:
 def _resize(image: Floats, height: int, width: int) -> Floats:
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(resized, np.float32)
-
-
-def _as_grey(unit: NDArray[Any]) -> Floats:
-    """Luma of what `io.to_unit_range` gives."""
-    scale = np.float32(255 if unit.dtype == np.uint8 else 1)
-    values: NDArray[Any] = unit @ (_LUMA / scale) if unit.ndim == 3 else unit / scale
-    return np.asarray(values, np.float32)
 
 
 def _to_unit(image: Floats) -> Floats:
