@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from semanticblur_core.errors import DataError, ImageError
 
@@ -86,6 +86,37 @@ def read_image(path: Path) -> NDArray[Any]:
     if array.size == 0:
         raise ImageError(f"{path}: the image has no pixels, shape {array.shape}")
     return array
+
+
+def read_orientation(path: Path) -> int:
+    """EXIF or TIFF orientation (1 to 8) that `read_image` applies; 1 where the file says none.
+
+    Raises
+    ------
+    ImageError
+        If the file cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if path.suffix.lower() in TIFF_SUFFIXES:
+                import tifffile
+
+                with tifffile.TiffFile(path) as tiff:
+                    tag = tiff.pages.first.tags.get("Orientation")
+                    code = tag.value if tag is not None else 1
+            else:
+                with _open_pillow(path) as opened:
+                    code = opened.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(code) if code in range(1, 9) else 1
+    except Exception as error:  # tifffile and Pillow raise many kinds
+        raise ImageError(f"{path}: damaged or unreadable: {error}") from error
+
+
+def to_stored_orientation(array: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Undo an orientation: rows and columns ``(H, W, ...)`` as they lie in the file."""
+    # 6 and 8 are each other's inverse, the others their own.
+    return _orient(array, {6: 8, 8: 6}.get(orientation, orientation))
 
 
 def read_rgb8(path: Path) -> NDArray[np.uint8]:

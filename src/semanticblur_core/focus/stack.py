@@ -15,10 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage, stats
 
+from semanticblur_core import io
 from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.focus.classical import as_grey
 from semanticblur_core.focus.scores import tenengrad_map, tile_means
-from semanticblur_core.inference.planes import Channels, Planes
+from semanticblur_core.inference.planes import (
+    RANGE_PLANES,
+    RANGE_SAMPLES_PER_PLANE,
+    Channels,
+    Planes,
+)
 
 if TYPE_CHECKING:
     from semanticblur_core.inference.batch import MapMaker
@@ -33,7 +39,7 @@ _MEDIAN_PX = 9
 _BAND_SIGMA_PX = 4.0
 _EDGE_SIGMA_PX = 0.5
 # Where the sharpest plane has less than this many times the mean detail of all, depth is unknown.
-_CLEAR_PEAK = 1.15
+_CLEAR_PEAK = 1.4
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,77 @@ class CompositeUpdate:
     n_total: int
     composite: NDArray[Any] | None = None
     depth: NDArray[np.int16] | None = None
+
+
+class FileStack:
+    """Image files as one array, read where it is sliced along the first axis.
+
+    Parameters
+    ----------
+    paths
+        One plane each.
+
+    Attributes
+    ----------
+    shape, dtype, axes
+        Of the array: ``ZYX``, or ``ZYXS`` of colour; rows and columns are the first file's.
+
+    Raises
+    ------
+    ImageError
+        If the first file cannot be read.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        first = io.read_image(paths[0])
+        self.paths = list(paths)
+        self.shape = (len(paths), *first.shape)
+        self.dtype = first.dtype
+        self.axes = "ZYX" if first.ndim == 2 else "ZYXS"
+
+    def __getitem__(self, key: Any) -> NDArray[Any]:
+        z, *rest = key if isinstance(key, tuple) else (key,)
+        image = io.read_image(self.paths[z])
+        if image.shape != self.shape[1:] or image.dtype != self.dtype:
+            raise ImageError(
+                f"{self.paths[z]}: {image.dtype} {image.shape}, but {self.paths[0].name} is "
+                f"{self.dtype} {self.shape[1:]}; planes of one stack must be alike"
+            )
+        return image[tuple(rest)]
+
+    def estimate_range(self) -> tuple[float, float] | None:
+        """Limits of all planes together, as `Planes.estimate_range`, whatever their sizes.
+
+        Raises
+        ------
+        ImageError
+            If a file cannot be read.
+        """
+        if self.dtype in (np.uint8, np.bool_):
+            return None
+        spread = np.unique(np.linspace(0, len(self.paths) - 1, RANGE_PLANES).round().astype(int))
+        samples = []
+        for i in spread:
+            image = io.read_image(self.paths[i])
+            step = max(1, math.ceil(math.sqrt(image.size / RANGE_SAMPLES_PER_PLANE)))
+            samples.append(image[::step, ::step].ravel())
+        values = np.concatenate(samples)
+        [limits] = Planes(values[None], "YX").estimate_range() or [None]
+        return limits
+
+
+def in_stack_order(paths: Sequence[Path]) -> list[Path]:
+    """Paths by the numbers in their names; a + or - counts as a sign if any name has a plus."""
+    signed = any(re.search(r"\+\d", path.stem) for path in paths)
+    pattern = r"([+-]?\d+)" if signed else r"(\d+)"
+
+    def key(path: Path) -> list[tuple[int, int, str]]:
+        parts = re.split(pattern, path.stem)
+        return [
+            (1, int(part), "") if i % 2 else (0, 0, part.lower()) for i, part in enumerate(parts)
+        ]
+
+    return sorted(paths, key=lambda path: (key(path), path.name))
 
 
 class StackFocus:
@@ -230,7 +307,10 @@ class StackFocus:
 
 
 def focus_measure(
-    measure: str = "tenengrad", *, detector: MapMaker | None = None
+    measure: str = "tenengrad",
+    *,
+    detector: MapMaker | None = None,
+    blur: NDArray[np.float32] | None = None,
 ) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
     """Function from a plane to its sharpness at each pixel, ``(H, W)`` float32, higher is sharper.
 
@@ -241,12 +321,17 @@ def focus_measure(
         for planes of one stack), or ``network``: 1 - blur map of a detector.
     detector
         For ``network``: `semanticblur_core.Detector` or a hand-crafted method.
+    blur
+        For ``network``, the plane's blur map where it is there already.
 
     Raises
     ------
     ConfigError
         If there is no such measure, or no detector for it.
     """
+    if measure == "network" and blur is not None:
+        known = blur
+        return lambda _: 1 - known
     if measure == "network":
         if detector is None:
             raise ConfigError("measure network: needs a detector")

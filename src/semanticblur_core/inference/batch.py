@@ -145,7 +145,7 @@ def find_jobs(
     left_out = []
     for text in inputs:
         try:
-            for source, relative, named in _expand(text, recursive):
+            for source, relative, named in expand_input(text, recursive):
                 if not named and _is_result(source, output):
                     left_out.append(source)
                     continue
@@ -384,8 +384,14 @@ def load(source: str) -> NDArray[Any]:
     return io.read_image(Path(source))
 
 
-def _expand(text: str, recursive: bool) -> Iterator[tuple[str, Path, bool]]:
-    """Sources of one input, each with its path below the output folder and whether it was named."""
+def expand_input(text: str, recursive: bool) -> Iterator[tuple[str, Path, bool]]:
+    """Sources of one input, each with its path below the output folder and whether it was named.
+
+    Raises
+    ------
+    ImageError
+        If it names nothing, or a folder that holds no image.
+    """
     if text.startswith(_SAMPLE_PREFIX):
         name = text.removeprefix(_SAMPLE_PREFIX)
         if name not in SAMPLES:
