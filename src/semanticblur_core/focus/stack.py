@@ -7,8 +7,11 @@ tile of each, `all_in_focus` a few images whatever the number of planes. Axes go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+import math
+import re
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -176,8 +179,8 @@ class FileStack:
             step = max(1, math.ceil(math.sqrt(image.size / RANGE_SAMPLES_PER_PLANE)))
             samples.append(image[::step, ::step].ravel())
         values = np.concatenate(samples)
-        [limits] = Planes(values[None], "YX").estimate_range() or [None]
-        return limits
+        limits = Planes(values[None], "YX").estimate_range()
+        return limits[0] if limits else None
 
 
 def in_stack_order(paths: Sequence[Path]) -> list[Path]:
