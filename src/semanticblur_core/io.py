@@ -270,6 +270,29 @@ def write_tiff(path: Path, array: NDArray[np.float32]) -> None:
         tifffile.imwrite(temporary, array, compression="zlib", photometric="minisblack")
 
 
+def write_image(path: Path, array: NDArray[Any]) -> None:
+    """Write ``(H, W)`` or ``(H, W, 3)`` of any real dtype as TIFF, or of 8 bits also as PNG.
+
+    Raises
+    ------
+    ImageError
+        If the suffix is of neither, or a PNG is asked for of other than 8 bits.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".png" and array.dtype == np.uint8:
+        write_png(path, array)
+        return
+    if suffix not in TIFF_SUFFIXES:
+        raise ImageError(
+            f"{path}: {array.dtype} pixels are written as .tif, 8-bit ones also as .png"
+        )
+    import tifffile
+
+    with replacing(path) as temporary:
+        photometric = "rgb" if array.ndim == 3 else "minisblack"
+        tifffile.imwrite(temporary, array, compression="zlib", photometric=photometric)
+
+
 def write_npy(path: Path, array: NDArray[np.float32]) -> None:
     """Write a numpy file."""
     with replacing(path) as temporary, temporary.open("wb") as stream:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from semanticblur_core import io
+from semanticblur_core import io, stacks
 from semanticblur_core.errors import ImageError, SemanticBlurError
 from semanticblur_core.focus import scores
 from semanticblur_core.focus.calibration import Gate
@@ -276,6 +276,8 @@ class _Prepared:
 
 def _prepare(source: Source, options: FocusOptions) -> _Prepared:
     def work() -> _Prepared:
+        if source.read is None and stacks.is_stack(source.path):
+            raise ImageError(f"{source.path}: a stack; --stack checks its planes")
         read = source.read or (lambda: io.read_image(source.path))
         image = io.to_unit_range(
             io.without_alpha(read()), limits=options.value_range, name=source.name

@@ -160,7 +160,8 @@ class FileStack:
                 f"{self.paths[z]}: {image.dtype} {image.shape}, but {self.paths[0].name} is "
                 f"{self.dtype} {self.shape[1:]}; planes of one stack must be alike"
             )
-        return image[tuple(rest)]
+        part: NDArray[Any] = image[tuple(rest)]
+        return part
 
     def estimate_range(self) -> tuple[float, float] | None:
         """Limits of all planes together, as `Planes.estimate_range`, whatever their sizes.
