@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from napari.components import ViewerModel
     from napari.layers import Image
 
-    from semanticblur_core.inference.detector import DetectUpdate
+    from semanticblur_core.inference.planes import DetectUpdate
 
 Scope = Literal["current", "all", "range"]
 Limits = list[tuple[float, float]]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from semanticblur_core.config import ModelConfig, TrainConfig
     from semanticblur_core.errors import SemanticBlurError
     from semanticblur_core.evaluation import evaluate
+    from semanticblur_core.focus.check import FocusOptions, focus_report
+    from semanticblur_core.focus.stack import StackFocus, all_in_focus
     from semanticblur_core.inference.detector import Detector
     from semanticblur_core.losses import blur_loss
     from semanticblur_core.metrics import BlurScorer
@@ -29,26 +31,34 @@ __version__ = "0.1.0"
 __all__ = [
     "BlurScorer",
     "Detector",
+    "FocusOptions",
     "ModelConfig",
     "SemanticBlur",
     "SemanticBlurError",
+    "StackFocus",
     "TrainConfig",
+    "all_in_focus",
     "blur_loss",
     "evaluate",
     "finetune",
+    "focus_report",
     "train",
 ]
 
 _HOMES = {
     "BlurScorer": "semanticblur_core.metrics",
     "Detector": "semanticblur_core.inference.detector",
+    "FocusOptions": "semanticblur_core.focus.check",
     "ModelConfig": "semanticblur_core.config",
     "SemanticBlur": "semanticblur_core.network",
     "SemanticBlurError": "semanticblur_core.errors",
+    "StackFocus": "semanticblur_core.focus.stack",
     "TrainConfig": "semanticblur_core.config",
+    "all_in_focus": "semanticblur_core.focus.stack",
     "blur_loss": "semanticblur_core.losses",
     "evaluate": "semanticblur_core.evaluation",
     "finetune": "semanticblur_core.training.finetune",
+    "focus_report": "semanticblur_core.focus.check",
     "train": "semanticblur_core.training.loop",
 }
 

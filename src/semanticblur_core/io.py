@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from semanticblur_core.errors import DataError, ImageError
 
@@ -86,6 +86,37 @@ def read_image(path: Path) -> NDArray[Any]:
     if array.size == 0:
         raise ImageError(f"{path}: the image has no pixels, shape {array.shape}")
     return array
+
+
+def read_orientation(path: Path) -> int:
+    """EXIF or TIFF orientation (1 to 8) that `read_image` applies; 1 where the file says none.
+
+    Raises
+    ------
+    ImageError
+        If the file cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if path.suffix.lower() in TIFF_SUFFIXES:
+                import tifffile
+
+                with tifffile.TiffFile(path) as tiff:
+                    tag = tiff.pages.first.tags.get("Orientation")
+                    code = tag.value if tag is not None else 1
+            else:
+                with _open_pillow(path) as opened:
+                    code = opened.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(code) if code in range(1, 9) else 1
+    except Exception as error:  # tifffile and Pillow raise many kinds
+        raise ImageError(f"{path}: damaged or unreadable: {error}") from error
+
+
+def to_stored_orientation(array: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Undo an orientation: rows and columns ``(H, W, ...)`` as they lie in the file."""
+    # 6 and 8 are each other's inverse, the others their own.
+    return _orient(array, {6: 8, 8: 6}.get(orientation, orientation))
 
 
 def read_rgb8(path: Path) -> NDArray[np.uint8]:
@@ -237,6 +268,29 @@ def write_tiff(path: Path, array: NDArray[np.float32]) -> None:
 
     with replacing(path) as temporary:
         tifffile.imwrite(temporary, array, compression="zlib", photometric="minisblack")
+
+
+def write_image(path: Path, array: NDArray[Any]) -> None:
+    """Write ``(H, W)`` or ``(H, W, 3)`` of any real dtype as TIFF, or of 8 bits also as PNG.
+
+    Raises
+    ------
+    ImageError
+        If the suffix is of neither, or a PNG is asked for of other than 8 bits.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".png" and array.dtype == np.uint8:
+        write_png(path, array)
+        return
+    if suffix not in TIFF_SUFFIXES:
+        raise ImageError(
+            f"{path}: {array.dtype} pixels are written as .tif, 8-bit ones also as .png"
+        )
+    import tifffile
+
+    with replacing(path) as temporary:
+        photometric = "rgb" if array.ndim == 3 else "minisblack"
+        tifffile.imwrite(temporary, array, compression="zlib", photometric=photometric)
 
 
 def write_npy(path: Path, array: NDArray[np.float32]) -> None:

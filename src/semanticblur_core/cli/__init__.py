@@ -18,6 +18,7 @@ from semanticblur_core.errors import SemanticBlurError
 
 _COMMANDS = {
     "detect": "Find what is out of focus in images.",
+    "focus": "Say what is in focus: gates, reports, stacks.",
     "eval": "Score blur maps or a model against masks.",
     "data": "Look through data sets of images and masks.",
     "models": "List, describe and verify weights.",

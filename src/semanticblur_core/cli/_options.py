@@ -33,6 +33,14 @@ precision_option = click.option(
 flip_option = click.option(
     "--flip", is_flag=True, help="Average with the mirrored image's map, in twice the time."
 )
+method_option = click.option(
+    "--method",
+    type=click.Choice(["network", "hifst", "lbp", "dbdf"]),
+    default="network",
+    show_default=True,
+    help="network: the model. Others need no weights: HiFST, local binary patterns, or spectrum, "
+    "gradient and kurtosis.",
+)
 mask_polarity_option = click.option(
     "--mask-polarity",
     type=click.Choice(["blur", "sharp"]),
@@ -138,6 +146,21 @@ class ListType(_ParamType):
         if wrong:
             self.fail(f"expected of {', '.join(self.choices)}, got {wrong[0]!r}", param, ctx)
         return parts
+
+
+def refuse_network_flags(method: str, *names: str) -> None:
+    """Refuse flags of the network that were given beside another method.
+
+    Raises
+    ------
+    click.UsageError
+        Naming the first of them.
+    """
+    context = click.get_current_context()
+    given = click.core.ParameterSource.COMMANDLINE
+    for name in names if method != "network" else ():
+        if context.get_parameter_source(name) == given:
+            raise click.UsageError(f"--{name} is the network's; --method={method} has none")
 
 
 @contextmanager

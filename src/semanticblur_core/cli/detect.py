@@ -17,11 +17,14 @@ from semanticblur_core.cli._options import (
     SizeType,
     device_option,
     flip_option,
+    method_option,
     precision_option,
     progress_bar,
+    refuse_network_flags,
 )
 
 if TYPE_CHECKING:
+    from semanticblur_core.focus.classical import ClassicalDetector
     from semanticblur_core.inference.batch import FileResult
     from semanticblur_core.inference.detector import Detector
 
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 @click.option("--recursive", is_flag=True, help="Look into subfolders of an input folder too.")
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
 @click.option("--resume", is_flag=True, help="Skip inputs whose results are all there.")
+@method_option
 @click.option(
     "--model",
     default="default",
@@ -118,6 +122,7 @@ def command(
     recursive: bool,
     overwrite: bool,
     resume: bool,
+    method: str,
     model: str,
     device: str,
     precision: str,
@@ -141,6 +146,7 @@ def command(
     """
     from semanticblur_core.inference.batch import DetectOptions, detect_files, find_jobs
 
+    refuse_network_flags(method, "model", "device", "precision", "flip", "size")
     options = DetectOptions(
         output, size, threshold, formats, overlay, overwrite, resume, value_range, axes, channels,
         planes, level,
@@ -152,11 +158,7 @@ def command(
             f"{left_out[0]}"
         )
 
-    from semanticblur_core.device import keep_freed_memory
-    from semanticblur_core.inference.detector import Detector
-
-    keep_freed_memory()
-    detector = Detector(model, device=device, precision=precision, flip=flip)
+    detector = _make_detector(method, model, device, precision, flip)
     results = []
     try:
         with progress_bar() as progress:
@@ -178,6 +180,20 @@ def command(
         raise SystemExit(2)
 
 
+def _make_detector(
+    method: str, model: str, device: str, precision: str, flip: bool
+) -> Detector | ClassicalDetector:
+    if method != "network":
+        from semanticblur_core.focus.classical import ClassicalDetector
+
+        return ClassicalDetector(method)
+    from semanticblur_core.device import keep_freed_memory
+    from semanticblur_core.inference.detector import Detector
+
+    keep_freed_memory()
+    return Detector(model, device=device, precision=precision, flip=flip)
+
+
 def _report(result: FileResult, quiet: bool) -> None:
     if result.error is not None:
         click.echo(f"semanticblur-core: {result.error}", err=True)
@@ -191,17 +207,23 @@ def _report(result: FileResult, quiet: bool) -> None:
         )
 
 
-def _write_json(path: Path, results: list[FileResult], detector: Detector, options: Any) -> None:
+def _write_json(
+    path: Path, results: list[FileResult], detector: Detector | ClassicalDetector, options: Any
+) -> None:
     from semanticblur_core import __version__, io
+    from semanticblur_core.focus.classical import ClassicalDetector
 
     protocol = {
-        "size": options.size,
-        "map_resize": "bilinear",
         "blurred_is": f"map > {options.threshold:g}",
-        "device": str(detector.device),
-        "precision": str(detector.dtype).removeprefix("torch."),
         "value_range": options.value_range,
     }
+    if not isinstance(detector, ClassicalDetector):
+        protocol |= {
+            "size": options.size,
+            "map_resize": "bilinear",
+            "device": str(detector.device),
+            "precision": str(detector.dtype).removeprefix("torch."),
+        }
     done = [
         {
             "input": result.source,

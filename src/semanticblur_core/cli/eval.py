@@ -14,7 +14,9 @@ from semanticblur_core.cli._options import (
     device_option,
     flip_option,
     mask_polarity_option,
+    method_option,
     progress_bar,
+    refuse_network_flags,
 )
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ _polarity = click.Choice(["blur", "sharp"])
     show_default=True,
     help="The positive class; sharp inverts maps and masks.",
 )
+@method_option
 @click.option("--model", help="Model, for --images.  [default: default]")
 @click.option(
     "--onnx-input",
@@ -103,6 +106,7 @@ def command(
     map_resize: Any,
     protocol: Any,
     positive: Any,
+    method: str,
     model: str | None,
     onnx_input: Any,
     onnx_output_kind: Any,
@@ -125,6 +129,9 @@ def command(
     from semanticblur_core.data.datasets import list_images, read_split
     from semanticblur_core.evaluation import Evaluator, evaluate, match, resize_map
 
+    refuse_network_flags(method, "model", "device", "precision", "flip")
+    if method != "network" and images is None:
+        raise click.UsageError("--method goes with --images")
     if data is not None:
         if images or maps or masks:
             raise click.UsageError("--data goes without --images, --maps and --masks")
@@ -148,7 +155,7 @@ def command(
     names = read_split(split) if split else None
     pairs, problems = match(sources, masks, names, maps=maps is not None)
     predict: Predict | None = None
-    method = str(maps)
+    described = str(maps)
     analysis = f"maps as given, white = {map_polarity}, other sizes: {map_resize}"
     if images is not None and model is not None and is_onnx:
         from semanticblur_core.inference.onnx import OnnxDetector
@@ -163,13 +170,23 @@ def command(
         def predict_onnx(pair: Pair) -> NDArray[np.float32]:
             return network.detect(_read_as_large_as_mask(pair))
 
-        predict, method = predict_onnx, model
+        predict, described = predict_onnx, model
         analysis = (
             f"images squashed to {network.width_px} x {network.height_px}, {onnx_input} input, "
             f"{onnx_output_kind} out, white = {map_polarity}, other sizes: {map_resize}"
         )
+    elif images is not None and method != "network":
+        from semanticblur_core.focus.classical import ClassicalDetector
+
+        classical = ClassicalDetector(method)
+
+        def predict_classical(pair: Pair) -> NDArray[np.float32]:
+            return classical.detect(_read_as_large_as_mask(pair))
+
+        predict, described = predict_classical, f"method {method}"
+        analysis = f"images at their own size, {classical.reason}"
     elif images is not None:
-        predict, analysis, method = _predictor(model or "default", device, precision, flip)
+        predict, analysis, described = _predictor(model or "default", device, precision, flip)
     analysis += f"; masks: white = {mask_polarity}"
     evaluator = Evaluator(protocol, positive=positive, analysis=analysis)
     for problem in problems:
@@ -196,10 +213,10 @@ def command(
         click.echo("semanticblur-core: nothing could be scored", err=True)
         raise SystemExit(2)
     result = evaluator.result()
-    _print_table(result, evaluator.describe(), method)
+    _print_table(result, evaluator.describe(), described)
     if compare:
-        _print_comparison(result, compare.partition(":")[2] or "cuhk", method)
-    report = result.to_dict() | {"method": method, "n_failed": n_failed, "split": split}
+        _print_comparison(result, compare.partition(":")[2] or "cuhk", described)
+    report = result.to_dict() | {"method": described, "n_failed": n_failed, "split": split}
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         io.write_text(json_file, json.dumps(report, indent=1) + "\n")

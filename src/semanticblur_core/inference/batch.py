@@ -9,10 +9,10 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from semanticblur_core import io, stacks
 from semanticblur_core.errors import ImageError, SemanticBlurError
 from semanticblur_core.inference.overlay import draw_overlay
-from semanticblur_core.inference.planes import Channels, Planes
+from semanticblur_core.inference.planes import Channels, DetectUpdate, Planes
 from semanticblur_core.inference.tiling import TileGrid
 
 if TYPE_CHECKING:
@@ -30,6 +30,38 @@ SAMPLES = {"cat": "chelsea", "coffee": "coffee", "astronaut": "astronaut"}
 _RESULT_NAME = re.compile(r"_blur\.(png|tif|npy|zarr)$|_overlay\.png$")
 _SAMPLE_PREFIX = "sample:"
 STREAMED_PIXELS = 64_000_000
+
+
+class MapMaker(Protocol):
+    """What finds blur: the network's `Detector`, or a hand-crafted method."""
+
+    @property
+    def name(self) -> str:
+        """The model or method, for people."""
+        ...
+
+    def detect(
+        self,
+        image: NDArray[Any],
+        *,
+        size: int | Literal["native"],
+        value_range: tuple[float, float] | None,
+    ) -> NDArray[np.float32]:
+        """Blur map of one image, see `semanticblur_core.Detector.detect`."""
+        ...
+
+    def iter_planes(
+        self,
+        array: Any,
+        axes: str,
+        *,
+        indices: Sequence[Sequence[int]] | None,
+        channels: Channels,
+        size: int | Literal["native"],
+        value_range: tuple[float, float] | Sequence[tuple[float, float]] | None,
+    ) -> Iterator[DetectUpdate]:
+        """Maps of planes, see `semanticblur_core.Detector.iter_planes`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -113,7 +145,7 @@ def find_jobs(
     left_out = []
     for text in inputs:
         try:
-            for source, relative, named in _expand(text, recursive):
+            for source, relative, named in expand_input(text, recursive):
                 if not named and _is_result(source, output):
                     left_out.append(source)
                     continue
@@ -141,7 +173,7 @@ def find_jobs(
 
 
 def detect_files(
-    jobs: Iterable[Job], detector: Detector, options: DetectOptions
+    jobs: Iterable[Job], detector: MapMaker, options: DetectOptions
 ) -> Iterator[FileResult]:
     """Detect and write; yields a result per job, failed ones included. Close it to stop."""
     for job in jobs:
@@ -156,7 +188,7 @@ def detect_files(
         yield replace(result, elapsed_s=time.perf_counter() - start)
 
 
-def _detect_file(job: Job, detector: Detector, options: DetectOptions) -> FileResult:
+def _detect_file(job: Job, detector: MapMaker, options: DetectOptions) -> FileResult:
     path = Path(job.source)
     if not job.source.startswith(_SAMPLE_PREFIX) and (
         stacks.is_stack(path, axes=options.axes) or _is_streamed(path, options)
@@ -199,7 +231,7 @@ def _detect_file(job: Job, detector: Detector, options: DetectOptions) -> FileRe
     )
 
 
-def _detect_stack(job: Job, detector: Detector, options: DetectOptions) -> FileResult:
+def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileResult:
     path = Path(job.source)
     base = options.output / job.output_stem
     formats = options.formats or ("tif",)
@@ -248,7 +280,7 @@ def _append_planes(
     maps: stacks.MapFile,
     planes: Planes,
     box: list[range],
-    detector: Detector,
+    detector: MapMaker,
     options: DetectOptions,
 ) -> Iterator[PlaneResult]:
     """Detect planes one after the other; at native size in strips, a plane is never held whole."""
@@ -263,7 +295,9 @@ def _append_planes(
         if options.size == "native":
             read = _banded(functools.partial(view.read_unit, limits=limits))
             grid = TileGrid(*planes.plane_shape)
-            strips = (strip for _, strip in detector.iter_strips(read, grid))
+            # Only the network has a native size: other methods always work at the image's own.
+            network = cast("Detector", detector)
+            strips = (strip for _, strip in network.iter_strips(read, grid))
         else:
             if n_pixels > io.MAX_PIXELS:
                 raise ImageError(
@@ -350,8 +384,14 @@ def load(source: str) -> NDArray[Any]:
     return io.read_image(Path(source))
 
 
-def _expand(text: str, recursive: bool) -> Iterator[tuple[str, Path, bool]]:
-    """Sources of one input, each with its path below the output folder and whether it was named."""
+def expand_input(text: str, recursive: bool) -> Iterator[tuple[str, Path, bool]]:
+    """Sources of one input, each with its path below the output folder and whether it was named.
+
+    Raises
+    ------
+    ImageError
+        If it names nothing, or a folder that holds no image.
+    """
     if text.startswith(_SAMPLE_PREFIX):
         name = text.removeprefix(_SAMPLE_PREFIX)
         if name not in SAMPLES:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -18,43 +17,14 @@ from semanticblur_core.config import ModelConfig
 from semanticblur_core.data.transforms import normalise, squash
 from semanticblur_core.device import choose_device
 from semanticblur_core.errors import ConfigError, ImageError
-from semanticblur_core.inference.planes import Channels, Planes
+from semanticblur_core.inference.planes import ALL, Channels, DetectUpdate, Planes, Region
 from semanticblur_core.inference.tiling import OVERLAP_PX, TILE_SIZE_PX, Tile, TileGrid
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.network.semanticblur import MIN_SIZE_PX
 
 PAPER_SIZE_PX = 320
 
-Region = tuple[slice, slice]
 Reader = Callable[[slice, slice], NDArray[Any]]
-ALL: Region = (slice(None), slice(None))
-
-
-@dataclass(frozen=True)
-class DetectUpdate:
-    """State of a detection after a tile, or after a plane that is analysed in one piece.
-
-    Attributes
-    ----------
-    index
-        Index of the plane along the walked axes.
-    n_done, n_total
-        Pieces done of all planes asked for.
-    blur
-        ``(H, W)`` float32 in 0..1, 1 = out of focus: the map of the plane so far. The array is
-        written to until `plane_done`.
-    region
-        Rows and columns of it that have just changed.
-    plane_done
-        Whether the map of this plane is finished.
-    """
-
-    index: tuple[int, ...]
-    n_done: int
-    n_total: int
-    blur: NDArray[np.float32]
-    region: Region
-    plane_done: bool
 
 
 class Detector:

@@ -15,10 +15,39 @@ from semanticblur_core import io
 from semanticblur_core.errors import ImageError
 
 Channels = int | Literal["each", "mean"]
+Region = tuple[slice, slice]
+ALL: Region = (slice(None), slice(None))
 
 # What an estimate of the intensity range reads at most.
 RANGE_PLANES = 16
 RANGE_SAMPLES_PER_PLANE = 250_000
+
+
+@dataclass(frozen=True)
+class DetectUpdate:
+    """State of a detection after a tile, or after a plane that is analysed in one piece.
+
+    Attributes
+    ----------
+    index
+        Index of the plane along the walked axes.
+    n_done, n_total
+        Pieces done of all planes asked for.
+    blur
+        ``(H, W)`` float32 in 0..1, 1 = out of focus: the map of the plane so far. The array is
+        written to until `plane_done`.
+    region
+        Rows and columns of it that have just changed.
+    plane_done
+        Whether the map of this plane is finished.
+    """
+
+    index: tuple[int, ...]
+    n_done: int
+    n_total: int
+    blur: NDArray[np.float32]
+    region: Region
+    plane_done: bool
 
 
 @dataclass(frozen=True)

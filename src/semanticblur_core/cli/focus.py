@@ -1,0 +1,707 @@
+"""``semanticblur-core focus``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from semanticblur_core.cli._options import (
+    ChannelsType,
+    RangeType,
+    SizeType,
+    device_option,
+    method_option,
+    precision_option,
+    progress_bar,
+    refuse_network_flags,
+)
+
+if TYPE_CHECKING:
+    from semanticblur_core.focus.calibration import Gate
+    from semanticblur_core.focus.check import FocusOptions, ImageFocus, Source
+    from semanticblur_core.focus.stack import StackFocus
+    from semanticblur_core.inference.batch import MapMaker
+
+_file = click.Path(path_type=Path, dir_okay=False)
+_folder = click.Path(path_type=Path, file_okay=False)
+_SCORES = (
+    *("in_focus_fraction", "mean_blur", "largest_in_focus_fraction", "subject_in_focus"),
+    *("variance_of_laplacian", "tenengrad", "normalised_variance", "spectrum_slope"),
+    "blur_effect",
+)
+_N_MAP_SCORES = 4
+_WORST_PRINTED = 20
+
+_measuring = (
+    click.option("--recursive", is_flag=True, help="Look into subfolders of a folder too."),
+    method_option,
+    click.option("--model", default="default", show_default=True, help="Model of the network."),
+    device_option,
+    precision_option,
+    click.option(
+        "--size",
+        type=SizeType(),
+        default=320,
+        show_default=True,
+        help="Side the image is squashed to for the network, or native.",
+    ),
+    click.option(
+        "--threshold",
+        type=click.FloatRange(0, 1),
+        default=0.5,
+        show_default=True,
+        help="A pixel is in focus where the map is not above it.",
+    ),
+    click.option(
+        "--region",
+        default="image",
+        show_default=True,
+        metavar="image|content|DIR",
+        help="Where to look: everywhere, at content without empty background, or where the mask "
+        "of the same name in a folder is white.",
+    ),
+    click.option(
+        "--subject",
+        type=click.Choice(["centre", "saliency"]),
+        default="centre",
+        show_default=True,
+        help="What the subject is taken to be.",
+    ),
+    click.option(
+        "--range",
+        "value_range",
+        type=RangeType(),
+        help="Intensities that count as black and white, if not 8 bits.",
+    ),
+)
+
+
+def _measuring_options(function: Any) -> Any:
+    for option in reversed(_measuring):
+        function = option(function)
+    return function
+
+
+class _TileType(click.ParamType):  # type: ignore[type-arg]
+    """``64`` pixels or ``20um``."""
+
+    name = "PIXELS|MICROMETRESum"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, str]:
+        if isinstance(value, tuple):
+            return value
+        text = value.replace("µm", "um")
+        unit = "um" if text.endswith("um") else "px"
+        try:
+            size = float(text.removesuffix("um").removesuffix("px"))
+        except ValueError:
+            self.fail(f"expected such as 64 or 20um, got {value!r}", param, ctx)
+        if not size > 0 or (unit == "px" and size != int(size)):
+            self.fail(f"expected whole pixels or micrometres above 0, got {value!r}", param, ctx)
+        return size, unit
+
+
+@click.group(name="focus", invoke_without_command=True)
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="PATH|GLOB|DIR|sample:NAME",
+    help="Image, quoted glob or folder. May be given several times.",
+)
+@_measuring_options
+@click.option("--stack", is_flag=True, help="The input, a folder or a file, is one stack.")
+@click.option("--axes", help="Axes of a stack's file, such as TZYX, if not as the file says.")
+@click.option(
+    "--channels", type=ChannelsType(), default="each", show_default=True, help="Of a stack's file."
+)
+@click.option(
+    "--along", default="Z", show_default=True, help="Axis of a stack to find focus along."
+)
+@click.option(
+    "--measure",
+    type=click.Choice(["tenengrad", "laplacian", "network"]),
+    default="tenengrad",
+    show_default=True,
+    help="What says how sharp a plane of a stack is.",
+)
+@click.option("--composite", type=_file, help="Write a stack's all-in-focus composite (png, tif).")
+@click.option("--depth", type=_file, help="Write the index of the sharpest plane (tif).")
+@click.option("--report", type=_file, help="Write an HTML page that works offline.")
+@click.option("--csv", "csv_file", type=_file, help="Write a line an image.")
+@click.option("--json", "json_file", type=_file, help="Write everything that was measured.")
+@click.option("--min-in-focus", type=float, help="Gate: in-focus fraction at least, 0..1.")
+@click.option("--max-mean-blur", type=float, help="Gate: mean blur at most, 0..1.")
+@click.option("--min-largest", type=float, help="Gate: largest part in focus at least, 0..1.")
+@click.option("--min-subject", type=float, help="Gate: subject in focus at least, 0..1.")
+@click.option(
+    "--gate",
+    "gates",
+    multiple=True,
+    metavar="SCORE=LIMIT",
+    help="Gate on any score, such as tenengrad=0.001: the limit is kept on the sharp side.",
+)
+@click.option(
+    "--calibration", metavar="NAME|FILE", help="Gate set from examples by focus calibrate."
+)
+@click.option("--sort", type=click.Choice([*_SCORES, "name"]), help="Order of results, best first.")
+@click.option(
+    "--keep-best", type=click.IntRange(1), help="Name the N best by --sort, as of a burst."
+)
+@click.option(
+    "--tile-size", type=_TileType(), help="Also measure tiles of so many pixels, or 20um."
+)
+@click.option(
+    "--mask-output",
+    type=_folder,
+    help="Write masks for photogrammetry: NAME.EXT.png, black = ignore, as the file is stored.",
+)
+@click.option(
+    "--mask-margin",
+    type=click.IntRange(0),
+    default=8,
+    show_default=True,
+    help="Pixels around what is out of focus that masks ignore too.",
+)
+@click.pass_context
+def command(context: click.Context, /, **flags: Any) -> None:
+    """Say what is in focus: scores, gates, reports, the best plane of a stack.
+
+    Exit code 1 if an image (of a stack the best plane) does not keep a gate, 2 if one cannot be
+    read; the rest is done all the same. `focus calibrate` sets a gate from examples.
+    """
+    if context.invoked_subcommand is None:
+        _check(**flags)
+    elif flags["inputs"]:
+        raise click.UsageError("--input goes without a further command")
+
+
+@command.command(name="calibrate")
+@click.option("--good", required=True, multiple=True, metavar="PATH|GLOB|DIR", help="In focus.")
+@click.option("--bad", required=True, multiple=True, metavar="PATH|GLOB|DIR", help="Not in focus.")
+@_measuring_options
+@click.option("--score", type=click.Choice(_SCORES), help="Use this score, not the best.")
+@click.option("--name", help="Store it under this name.  [default: that of the model or method]")
+@click.option("--output", type=_file, help="Write it to this file instead.")
+def calibrate_command(
+    good: tuple[str, ...],
+    bad: tuple[str, ...],
+    score: str | None,
+    name: str | None,
+    output: Path | None,
+    recursive: bool,
+    **measuring: Any,
+) -> None:
+    """Set a gate from a few images that are in focus and a few that are not.
+
+    The score that separates them best is found, and the limit between. It is stored beside the
+    models, for --calibration=NAME.
+    """
+    from semanticblur_core.focus import calibration
+    from semanticblur_core.focus.check import focus_report
+
+    if name and output:
+        raise click.UsageError("give --name or --output, not both")
+    detector, options, protocol = _prepare(**measuring)
+    default_name = Path(detector.name).stem.partition("@")[0] or "default"
+    path = output or calibration.stored_path(name or default_name)
+    examples: list[list[dict[str, float]]] = []
+    n_failed = 0
+    for inputs in (good, bad):
+        sources = _sources(inputs, recursive)
+        scores: list[dict[str, float]] = []
+        with progress_bar() as progress:
+            task = progress.add_task("Measuring", total=len(sources))
+            for update in focus_report(sources, detector, options):
+                progress.update(task, completed=update.n_done)
+                if update.image.scores is None:
+                    n_failed += 1
+                    click.echo(f"semanticblur-core: {update.image.error}", err=True)
+                else:
+                    scores.append(update.image.scores.to_dict())
+        examples.append(scores)
+    found = calibration.calibrate(*examples, protocol=protocol, score=score)
+    calibration.save(found, path)
+    click.echo(
+        f"{found.gate.describe()}, from {found.n_good} good and {found.n_bad} bad examples: AUC "
+        f"{found.auc:.3f}, {found.accuracy:.1%} right when each is left out in turn -> {path}"
+    )
+    if n_failed:
+        raise SystemExit(2)
+
+
+@dataclass(frozen=True)
+class _StackInput:
+    """A stack that is open: its planes, how to collect them, and the array of a composite."""
+
+    sources: list[Source]
+    collected: StackFocus
+    value_range: tuple[float, float] | None
+    array: Any
+    axes: str
+    pixel_size_um: Any
+
+
+def _check(
+    *,
+    inputs: tuple[str, ...],
+    recursive: bool,
+    stack: bool,
+    axes: str | None,
+    channels: Any,
+    along: str,
+    measure: str,
+    composite: Path | None,
+    depth: Path | None,
+    report: Path | None,
+    csv_file: Path | None,
+    json_file: Path | None,
+    calibration: str | None,
+    sort: str | None,
+    keep_best: int | None,
+    tile_size: tuple[float, str] | None,
+    mask_output: Path | None,
+    mask_margin: int,
+    **flags: Any,
+) -> None:
+    if not inputs:
+        raise click.UsageError("give --input, or `focus calibrate`")
+    if (composite or depth or axes) and not stack:
+        raise click.UsageError("--composite, --depth and --axes go with --stack")
+    if stack and (mask_output or keep_best):
+        raise click.UsageError("--mask-output and --keep-best go without --stack")
+    gates = _gates(flags)
+    detector, options, protocol = _prepare(
+        **{key: flags[key] for key in flags if key not in _GATE_FLAGS}
+    )
+    if calibration:
+        gates.append(_calibrated(calibration, protocol))
+    options = replace(
+        options,
+        gates=tuple(gates),
+        measure=measure if stack else None,
+        mask_folder=mask_output,
+        mask_margin_px=mask_margin,
+        thumbnails=report is not None,
+    )
+    with ExitStack() as resources:
+        opened: _StackInput | None = None
+        if stack:
+            if len(inputs) > 1:
+                raise click.UsageError("--stack takes one --input")
+            opened = resources.enter_context(
+                _open_stack(inputs[0], recursive, axes, channels, along, options)
+            )
+            options = replace(options, value_range=opened.value_range)
+        sources = opened.sources if opened else _sources(inputs, recursive)
+        options = replace(options, tile_size_px=_tile_px(tile_size, sources, opened))
+        results = _Results(detector, protocol, options, opened, sort, keep_best)
+        try:
+            results.run(sources, report)
+        finally:
+            # Written after an interruption too: they tell what was done.
+            results.write(json_file, csv_file)
+        if opened and (composite or depth):
+            _write_composite(opened, channels, along, composite, depth)
+    results.print()
+    if results.n_failed:
+        raise SystemExit(2)
+    if not results.passed:
+        raise SystemExit(1)
+
+
+class _Results:
+    """Images as they are checked, and what is written and printed of them."""
+
+    def __init__(
+        self,
+        detector: MapMaker,
+        protocol: dict[str, Any],
+        options: FocusOptions,
+        opened: _StackInput | None,
+        sort: str | None,
+        keep_best: int | None,
+    ) -> None:
+        self._detector, self._protocol, self._options = detector, protocol, options
+        self._opened, self._sort, self._keep_best = opened, sort, keep_best
+        self._gated = bool(options.gates)
+        self.images: list[ImageFocus] = []
+
+    def run(self, sources: list[Source], report: Path | None) -> None:
+        from semanticblur_core.focus.check import focus_report
+        from semanticblur_core.focus.report import HtmlReport
+
+        with ExitStack() as resources:
+            progress = resources.enter_context(progress_bar())
+            html = resources.enter_context(HtmlReport(report)) if report else None
+            task = progress.add_task("Checking focus", total=len(sources))
+            try:
+                for update in focus_report(sources, self._detector, self._options):
+                    image = update.image
+                    if html is not None:
+                        html.add(image)
+                    # A report of many images holds their pictures; memory does not.
+                    self.images.append(replace(image, thumbnail=None, overlay=None))
+                    if self._opened and image.plane is not None:
+                        self._opened.collected.add(image.plane)
+                    progress.update(task, completed=update.n_done)
+                    if image.error is not None:
+                        click.echo(f"semanticblur-core: {image.error}", err=True)
+            finally:
+                if html is not None:
+                    html.summary = self._summary()
+
+    @property
+    def n_failed(self) -> int:
+        """Images that could not be read."""
+        return sum(image.error is not None for image in self.images)
+
+    @property
+    def passed(self) -> bool:
+        """Whether all that the gates are for keep them."""
+        return all(image.passed for image in self._judged())
+
+    def write(self, json_file: Path | None, csv_file: Path | None) -> None:
+        from semanticblur_core.focus.report import to_row, write_csv, write_json
+
+        rows = [to_row(image) for image in self._ordered()]
+        if self._keep_best:
+            kept = {id(image) for image in self._kept()}
+            for row, image in zip(rows, self._ordered(), strict=True):
+                row["kept"] = id(image) in kept
+        if csv_file:
+            write_csv(csv_file, rows)
+        if json_file:
+            from semanticblur_core import __version__
+
+            document = {
+                "software": f"napari-semanticblur {__version__}",
+                "protocol": self._protocol,
+                "gates": [gate.describe() for gate in self._options.gates],
+                "passed": self.passed and not self.n_failed,
+                "images": [row for row in rows if "error" not in row],
+                "failures": [
+                    {"name": row["name"], "error": row["error"]} for row in rows if "error" in row
+                ],
+                **self._stack_rows(),
+            }
+            write_json(json_file, document)
+
+    def print(self) -> None:
+        for image in self._ordered() if len(self.images) <= _WORST_PRINTED else self._worst():
+            if image.scores is not None:
+                word = f"{'passed' if image.passed else 'FAILED'}, " if self._gated else ""
+                why = f" ({'; '.join(image.failed_gates)})" if image.failed_gates else ""
+                click.echo(
+                    f"{image.name}: {word}{image.scores.in_focus_fraction:.1%} in focus, mean "
+                    f"blur {image.scores.mean_blur:.3f}{why}"
+                )
+        if self._keep_best:
+            click.echo(f"kept: {', '.join(image.name for image in self._kept())}")
+        for one in self._stack_rows().get("stacks", []):
+            at = "".join(f" at {axis}={i}" for axis, i in one["at"].items())
+            best = one["best_plane"]
+            click.echo(
+                f"best plane{at}: {best['name']} (index {best['index']}, peak {one['peak']:.2f})"
+            )
+        n_read = len(self.images) - self.n_failed
+        text = f"{n_read} {'planes' if self._opened else 'images'}, {self.n_failed} unreadable"
+        if self._gated:
+            judged = self._judged()
+            kind = "best planes" if self._opened else "images"
+            text += f"; {sum(image.passed for image in judged)} of {len(judged)} {kind} passed"
+        click.echo(text)
+
+    def _ordered(self) -> list[ImageFocus]:
+        from semanticblur_core.focus.report import ranked
+
+        return ranked(self.images, self._sort, best_first=True) if self._sort else self.images
+
+    def _worst(self) -> list[ImageFocus]:
+        from semanticblur_core.focus.report import ranked
+
+        click.echo(f"the {_WORST_PRINTED} worst:")
+        score = self._sort if self._sort and self._sort != "name" else "in_focus_fraction"
+        return ranked(self.images, score)[:_WORST_PRINTED]
+
+    def _kept(self) -> list[ImageFocus]:
+        from semanticblur_core.focus.report import ranked
+
+        score = self._sort if self._sort and self._sort != "name" else "in_focus_fraction"
+        readable = [image for image in self.images if image.scores is not None]
+        return ranked(readable, score, best_first=True)[: self._keep_best]
+
+    def _judged(self) -> list[ImageFocus]:
+        """Images that the gates are for: all, or of a stack the best planes."""
+        readable = [image for image in self.images if image.scores is not None]
+        if not self._opened:
+            return readable
+        names = {one["best_plane"]["name"] for one in self._stack_rows().get("stacks", [])}
+        return [image for image in readable if image.name in names]
+
+    def _stack_rows(self) -> dict[str, Any]:
+        from semanticblur_core.focus.report import stack_rows
+
+        if not self._opened or not self._opened.collected.planes:
+            return {}
+        names = {source.index: source.name for source in self._opened.sources}
+        step_um = self._opened.pixel_size_um.get(self._opened.collected.along)
+        return stack_rows(self._opened.collected, names, step_um=step_um)
+
+    def _summary(self) -> dict[str, Any]:
+        """What the HTML page shows beside the rows."""
+        gates = ", ".join(gate.describe() for gate in self._options.gates) or "none"
+        said = ", ".join(f"{key} {value}" for key, value in self._protocol.items() if value)
+        summary: dict[str, Any] = {
+            "description": f"Gates: {gates}. Measured with: {said}.",
+            "gated": self._gated,
+            **self._stack_rows(),
+        }
+        if self._keep_best:
+            kept = {id(image) for image in self._kept()}
+            summary["kept"] = [i for i, image in enumerate(self.images) if id(image) in kept]
+        return summary
+
+
+_GATE_FLAGS = {
+    "min_in_focus": "in_focus_fraction",
+    "max_mean_blur": "mean_blur",
+    "min_largest": "largest_in_focus_fraction",
+    "min_subject": "subject_in_focus",
+    "gates": "",
+}
+
+
+def _gates(flags: dict[str, Any]) -> list[Gate]:
+    from semanticblur_core.errors import ConfigError
+    from semanticblur_core.focus.calibration import Gate
+
+    gates = [
+        Gate(score, flags[flag])
+        for flag, score in _GATE_FLAGS.items()
+        if score and flags[flag] is not None
+    ]
+    for text in flags["gates"]:
+        name, _, limit = text.partition("=")
+        try:
+            gates.append(Gate(name, float(limit)))
+        except ValueError:
+            raise ConfigError(
+                f"--gate={text}: expected SCORE=LIMIT, such as tenengrad=0.001"
+            ) from None
+    return gates
+
+
+def _calibrated(name: str, protocol: dict[str, Any]) -> Gate:
+    """The gate of a calibration, if it was measured as this run measures."""
+    from semanticblur_core.errors import ConfigError
+    from semanticblur_core.focus import calibration
+
+    path = calibration.resolve(name)
+    found = calibration.load(path)
+    # The classical scores do not depend on map, region and subject.
+    of_map = found.score in _SCORES[:_N_MAP_SCORES]
+    for key, value in found.protocol.items():
+        if protocol.get(key) != value and (of_map or key == "value_range"):
+            raise ConfigError(
+                f"{path}: was measured with {key} {value}, this run has {protocol.get(key)}; "
+                "measure alike or calibrate anew"
+            )
+    return found.gate
+
+
+def _prepare(
+    *,
+    method: str,
+    model: str,
+    device: str,
+    precision: str,
+    size: Any,
+    threshold: float,
+    region: str,
+    subject: Any,
+    value_range: tuple[float, float] | None,
+) -> tuple[MapMaker, FocusOptions, dict[str, Any]]:
+    """Detector, options without gates, and how things are measured, for calibrations."""
+    from semanticblur_core.focus.check import FocusOptions
+
+    refuse_network_flags(method, "model", "device", "precision", "size")
+    options = FocusOptions(
+        size=size,
+        value_range=value_range,
+        threshold=threshold,
+        region=_region(region),
+        subject=subject,
+    )
+    protocol: dict[str, Any] = {"method": method}
+    detector: MapMaker
+    if method == "network":
+        from semanticblur_core.device import keep_freed_memory
+        from semanticblur_core.inference.detector import Detector
+
+        keep_freed_memory()
+        network = Detector(model, device=device, precision=precision)
+        detector = network
+        sha256 = network.info.sha256 if network.info else None
+        protocol |= {"model": model, "model_sha256": sha256, "size": size}
+    else:
+        from semanticblur_core.focus.classical import ClassicalDetector
+
+        detector = ClassicalDetector(method)
+    protocol |= {
+        "threshold": threshold,
+        "region": region if region in ("image", "content") else "masks",
+        "subject": subject,
+        "value_range": list(value_range) if value_range else None,
+    }
+    return detector, options, protocol
+
+
+def _region(text: str) -> Any:
+    if text in ("image", "content"):
+        return text
+    from semanticblur_core import io
+    from semanticblur_core.data.datasets import group_by_stem, list_images
+    from semanticblur_core.errors import DataError
+
+    folder = Path(text)
+    masks = group_by_stem(list_images(folder))
+
+    def region(source: Source) -> Any:
+        found = masks.get(Path(source.name).stem, [])
+        if len(found) != 1:
+            raise DataError(f"{source.name}: {len(found)} masks of this name in {folder}")
+        return io.read_mask(found[0])
+
+    return region
+
+
+def _sources(inputs: tuple[str, ...], recursive: bool) -> list[Source]:
+    from semanticblur_core.errors import ImageError
+    from semanticblur_core.focus.check import Source
+    from semanticblur_core.inference.batch import expand_input, load
+
+    sources: dict[str, Source] = {}
+    for text in inputs:
+        try:
+            for path, relative, _ in expand_input(text, recursive):
+                read = _loader(load, path) if path.startswith("sample:") else None
+                sources.setdefault(path, Source(relative.as_posix(), Path(path), read))
+        except OSError as error:
+            raise ImageError(f"{text}: cannot be read: {error.strerror or error}") from error
+    return list(sources.values())
+
+
+def _loader(load: Callable[[str], Any], path: str) -> Callable[[], Any]:
+    return lambda: load(path)
+
+
+@contextmanager
+def _open_stack(
+    text: str,
+    recursive: bool,
+    axes: str | None,
+    channels: Any,
+    along: str,
+    options: FocusOptions,
+) -> Iterator[_StackInput]:
+    """The planes of a folder, or of a file of any axes."""
+    from semanticblur_core import stacks
+    from semanticblur_core.focus.stack import FileStack, StackFocus, in_stack_order
+
+    path = Path(text).expanduser()
+    if path.suffix.lower() in stacks.STACK_SUFFIXES:
+        with stacks.open_stack(path, axes=axes) as opened:
+            yield _open_file(path, opened, channels, along, options.value_range)
+        return
+    files = {source.path: source for source in _sources((text,), recursive)}
+    ordered = in_stack_order(list(files))
+    files_stack = FileStack(ordered)
+    yield _StackInput(
+        sources=[replace(files[file], index=(i,)) for i, file in enumerate(ordered)],
+        collected=StackFocus("Z", along=along),
+        value_range=options.value_range or files_stack.estimate_range(),
+        array=files_stack,
+        axes=files_stack.axes,
+        pixel_size_um={},
+    )
+
+
+def _open_file(
+    path: Path,
+    opened: Any,
+    channels: Any,
+    along: str,
+    value_range: tuple[float, float] | None,
+) -> _StackInput:
+    from semanticblur_core.focus.check import Source
+    from semanticblur_core.focus.stack import StackFocus
+    from semanticblur_core.inference.planes import Planes
+
+    planes = Planes(opened.array, opened.axes, channels)
+    limits = planes.as_limits(value_range) if value_range else planes.estimate_range()
+
+    def source(index: tuple[int, ...]) -> Source:
+        places = zip(planes.walked_axes, index, strict=True)
+        name = f"{path.name}[{','.join(f'{axis}={i}' for axis, i in places)}]"
+        return Source(name, path, lambda: planes.view(index).read_unit(limits=limits), index)
+
+    plain = limits is None and channels != "mean"
+    return _StackInput(
+        sources=[source(index) for index in planes.indices()],
+        collected=StackFocus(planes.walked_axes, along=along),
+        # Anything else comes in 0..1 from the reader and must not be stretched plane by plane.
+        value_range=None if plain else (0.0, 1.0),
+        array=opened.array,
+        axes=opened.axes,
+        pixel_size_um=opened.pixel_size_um,
+    )
+
+
+def _tile_px(
+    tile_size: tuple[float, str] | None, sources: list[Source], opened: _StackInput | None
+) -> int | None:
+    from semanticblur_core import stacks
+    from semanticblur_core.focus.scores import tile_size_in_px
+
+    if tile_size is None:
+        return None
+    size, unit = tile_size
+    if unit == "px":
+        return int(size)
+    sizes = opened.pixel_size_um if opened else {}
+    first = sources[0].path
+    if not sizes and first.suffix.lower() in stacks.STACK_SUFFIXES and first.exists():
+        with stacks.open_stack(first) as one:
+            sizes = one.pixel_size_um
+    return tile_size_in_px(size, sizes.get("X"))
+
+
+def _write_composite(
+    opened: _StackInput, channels: Any, along: str, composite: Path | None, depth: Path | None
+) -> None:
+    from semanticblur_core import io
+    from semanticblur_core.errors import ConfigError
+    from semanticblur_core.focus.stack import all_in_focus
+
+    if len(opened.collected.series()) > 1:
+        raise ConfigError("--composite, --depth: the stack has other axes than the one of focus")
+    at = opened.collected.series()[0]
+    last = None
+    with progress_bar() as progress:
+        task = progress.add_task("Composing", total=None)
+        for last in all_in_focus(opened.array, opened.axes, along=along, at=at, channels=channels):
+            progress.update(task, completed=last.n_done, total=last.n_total)
+    assert last is not None
+    if composite and last.composite is not None:
+        io.write_image(composite, last.composite)
+    if depth and last.depth is not None:
+        io.write_image(depth, last.depth)
+    click.echo(f"all in focus -> {', '.join(str(path) for path in (composite, depth) if path)}")

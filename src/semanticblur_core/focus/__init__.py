@@ -1,0 +1,1 @@
+"""Focus quality: scores, classical blur maps, stacks, reports and calibrated gates."""

@@ -1,0 +1,415 @@
+"""Focus of many images: scores, gates, thumbnails and masks, one image after the other."""
+
+from __future__ import annotations
+
+import base64
+import io as streams
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from semanticblur_core import io, stacks
+from semanticblur_core.errors import ImageError, SemanticBlurError
+from semanticblur_core.focus import scores
+from semanticblur_core.focus.calibration import Gate
+from semanticblur_core.focus.classical import as_grey
+from semanticblur_core.focus.stack import TILE_SIZE_PX, PlaneFocus, focus_measure, plane_focus
+
+if TYPE_CHECKING:
+    from semanticblur_core.inference.batch import MapMaker
+
+RegionKind = Literal["image", "content"]
+
+THUMBNAIL_PX = 160
+_MAP_PX = 40
+_N_THREADS = 2
+_AHEAD = 2
+# Levels of blur in a thumbnail's overlay; few, for small files.
+_OVERLAY_LEVELS = 8
+_OVERLAY_COLOR = (0xE6, 0x9F, 0x00)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image to check: where to read it, and its name in reports (with its extension).
+
+    ``read`` gives ``(H, W)`` or ``(H, W, 3)`` of any real dtype; None reads the file ``path``.
+    ``index`` is a plane's place in its stack.
+    """
+
+    name: str
+    path: Path
+    read: Callable[[], NDArray[Any]] | None = None
+    index: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class FocusOptions:
+    """How images are judged, and what is made beside the scores.
+
+    Parameters
+    ----------
+    gates
+        An image passes if it keeps them all.
+    size, value_range
+        As in `semanticblur_core.Detector.detect`.
+    threshold
+        A pixel is in focus where the map is not above it.
+    region
+        Where to look: the whole image, or its content without empty background. A function gives
+        the region ``(H, W)`` bool of a source, or None for the whole.
+    subject
+        What `subject_in_focus` is weighted by.
+    tile_size_px
+        Also measure the in-focus fraction of tiles of this side.
+    measure
+        Also measure each image as the plane of a stack, see
+        `semanticblur_core.focus.stack.focus_measure`.
+    mask_folder, mask_margin_px
+        Also write masks for photogrammetry there, with what is blurred enlarged by the margin.
+    thumbnails
+        Whether small pictures for a report are made.
+    """
+
+    gates: tuple[Gate, ...] = ()
+    size: int | Literal["native"] = 320
+    value_range: tuple[float, float] | None = None
+    threshold: float = scores.THRESHOLD
+    region: RegionKind | Callable[[Source], NDArray[np.bool_] | None] = "image"
+    subject: scores.Subject = "centre"
+    tile_size_px: int | None = None
+    measure: str | None = None
+    mask_folder: Path | None = None
+    mask_margin_px: int = 0
+    thumbnails: bool = False
+
+
+@dataclass(frozen=True)
+class ImageFocus:
+    """Focus of one image.
+
+    Attributes
+    ----------
+    name
+        With extension, and with folders below the input.
+    source
+        File it came from.
+    height, width
+        In pixels.
+    scores
+        None where it could not be read.
+    passed
+        Whether all gates are kept; True where there are none.
+    failed_gates
+        Those that are not kept, for people.
+    error
+        Why it could not be checked.
+    tiles
+        In-focus fraction of tiles, ``(rows, columns)``.
+    plane
+        Focus as the plane of a stack.
+    thumbnail, overlay
+        JPEG and PNG of the same shape, base64.
+    elapsed_s
+        Detection and scores, without waiting.
+    """
+
+    name: str
+    source: str
+    height: int = 0
+    width: int = 0
+    scores: scores.FocusScores | None = None
+    passed: bool = False
+    failed_gates: tuple[str, ...] = ()
+    error: str | None = None
+    tiles: NDArray[np.float32] | None = field(default=None, repr=False)
+    plane: PlaneFocus | None = field(default=None, repr=False)
+    thumbnail: str | None = field(default=None, repr=False)
+    overlay: str | None = field(default=None, repr=False)
+    elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class FocusUpdate:
+    """One image checked, failed ones included."""
+
+    image: ImageFocus
+    n_done: int
+    n_total: int
+
+
+def focus_report(
+    sources: Iterable[Source | str | Path], detector: MapMaker, options: FocusOptions | None = None
+) -> Iterator[FocusUpdate]:
+    """Check images one after the other, in order and in constant memory; close it to stop.
+
+    Parameters
+    ----------
+    sources
+        Files, or `Source` objects for images from elsewhere.
+    detector
+        `semanticblur_core.Detector`, or a method of `semanticblur_core.focus.classical`.
+    options
+        Gates and the like.
+
+    Yields
+    ------
+    FocusUpdate
+        One for each image; one that cannot be read has ``image.error``.
+
+    Examples
+    --------
+    >>> from semanticblur_core import Detector, FocusOptions, focus_report
+    >>> for update in focus_report(["a.jpg", "b.jpg"], Detector(), FocusOptions()):
+    ...     print(update.image.name, update.image.scores.in_focus_fraction)
+    """
+    options = options or FocusOptions()
+    listed = [
+        one if isinstance(one, Source) else Source(Path(one).name, Path(one)) for one in sources
+    ]
+    # Files are read and scored in threads while the network works on the image between.
+    with ThreadPoolExecutor(_N_THREADS) as pool:
+        read: deque[Future[_Prepared]] = deque()
+        scored: deque[Future[ImageFocus]] = deque()
+        waiting = iter(listed)
+        n_done = 0
+        try:
+            while n_done < len(listed):
+                while len(read) < _AHEAD and (source := next(waiting, None)) is not None:
+                    read.append(pool.submit(_prepare, source, options))
+                if read:
+                    prepared = _detect(read.popleft().result(), detector, options)
+                    scored.append(pool.submit(_score, prepared, options))
+                if len(scored) >= _AHEAD or not read:
+                    n_done += 1
+                    yield FocusUpdate(scored.popleft().result(), n_done, len(listed))
+        finally:
+            futures: list[Future[Any]] = [*read, *scored]
+            for future in futures:
+                future.cancel()
+
+
+def focus_of_image(
+    image: NDArray[Any],
+    detector: MapMaker,
+    options: FocusOptions | None = None,
+    *,
+    name: str = "image",
+) -> tuple[ImageFocus, NDArray[np.float32]]:
+    """Focus of one image in memory, and its blur map ``(H, W)``.
+
+    Raises
+    ------
+    ImageError
+        If it is not one grey or RGB image.
+    """
+    options = options or FocusOptions()
+    source = Source(name, Path(name), lambda: image)
+    prepared = _detect(_prepare(source, options), detector, options)
+    result = _score(prepared, options)
+    if result.error is not None or prepared.blur is None:
+        raise ImageError(result.error or f"{name}: no map")
+    return result, prepared.blur
+
+
+def colmap_mask(
+    blur: NDArray[np.float32],
+    *,
+    threshold: float = scores.THRESHOLD,
+    margin_px: int = 0,
+    orientation: int = 1,
+) -> NDArray[np.uint8]:
+    """Mask for photogrammetry: 255 = use, 0 = ignore (out of focus).
+
+    Parameters
+    ----------
+    blur
+        ``(H, W)`` float32 in 0..1, of the image as it is looked at.
+    threshold
+        A pixel is ignored where the map is above it.
+    margin_px
+        Pixels no further than this from an ignored one are ignored too.
+    orientation
+        EXIF orientation of the file: the mask lies as its pixels are stored, before rotation, as
+        COLMAP reads images.
+
+    Returns
+    -------
+    ndarray
+        ``(H, W)`` or ``(W, H)`` uint8.
+
+    Raises
+    ------
+    ImageError
+        If the margin is negative.
+    """
+    if margin_px < 0:
+        raise ImageError(f"mask margin: expected at least 0 px, got {margin_px}")
+    keep = blur <= threshold
+    if margin_px and not keep.all():
+        keep = ndimage.distance_transform_edt(keep) > margin_px
+    mask = np.where(keep, np.uint8(255), np.uint8(0))
+    return io.to_stored_orientation(mask, orientation)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """An image between the steps; ``error`` ends it."""
+
+    source: Source
+    image: NDArray[Any] | None = None
+    region: NDArray[np.bool_] | None = None
+    blur: NDArray[np.float32] | None = None
+    error: str | None = None
+    elapsed_s: float = 0.0
+
+
+def _prepare(source: Source, options: FocusOptions) -> _Prepared:
+    def work() -> _Prepared:
+        if source.read is None and stacks.is_stack(source.path):
+            raise ImageError(f"{source.path}: a stack; --stack checks its planes")
+        read = source.read or (lambda: io.read_image(source.path))
+        image = io.to_unit_range(
+            io.without_alpha(read()), limits=options.value_range, name=source.name
+        )
+        if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+            raise ImageError(f"{source.name}: expected a grey or RGB image, got {image.shape}")
+        region = options.region(source) if callable(options.region) else None
+        if region is not None and region.shape != image.shape[:2]:
+            raise ImageError(
+                f"{source.name}: region of {region.shape} for an image of {image.shape[:2]}"
+            )
+        return _Prepared(source, image, region)
+
+    return _guarded(work, _Prepared(source))
+
+
+def _detect(prepared: _Prepared, detector: MapMaker, options: FocusOptions) -> _Prepared:
+    image = prepared.image
+    if image is None:
+        return prepared
+
+    def work() -> _Prepared:
+        limits = None if image.dtype == np.uint8 else (0.0, 1.0)
+        blur = detector.detect(image, size=options.size, value_range=limits)
+        return replace(prepared, blur=blur)
+
+    return _guarded(work, prepared)
+
+
+def _score(prepared: _Prepared, options: FocusOptions) -> ImageFocus:
+    source, image, blur, region = prepared.source, prepared.image, prepared.blur, prepared.region
+    failed = ImageFocus(
+        source.name, str(source.path), error=prepared.error, elapsed_s=prepared.elapsed_s
+    )
+    if prepared.error is not None or image is None or blur is None:
+        return failed
+    start = time.perf_counter()
+    try:
+        grey = as_grey(image)
+        if options.region == "content":
+            region = scores.content_mask(grey)
+        measured = scores.score_image(
+            grey, blur, region=region, threshold=options.threshold, subject=options.subject
+        )
+        values = measured.to_dict()
+        kept = [gate.passes(values) for gate in options.gates]
+        missed = tuple(
+            _describe(gate, values[gate.score])
+            for gate, passes in zip(options.gates, kept, strict=True)
+            if not passes
+        )
+        tiles = None
+        if options.tile_size_px is not None:
+            tiles = scores.tile_means(blur <= options.threshold, options.tile_size_px)
+        plane = None
+        if options.measure is not None:
+            tile_size_px = options.tile_size_px or TILE_SIZE_PX
+            measure = focus_measure(options.measure, blur=blur)
+            plane = plane_focus(source.index, image, measure, tile_size_px=tile_size_px)
+        if options.mask_folder is not None:
+            _write_mask(source, blur, options)
+        thumbnail, overlay = _pictures(image, blur) if options.thumbnails else (None, None)
+    except (SemanticBlurError, MemoryError, OSError, ValueError) as error:
+        return replace(failed, error=_reason(error, source.name))
+    return ImageFocus(
+        name=source.name,
+        source=str(source.path),
+        height=blur.shape[0],
+        width=blur.shape[1],
+        scores=measured,
+        passed=all(kept),
+        failed_gates=missed,
+        tiles=tiles,
+        plane=plane,
+        thumbnail=thumbnail,
+        overlay=overlay,
+        elapsed_s=prepared.elapsed_s + time.perf_counter() - start,
+    )
+
+
+def _describe(gate: Gate, value: float) -> str:
+    found = f"{value:.4g}" if math.isfinite(value) else "none, for there is no content"
+    return f"{gate.describe()}, got {found}"
+
+
+def _guarded(work: Callable[[], _Prepared], before: _Prepared) -> _Prepared:
+    """Run a step; what it raises becomes the image's error."""
+    start = time.perf_counter()
+    try:
+        done = work()
+    except (SemanticBlurError, MemoryError, OSError, RuntimeError, ValueError) as error:
+        done = replace(before, error=_reason(error, before.source.name))
+    return replace(done, elapsed_s=before.elapsed_s + time.perf_counter() - start)
+
+
+def _reason(error: BaseException, name: str) -> str:
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    return text if name in text else f"{name}: {text}"
+
+
+def _write_mask(source: Source, blur: NDArray[np.float32], options: FocusOptions) -> None:
+    assert options.mask_folder is not None
+    mask = colmap_mask(
+        blur,
+        threshold=options.threshold,
+        margin_px=options.mask_margin_px,
+        orientation=1 if source.read is not None else io.read_orientation(source.path),
+    )
+    io.write_png(options.mask_folder / f"{source.name}.png", mask)
+
+
+def _pictures(image: NDArray[Any], blur: NDArray[np.float32]) -> tuple[str, str]:
+    """A thumbnail as JPEG and its blur, orange where blurred, as a small PNG; base64."""
+    step = max(1, min(image.shape[:2]) // (2 * THUMBNAIL_PX))
+    small = image[::step, ::step]
+    if small.dtype != np.uint8:
+        small = np.rint(small * 255).astype(np.uint8)
+    picture = Image.fromarray(small)
+    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX)
+    size = [max(1, round(n * _MAP_PX / max(blur.shape))) for n in blur.shape[::-1]]
+    coarse = np.asarray(Image.fromarray(blur).resize((size[0], size[1]), Image.Resampling.BOX))
+    levels = np.rint(coarse * (_OVERLAY_LEVELS - 1)).astype(np.uint8)
+    tint = Image.fromarray(levels)
+    tint.putpalette(_OVERLAY_COLOR * _OVERLAY_LEVELS)
+    alphas = bytes(round(200 * level / (_OVERLAY_LEVELS - 1)) for level in range(_OVERLAY_LEVELS))
+    encoded: Sequence[tuple[Image.Image, dict[str, Any]]] = (
+        (picture, {"format": "JPEG", "quality": 70}),
+        (tint, {"format": "PNG", "transparency": alphas, "bits": 4, "optimize": True}),
+    )
+    texts = []
+    for one, how in encoded:
+        stream = streams.BytesIO()
+        one.save(stream, **how)
+        texts.append(base64.b64encode(stream.getvalue()).decode("ascii"))
+    return texts[0], texts[1]

@@ -1,0 +1,427 @@
+"""Numbers that say how much of an image is in focus.
+
+Two families. Those of a **blur map** (``blur``, ``(H, W)`` float in 0..1, 1 = out of focus) are
+regional: a region of interest, ``(H, W)`` bool, says where to look. A pixel is in focus where the
+map is not above the threshold. The **classical** ones need no map: one number of a grey image
+``(H, W)`` float in 0..1, to be compared between images of one scene or kind only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft, ndimage
+
+from semanticblur_core.errors import ImageError
+
+Bools = NDArray[np.bool_]
+Subject = Literal["centre", "saliency"]
+
+THRESHOLD = 0.5
+# A content mask is made on an image of about this many pixels along its longer side.
+_CONTENT_SIDE_PX = 256
+_SALIENCY_SIDE_PX = 64
+
+
+@dataclass(frozen=True)
+class FocusScores:
+    """Scores of one image.
+
+    Attributes
+    ----------
+    in_focus_fraction
+        Share of the region that is in focus.
+    mean_blur
+        Mean of the blur map over the region, 0..1.
+    largest_in_focus_fraction
+        Largest connected part in focus, as a share of the region.
+    subject_in_focus
+        Share in focus, weighted towards the centre or the salient part of the image.
+    region_fraction
+        The region's share of the image; where it is 0, the four above are NaN.
+    variance_of_laplacian, tenengrad, normalised_variance, spectrum_slope, blur_effect
+        The classical scores of the whole image, see the functions of these names.
+    """
+
+    in_focus_fraction: float
+    mean_blur: float
+    largest_in_focus_fraction: float
+    subject_in_focus: float
+    region_fraction: float
+    variance_of_laplacian: float
+    tenengrad: float
+    normalised_variance: float
+    spectrum_slope: float
+    blur_effect: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain values by name."""
+        return asdict(self)
+
+
+# Which end of each score is the sharp one.
+HIGHER_IS_SHARPER = {
+    "in_focus_fraction": True,
+    "mean_blur": False,
+    "largest_in_focus_fraction": True,
+    "subject_in_focus": True,
+    "variance_of_laplacian": True,
+    "tenengrad": True,
+    "normalised_variance": True,
+    "spectrum_slope": True,
+    "blur_effect": False,
+}
+
+
+def score_image(
+    grey: NDArray[np.float32],
+    blur: NDArray[np.float32],
+    *,
+    region: Bools | None = None,
+    threshold: float = THRESHOLD,
+    subject: Subject = "centre",
+) -> FocusScores:
+    """All scores of one image.
+
+    Parameters
+    ----------
+    grey
+        ``(H, W)`` float32 in 0..1, see `semanticblur_core.focus.classical.grey`.
+    blur
+        ``(H, W)`` float32 in 0..1, 1 = out of focus.
+    region
+        ``(H, W)`` bool, where to look; None is everywhere.
+    threshold
+        A pixel is in focus where the map is not above it.
+    subject
+        What the subject is: the centre of the image, or what is salient.
+
+    Raises
+    ------
+    ImageError
+        If the shapes differ.
+    """
+    _require_same_shape(grey, blur, region)
+    weights = centre_weights(*blur.shape) if subject == "centre" else saliency(grey)
+    return FocusScores(
+        in_focus_fraction=in_focus_fraction(blur, region=region, threshold=threshold),
+        mean_blur=mean_blur(blur, region=region),
+        largest_in_focus_fraction=largest_in_focus(blur, region=region, threshold=threshold)[0],
+        subject_in_focus=in_focus_fraction(
+            blur, region=region, threshold=threshold, weights=weights
+        ),
+        region_fraction=1.0 if region is None else float(region.mean()),
+        variance_of_laplacian=variance_of_laplacian(grey),
+        tenengrad=tenengrad(grey),
+        normalised_variance=normalised_variance(grey),
+        spectrum_slope=spectrum_slope(grey),
+        blur_effect=blur_effect(grey),
+    )
+
+
+def in_focus_fraction(
+    blur: NDArray[np.float32],
+    *,
+    region: Bools | None = None,
+    threshold: float = THRESHOLD,
+    weights: NDArray[np.float32] | None = None,
+) -> float:
+    """Share of the region, or of its weights ``(H, W)``, that is in focus; NaN of no region."""
+    _require_same_shape(blur, region, weights)
+    sharp = blur <= threshold
+    if weights is None:
+        chosen = sharp if region is None else sharp[region]
+        return float(chosen.mean()) if chosen.size else math.nan
+    weights = weights if region is None else np.where(region, weights, 0)
+    total = float(weights.sum(dtype=np.float64))
+    return float(weights[sharp].sum(dtype=np.float64)) / total if total > 0 else math.nan
+
+
+def mean_blur(blur: NDArray[np.float32], *, region: Bools | None = None) -> float:
+    """Mean of the blur map over the region, 0..1; NaN of no region."""
+    _require_same_shape(blur, region)
+    chosen = blur if region is None else blur[region]
+    return float(chosen.mean(dtype=np.float64)) if chosen.size else math.nan
+
+
+def largest_in_focus(
+    blur: NDArray[np.float32], *, region: Bools | None = None, threshold: float = THRESHOLD
+) -> tuple[float, tuple[slice, slice] | None]:
+    """Largest connected part in focus: its share of the region, and its bounding box.
+
+    Returns
+    -------
+    tuple
+        Share in 0..1 (NaN of no region), and slices of rows and columns, None if nothing is in
+        focus.
+    """
+    _require_same_shape(blur, region)
+    sharp = blur <= threshold
+    n_pixels = sharp.size
+    if region is not None:
+        sharp &= region
+        n_pixels = int(np.count_nonzero(region))
+    if n_pixels == 0:
+        return math.nan, None
+    parts, n_parts = ndimage.label(sharp)
+    if n_parts == 0:
+        return 0.0, None
+    sizes = np.bincount(parts.ravel())[1:]
+    largest = int(sizes.argmax())
+    return float(sizes[largest]) / n_pixels, ndimage.find_objects(parts)[largest]
+
+
+def label_scores(
+    blur: NDArray[np.float32], labels: NDArray[Any], *, threshold: float = THRESHOLD
+) -> dict[int, dict[str, float]]:
+    """In-focus fraction, mean blur and size in pixels of each labelled region; 0 is no region.
+
+    Parameters
+    ----------
+    blur
+        ``(H, W)`` float32 in 0..1.
+    labels
+        ``(H, W)`` of whole numbers.
+
+    Raises
+    ------
+    ImageError
+        If the shapes differ or the labels are not whole numbers.
+    """
+    _require_same_shape(blur, labels)
+    if not np.issubdtype(labels.dtype, np.integer) and labels.dtype != np.bool_:
+        raise ImageError(f"labels: expected whole numbers, got {labels.dtype}")
+    values, inverse = np.unique(labels, return_inverse=True)
+    inverse = inverse.ravel()
+    n_pixels = np.bincount(inverse)
+    sharp = np.bincount(inverse, weights=(blur <= threshold).ravel())
+    total = np.bincount(inverse, weights=blur.ravel())
+    return {
+        int(value): {
+            "in_focus_fraction": float(sharp[i] / n_pixels[i]),
+            "mean_blur": float(total[i] / n_pixels[i]),
+            "n_pixels": int(n_pixels[i]),
+        }
+        for i, value in enumerate(values)
+        if value != 0
+    }
+
+
+def content_mask(grey: NDArray[np.float32]) -> Bools:
+    """Tissue, cells or whatever is not empty background, in focus or not.
+
+    The background is the most frequent intensity of the image, coarsely smoothed so that blur and
+    noise matter little; what differs from it by more than Otsu's threshold is content, and what
+    lies between such parts within 1 % of the image's side. An image of one intensity has none.
+
+    Parameters
+    ----------
+    grey
+        ``(H, W)`` float32 in 0..1.
+
+    Returns
+    -------
+    ndarray
+        ``(H, W)`` bool.
+
+    References
+    ----------
+    Otsu, IEEE Transactions on Systems, Man, and Cybernetics 9 (1979),
+    doi:10.1109/TSMC.1979.4310076.
+    """
+    from skimage.filters import threshold_otsu
+
+    step = max(1, math.ceil(max(grey.shape) / _CONTENT_SIDE_PX))
+    smooth = ndimage.uniform_filter(grey, step, mode="nearest")[
+        step // 2 :: step, step // 2 :: step
+    ]
+    smooth = ndimage.gaussian_filter(smooth, 1, mode="nearest")
+    counts, edges = np.histogram(smooth, bins=64)
+    background = float(edges[counts.argmax() : counts.argmax() + 2].mean())
+    distance = np.abs(smooth - background)
+    if float(smooth.max() - smooth.min()) < 1e-3:
+        return np.zeros(grey.shape, np.bool_)
+    coarse = distance > threshold_otsu(distance)
+    coarse = ndimage.binary_closing(np.pad(coarse, 3, mode="edge"), iterations=3)[3:-3, 3:-3]
+    rows, columns = (
+        np.minimum(np.arange(length) // step, n - 1)
+        for length, n in zip(grey.shape, coarse.shape, strict=True)
+    )
+    mask: Bools = coarse[rows[:, None], columns[None]]
+    return mask
+
+
+def centre_weights(height: int, width: int) -> NDArray[np.float32]:
+    """Gaussian about the centre whose standard deviation is a quarter of each side."""
+    rows, columns = (
+        np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 4)) ** 2) for n in (height, width)
+    )
+    weights: NDArray[np.float32] = np.outer(rows, columns).astype(np.float32)
+    return weights
+
+
+def saliency(grey: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What stands out, by the spectral residual: ``(H, W)`` float32 at least 0.
+
+    References
+    ----------
+    Hou and Zhang, CVPR 2007, doi:10.1109/CVPR.2007.383267.
+    """
+    from PIL import Image
+
+    height, width = grey.shape
+    factor = _SALIENCY_SIDE_PX / max(height, width)
+    small_size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    small = np.asarray(Image.fromarray(grey).resize(small_size, Image.Resampling.BOX))
+    spectrum = fft.fft2(small.astype(np.float64))
+    log_amplitude = np.log(np.abs(spectrum) + 1e-9)
+    residual = log_amplitude - ndimage.uniform_filter(log_amplitude, 3, mode="wrap")
+    salient = np.abs(fft.ifft2(np.exp(residual + 1j * np.angle(spectrum)))) ** 2
+    salient = ndimage.gaussian_filter(salient, 2.5, mode="nearest").astype(np.float32)
+    enlarged = Image.fromarray(salient).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(enlarged, np.float32)
+
+
+def tile_means(values: NDArray[Any], tile_size_px: int) -> NDArray[np.float32]:
+    """Heat map: means of ``(H, W)`` values over square tiles.
+
+    Parameters
+    ----------
+    values
+        ``(H, W)``: a blur map, or any other.
+    tile_size_px
+        Side of a tile; see `tile_size_in_px` for micrometres. Tiles at the far edges are smaller.
+
+    Returns
+    -------
+    ndarray
+        ``(ceil(H / tile_size_px), ceil(W / tile_size_px))`` float32.
+
+    Raises
+    ------
+    ImageError
+        If the size is below one pixel.
+    """
+    if tile_size_px < 1:
+        raise ImageError(f"tile size: expected at least 1 px, got {tile_size_px}")
+    starts = [np.arange(0, n, tile_size_px) for n in values.shape]
+    sums = np.add.reduceat(values.astype(np.float64), starts[0], axis=0)
+    sums = np.add.reduceat(sums, starts[1], axis=1)
+    lengths = [np.diff(start, append=n) for start, n in zip(starts, values.shape, strict=True)]
+    means: NDArray[np.float32] = (sums / np.outer(*lengths)).astype(np.float32)
+    return means
+
+
+def tile_size_in_px(tile_size_um: float, pixel_size_um: float | None) -> int:
+    """Whole pixels, at least one, of a tile's side in micrometres.
+
+    Raises
+    ------
+    ImageError
+        If a size is not above 0, or the pixel size is unknown.
+    """
+    if pixel_size_um is None:
+        raise ImageError(
+            f"tile size of {tile_size_um:g} um: the file names no pixel size; give it in pixels"
+        )
+    if not (tile_size_um > 0 and pixel_size_um > 0):
+        raise ImageError(
+            f"expected sizes above 0, got tiles of {tile_size_um:g} um and pixels of "
+            f"{pixel_size_um:g} um"
+        )
+    return max(1, round(tile_size_um / pixel_size_um))
+
+
+def variance_of_laplacian(grey: NDArray[np.float32]) -> float:
+    """Variance of the 4-neighbour Laplacian; 255^2 times it is what 8-bit code prints.
+
+    References
+    ----------
+    Pech-Pacheco et al., ICPR 2000, doi:10.1109/ICPR.2000.903548.
+    """
+    return float(ndimage.laplace(grey, mode="nearest").var(dtype=np.float64))
+
+
+def tenengrad_map(grey: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Squared magnitude of the Sobel gradient, per pixel of distance: ``(H, W)`` float32."""
+    squares = np.zeros(grey.shape, np.float32)
+    for axis in (0, 1):
+        gradient = ndimage.sobel(grey, axis, mode="nearest")
+        gradient *= np.float32(1 / 8)
+        squares += gradient**2
+    return squares
+
+
+def tenengrad(grey: NDArray[np.float32]) -> float:
+    """Mean squared magnitude of the Sobel gradient.
+
+    References
+    ----------
+    Krotkov, International Journal of Computer Vision 1 (1988), doi:10.1007/BF00127822.
+    """
+    return float(tenengrad_map(grey).mean(dtype=np.float64))
+
+
+def normalised_variance(grey: NDArray[np.float32]) -> float:
+    """Variance over mean; 0 of a black image.
+
+    References
+    ----------
+    Groen, Young and Ligthart, Cytometry 6 (1985), doi:10.1002/cyto.990060202.
+    """
+    mean = float(grey.mean(dtype=np.float64))
+    return float(grey.var(dtype=np.float64)) / mean if mean > 0 else 0.0
+
+
+def spectrum_slope(grey: NDArray[np.float32]) -> float:
+    """Slope of log power against log frequency, radially averaged; about -2 where sharp.
+
+    Blur makes it more negative. Frequencies from 2 cycles a side to half the sampling rate, by
+    least squares over rings of equal weight; NaN of images below 8 px or of one intensity.
+
+    References
+    ----------
+    Field and Brady, Vision Research 37 (1997), doi:10.1016/S0042-6989(97)00181-8; as a focus score
+    Bray et al., Journal of Biomolecular Screening 17 (2012), doi:10.1177/1087057111420292.
+    """
+    height, width = grey.shape
+    side = min(height, width)
+    if side < 8:
+        return math.nan
+    taper = np.outer(np.hanning(height), np.hanning(width)).astype(np.float32)
+    power = np.abs(fft.rfft2((grey - grey.mean()) * taper)) ** 2
+    frequency = np.hypot(fft.fftfreq(height)[:, None], fft.rfftfreq(width)[None]) * side
+    ring = np.rint(frequency).astype(np.intp).ravel()
+    counts = np.bincount(ring)
+    mean = np.bincount(ring, weights=power.ravel().astype(np.float64)) / np.maximum(counts, 1)
+    radii = np.arange(2, side // 2 + 1)
+    if not (mean[radii] > 0).all():
+        return math.nan
+    # Equal weight for equal steps of log frequency.
+    x, y, weight = np.log(radii), np.log(mean[radii]), 1 / np.sqrt(radii)
+    return float(np.polyfit(x, y, 1, w=weight)[0])
+
+
+def blur_effect(grey: NDArray[np.float32]) -> float:
+    """Perceptual blur of scikit-image, 0 sharp to 1 blurred; NaN of images too small for it.
+
+    References
+    ----------
+    Crete et al., Proc. SPIE 6492 (2007), doi:10.1117/12.702790.
+    """
+    from skimage.measure import blur_effect as measured
+
+    if min(grey.shape) < 3 or float(grey.max()) <= float(grey.min()):
+        return math.nan
+    return float(measured(grey))
+
+
+def _require_same_shape(*arrays: NDArray[Any] | None) -> None:
+    shapes = {array.shape for array in arrays if array is not None}
+    if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
+        listed = " and ".join(str(shape) for shape in sorted(shapes))
+        raise ImageError(f"expected images, maps and regions of one (H, W), got {listed}")
