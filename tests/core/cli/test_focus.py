@@ -1,0 +1,107 @@
+"""The focus command from outside: verdicts, exit codes, the best plane."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from semanticblur_core.data.focal_stack import focal_stack
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "semanticblur_core", "focus", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path, rng: np.random.Generator) -> Path:
+    """A sharp and a blurred picture of the same scene, and a file that is none."""
+    scene = rng.integers(0, 256, (160, 200), np.uint8)  # texture everywhere
+    root = tmp_path / "shoot"
+    root.mkdir()
+    Image.fromarray(scene).save(root / "sharp.png")
+    soft = gaussian_filter(scene.astype(float), 5)
+    Image.fromarray(soft.astype(np.uint8)).save(root / "soft.png")
+    return root
+
+
+def test_gates_masks_and_tables(tmp_path: Path, folder: Path) -> None:
+    done = run(
+        f"--input={folder}",
+        "--method=lbp",
+        "--min-in-focus=0.5",
+        "--json=r.json",
+        "--csv=r.csv",
+        "--report=r.html",
+        "--mask-output=masks",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1, done.stderr
+    images = {i["name"]: i for i in json.loads((tmp_path / "r.json").read_text())["images"]}
+    assert set(images) == {"sharp.png", "soft.png"}
+    assert images["sharp.png"]["passed"]
+    assert not images["soft.png"]["passed"]
+    assert images["sharp.png"]["in_focus_fraction"] > 0.8
+    assert images["soft.png"]["mean_blur"] > images["sharp.png"]["mean_blur"] + 0.3
+    with (tmp_path / "r.csv").open(newline="") as stream:
+        assert {row["name"] for row in csv.DictReader(stream)} == set(images)
+    page = (tmp_path / "r.html").read_text()
+    assert "sharp.png" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+    masks = {p.name: np.asarray(Image.open(p)) for p in (tmp_path / "masks").iterdir()}
+    assert set(masks) == {"sharp.png.png", "soft.png.png"}
+    assert (masks["sharp.png.png"] > 127).mean() > (masks["soft.png.png"] > 127).mean() + 0.3
+
+
+def test_an_unreadable_image_is_reported_and_beats_a_failed_gate(
+    tmp_path: Path, folder: Path
+) -> None:
+    (folder / "broken.png").write_bytes(b"no picture")
+    done = run(
+        f"--input={folder}", "--method=lbp", "--min-in-focus=0.5", "--json=r.json", cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert "broken.png" in done.stderr
+    assert len(json.loads((tmp_path / "r.json").read_text())["images"]) >= 2
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_the_best_plane_of_a_stack_is_the_sharp_one(tmp_path: Path, kind: str) -> None:
+    scene = focal_stack(n_planes=1, size_px=160, largest_radius_px=0.1).images[0].astype(float)
+    planes = [gaussian_filter(scene, 1e-3 + abs(z - 3)).astype(np.uint8) for z in range(8)]
+    if kind == "folder":
+        (tmp_path / "stack").mkdir()
+        for z, plane in enumerate(planes):
+            Image.fromarray(plane).save(tmp_path / "stack" / f"z{z}.png")
+        source = "stack"
+    else:
+        tifffile.imwrite(tmp_path / "stack.tif", np.stack(planes), photometric="minisblack")
+        source = "stack.tif"
+    done = run(f"--input={source}", "--stack", "--method=lbp", "--json=r.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    best = json.loads((tmp_path / "r.json").read_text())["best_plane"]
+    assert best["index"] == 3
+    if kind == "folder":
+        assert best["name"] == "z3.png"
+
+
+def test_an_empty_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = run("--input=empty", cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "empty" in done.stderr
