@@ -19,7 +19,7 @@ from skimage.morphology import dilation, disk
 from semanticblur_core import Detector, io
 from semanticblur_core.data.datasets import list_images
 from semanticblur_core.data.defocus import GAMMA, SharpImages, defocus, is_held_out, synthesise
-from semanticblur_core.data.transforms import squash
+from semanticblur_core.data.squash import squash
 
 SIZE_PX = 320
 

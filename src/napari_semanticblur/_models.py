@@ -27,7 +27,7 @@ def detector(model: str, device: str) -> Detector:
     key = _key(model, device)
     with _lock:
         if key not in _detectors:
-            _detectors[key] = Detector(model, device=device)
+            _detectors[key] = Detector(model, device=device, backend="torch")
             while len(_detectors) > _KEPT:
                 _detectors.popitem(last=False)
         _detectors.move_to_end(key)

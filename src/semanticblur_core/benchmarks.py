@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -19,6 +17,7 @@ from semanticblur_core.config import TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs
 from semanticblur_core.data.defocus import SharpImages
 from semanticblur_core.device import DeviceChoice
+from semanticblur_core.machine import describe_machine
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.training.loop import (
     Batch,
@@ -107,7 +106,7 @@ def bench_model(
     finally:
         torch.set_num_threads(threads_before)
     return {
-        "machine": machine(),
+        "machine": describe_machine(),
         "device": device,
         "size_px": size_px,
         "batch_size": 1,
@@ -199,7 +198,7 @@ def bench_train(
     speed = {name: config.batch_size / statistics.median(s) for name, s in seconds.items()}
     speed["loader"] *= _LOADED_AT_ONCE
     return {
-        "machine": machine(),
+        "machine": describe_machine(),
         "device": str(device.device),
         "precision": str(device.dtype).removeprefix("torch."),
         "n_threads": torch.get_num_threads(),
@@ -208,17 +207,6 @@ def bench_train(
         "images_per_s": speed,
         "loader_over_model": speed["loader"] / speed["step"],
         "training_over_step": speed["training"] / speed["step"],
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        "system": platform.system(),
-        "processor": _processor_name(),
-        "n_cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
     }
 
 
@@ -241,14 +229,3 @@ def _time_forward(module: nn.Module, image: Tensor) -> float:
 
 def _n_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _processor_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            for line in stream:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -12,6 +12,8 @@ from semanticblur_core.errors import ConfigError
 BackboneName = Literal["vgg16", "resnet34", "resnet50", "efficientnet_b4"]
 Schedule = Literal["polynomial", "cosine"]
 Augmentation = Literal["none", "flip", "crop", "colour"]
+# Five halvings leave more than one pixel.
+MIN_SIZE_PX = 33
 
 
 class _Config:

@@ -75,20 +75,22 @@ def resolve(name: str) -> Path:
 
 
 def models_folder() -> Path:
-    """Folder of the user's own models; it need not exist.
+    """Folder of the user's own models; it need not exist."""
+    return home_folder() / "models"
 
-    ``SEMANTICBLUR_HOME/models``, or else the platform's folder for a user's data.
-    """
+
+def home_folder() -> Path:
+    """``SEMANTICBLUR_HOME``, or else the platform's folder for a user's data; it need not exist."""
     home = os.environ.get("SEMANTICBLUR_HOME")
     if home:
-        return Path(home) / "models"
+        return Path(home)
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
         base = Path.home() / "Library" / "Application Support"
     else:
         base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    return base / "semanticblur" / "models"
+    return base / "semanticblur"
 
 
 def own_models() -> list[str]:
@@ -178,7 +180,7 @@ def read_info(path: Path) -> WeightsInfo:
     WeightsError
         If the file is missing, not safetensors, truncated, or not made by this package.
     """
-    with _open(path) as handle:
+    with _open(path, framework="np") as handle:
         metadata = handle.metadata() or {}
     if METADATA_KEY not in metadata:
         raise WeightsError(f"{path}: a safetensors file, but not of SemanticBlur weights")
@@ -344,13 +346,13 @@ def _read_tensors(info: WeightsInfo) -> dict[str, Tensor]:
         return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, *, framework: str = "pt") -> Any:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework=framework)
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(
             f"{path}: not a whole safetensors file ({str(error).splitlines()[0]}); "

@@ -25,6 +25,7 @@ _COMMANDS = {
     "train": "Train a network on images and masks.",
     "finetune": "Teach a model with a few labelled images.",
     "ablate": "Train the variants of the paper's tables.",
+    "export": "Write a model as ONNX or for bioimage.io.",
     "bench": "Measure speed on this machine.",
 }
 

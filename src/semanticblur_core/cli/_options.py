@@ -30,6 +30,14 @@ precision_option = click.option(
     help="auto: bfloat16 where the device is faster with it.",
 )
 
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(["auto", "torch", "compile", "onnxruntime", "openvino"]),
+    default="auto",
+    show_default=True,
+    help="What computes the network. auto: what `bench backends` found to be fastest here, torch "
+    "until it was run.",
+)
 flip_option = click.option(
     "--flip", is_flag=True, help="Average with the mirrored image's map, in twice the time."
 )

@@ -15,6 +15,7 @@ from semanticblur_core.cli._options import (
     PlanesType,
     RangeType,
     SizeType,
+    backend_option,
     device_option,
     flip_option,
     method_option,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 )
 @device_option
 @precision_option
+@backend_option
 @flip_option
 @click.option(
     "--size",
@@ -126,6 +128,7 @@ def command(
     model: str,
     device: str,
     precision: str,
+    backend: str,
     flip: bool,
     size: Any,
     threshold: float,
@@ -146,7 +149,7 @@ def command(
     """
     from semanticblur_core.inference.batch import DetectOptions, detect_files, find_jobs
 
-    refuse_network_flags(method, "model", "device", "precision", "flip", "size")
+    refuse_network_flags(method, "model", "device", "precision", "backend", "flip", "size")
     options = DetectOptions(
         output, size, threshold, formats, overlay, overwrite, resume, value_range, axes, channels,
         planes, level,
@@ -158,7 +161,15 @@ def command(
             f"{left_out[0]}"
         )
 
-    detector = _make_detector(method, model, device, precision, flip)
+    detector = _make_detector(
+        method,
+        model,
+        device=device,
+        precision=precision,
+        flip=flip,
+        backend=backend,
+        n_images=len(jobs),
+    )
     results = []
     try:
         with progress_bar() as progress:
@@ -180,18 +191,19 @@ def command(
         raise SystemExit(2)
 
 
-def _make_detector(
-    method: str, model: str, device: str, precision: str, flip: bool
-) -> Detector | ClassicalDetector:
+def _make_detector(method: str, model: str, **how: Any) -> Detector | ClassicalDetector:
     if method != "network":
         from semanticblur_core.focus.classical import ClassicalDetector
 
         return ClassicalDetector(method)
-    from semanticblur_core.device import keep_freed_memory
     from semanticblur_core.inference.detector import Detector
 
-    keep_freed_memory()
-    return Detector(model, device=device, precision=precision, flip=flip)
+    detector = Detector(model, **how)
+    if detector.backend in ("torch", "compile"):
+        from semanticblur_core.device import keep_freed_memory
+
+        keep_freed_memory()
+    return detector
 
 
 def _report(result: FileResult, quiet: bool) -> None:
@@ -221,8 +233,9 @@ def _write_json(
         protocol |= {
             "size": options.size,
             "map_resize": "bilinear",
-            "device": str(detector.device),
-            "precision": str(detector.dtype).removeprefix("torch."),
+            "backend": detector.backend,
+            "device": detector.device,
+            "precision": detector.precision,
         }
     done = [
         {
@@ -243,7 +256,7 @@ def _write_json(
     document = {
         "software": f"napari-semanticblur {__version__}",
         "model": detector.name,
-        "model_sha256": detector.info.sha256 if detector.info else None,
+        "model_sha256": None if isinstance(detector, ClassicalDetector) else detector.sha256,
         "protocol": protocol,
         "images": done,
         "skipped": [result.source for result in results if result.skipped],

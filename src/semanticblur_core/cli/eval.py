@@ -257,7 +257,7 @@ def _eval_store(
     from semanticblur_core.training.finetune import PROTOCOL
 
     images = read_store(data)
-    detector = Detector(model, device=device, precision=precision, flip=flip)
+    detector = Detector(model, device=device, precision=precision, flip=flip, backend="torch")
     scorer = BlurScorer(PROTOCOL)
     with progress_bar() as progress:
         for image in progress.track(images, description="Scoring"):
@@ -283,14 +283,13 @@ def _predictor(model: str, device: str, precision: str, flip: bool) -> tuple[Pre
     from semanticblur_core.inference.detector import Detector
     from semanticblur_core.training.loop import VALIDATION_PROTOCOL
 
-    detector = Detector(model, device=device, precision=precision, flip=flip)
+    detector = Detector(model, device=device, precision=precision, flip=flip, backend="torch")
 
     def predict(pair: Pair) -> NDArray[np.float32]:
         return detector.detect(_read_as_large_as_mask(pair), upsampling="nearest-exact")
 
     name = f"model {model} ({weights.resolve(model).name})"
-    dtype = str(detector.dtype).removeprefix("torch.")
-    analysis = f"{VALIDATION_PROTOCOL.analysis}; {dtype} on {detector.device.type}"
+    analysis = f"{VALIDATION_PROTOCOL.analysis}; {detector.precision} on {detector.device}"
     return predict, analysis + ("; averaged with the mirrored image's" if flip else ""), name
 
 

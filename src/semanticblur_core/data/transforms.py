@@ -1,25 +1,19 @@
-"""From photographs to network input, and training augmentation.
+"""Training augmentation.
 
-Two resizes exist on purpose. `squash` is the evaluation protocol's (antialiased bilinear as Pillow
-does it). Training resizes on tensors, whose antialiased bilinear filter agrees with Pillow's to
-one grey level.
+Two resizes exist on purpose. `semanticblur_core.data.squash` is the evaluation protocol's
+(antialiased bilinear as Pillow does it). Training resizes on tensors, whose antialiased bilinear
+filter agrees with Pillow's to one grey level.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from semanticblur_core.config import TrainConfig
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from semanticblur_core.data.squash import IMAGENET_MEAN, IMAGENET_STD
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -27,32 +21,6 @@ def normalise(images: Tensor) -> Tensor:
     mean = images.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
     std = images.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
     return (images - mean) / std
-
-
-def squash(rgb: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:
-    """Resize without keeping the aspect ratio, antialiased bilinear as Pillow does it.
-
-    Parameters
-    ----------
-    rgb
-        ``(H, W, 3)`` uint8, or float32 in 0..1.
-    height, width
-        Size of the result in pixels.
-
-    Returns
-    -------
-    ndarray
-        ``(height, width, 3)`` float32 in 0..1.
-    """
-    size = (width, height)
-    if rgb.dtype == np.uint8:
-        resized = Image.fromarray(rgb).resize(size, Image.Resampling.BILINEAR)
-        return np.asarray(resized, dtype=np.float32) / np.float32(255)
-    channels = [
-        np.asarray(Image.fromarray(rgb[..., c]).resize(size, Image.Resampling.BILINEAR))
-        for c in range(rgb.shape[2])
-    ]
-    return np.stack(channels, axis=2)
 
 
 def augment(

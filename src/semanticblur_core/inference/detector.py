@@ -5,25 +5,37 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from semanticblur_core import io, weights
-from semanticblur_core.config import ModelConfig
-from semanticblur_core.data.transforms import normalise, squash
-from semanticblur_core.device import choose_device
+from semanticblur_core.config import MIN_SIZE_PX, ModelConfig
+from semanticblur_core.data.squash import squash
 from semanticblur_core.errors import ConfigError, ImageError
+from semanticblur_core.inference.backends import (
+    BACKENDS,
+    Backend,
+    Upsampling,
+    open_exported,
+    resize_map,
+)
+from semanticblur_core.inference.choice import ensure_exported, pick_backend
 from semanticblur_core.inference.planes import ALL, Channels, DetectUpdate, Planes, Region
 from semanticblur_core.inference.tiling import OVERLAP_PX, TILE_SIZE_PX, Tile, TileGrid
-from semanticblur_core.network import SemanticBlur
-from semanticblur_core.network.semanticblur import MIN_SIZE_PX
+
+if TYPE_CHECKING:
+    import torch
+
+    from semanticblur_core.network import SemanticBlur
 
 PAPER_SIZE_PX = 320
+# A GPU is idle with one image at a time; on two cores batches of 2 to 8 were no faster than one.
+GPU_BATCH_SIZE = 16
 
+_Item = TypeVar("_Item")
 Reader = Callable[[slice, slice], NDArray[Any]]
 
 
@@ -33,27 +45,40 @@ class Detector:
     Parameters
     ----------
     model
-        ``"default"`` (the packaged weights), the path of a file of weights, or a network.
+        ``"default"`` (the packaged weights), a model of your own, the path of a file of weights or
+        of an ONNX file that ``semanticblur-core export`` wrote, or a network.
     device
         ``auto``, ``cpu``, ``cuda`` or ``mps``.
     precision
-        ``auto``, ``float32`` or ``bfloat16``.
+        ``auto``, ``float32``, ``bfloat16`` or, on CUDA, ``float16``.
     flip
         Average the map with that of the mirrored image: twice the time.
+    backend
+        ``torch``, ``compile`` (``torch.compile``), ``onnxruntime``, ``openvino``, or ``auto``: what
+        was measured to be fastest on this machine, see
+        `semanticblur_core.inference.choice.pick_backend`; torch until something was.
+    n_images
+        How many are to come, for ``auto``: a back end that starts slowly pays for many.
+    batch_size
+        Planes or tiles computed at once; 0 is 1 on a CPU and 16 on a GPU.
 
     Attributes
     ----------
-    device, dtype, reason
-        What it computes on, and why.
+    backend, device, precision, reason
+        What it computes in and on, and why.
     flip
         As given.
     name
         The model as it was asked for, or ``"network"``.
+    config, info, sha256
+        Architecture; metadata of the file of weights, None for others; sha256 of the weights.
 
     Raises
     ------
     WeightsError, ConfigError
         If the weights or the device cannot be had.
+    SemanticBlurError
+        If the back end is not installed.
 
     Examples
     --------
@@ -69,17 +94,77 @@ class Detector:
         device: str = "auto",
         precision: str = "auto",
         flip: bool = False,
+        backend: str = "auto",
+        n_images: int = 1,
+        batch_size: int = 0,
     ) -> None:
+        if backend not in ("auto", *BACKENDS):
+            raise ConfigError(f"backend {backend!r}: expected auto, {', '.join(BACKENDS)}")
         self.flip = flip
-        self.device, self.dtype, self.reason = choose_device(device, precision)
-        if isinstance(model, SemanticBlur):
-            network, self.name = model, "network"
-            self.info: weights.WeightsInfo | None = None
+        self.name = model if isinstance(model, str) else "network"
+        self.info: weights.WeightsInfo | None = None
+        self.sha256: str | None = None
+        self.config: ModelConfig
+        self._backend: Backend
+        if isinstance(model, str) and model.lower().endswith(".onnx"):
+            exported = open_exported(
+                Path(model), backend=backend, device=device, precision=precision
+            )
+            self._backend, self.config = exported, exported.info.architecture
+            self.sha256 = exported.info.sha256
         else:
-            self.name = model
-            network, self.info = weights.load(model)
-        self.config: ModelConfig = network.config
-        self._network = network.for_inference(self.dtype).to(self.device)
+            self._load(model, device, precision, backend, n_images)
+        self._batch_size = batch_size or (1 if self.device == "cpu" else GPU_BATCH_SIZE)
+
+    def _load(
+        self, model: str | SemanticBlur, device: str, precision: str, backend: str, n_images: int
+    ) -> None:
+        """Set what is known of the model, and its back end."""
+        why = ""
+        if not isinstance(model, str):
+            self.config = model.config
+            if backend not in ("auto", "torch", "compile"):
+                raise ConfigError(f"backend {backend}: runs files of weights, not networks")
+        else:
+            self.info = weights.read_info(weights.resolve(model))
+            self.config, self.sha256 = self.info.architecture, self.info.sha256
+            if backend == "auto" and device in ("auto", "cpu"):
+                backend, why = pick_backend(self.sha256, n_images)
+        if backend in ("onnxruntime", "openvino"):
+            assert isinstance(model, str)
+            self._backend = open_exported(
+                ensure_exported(model), backend=backend, device=device, precision=precision
+            )
+            self._backend.reason = why or "as asked"
+            return
+        from semanticblur_core.inference.torch_backend import TorchBackend
+
+        self._backend = TorchBackend(
+            weights.load(model)[0] if isinstance(model, str) else model,
+            device=device,
+            precision=precision,
+            compiled=backend == "compile",
+        )
+
+    @property
+    def backend(self) -> str:
+        """One of ``torch``, ``compile``, ``onnxruntime`` and ``openvino``."""
+        return self._backend.name
+
+    @property
+    def device(self) -> str:
+        """``cpu``, ``cuda`` ...; another one after a GPU ran out of memory."""
+        return self._backend.device
+
+    @property
+    def precision(self) -> str:
+        """``float32``, ``bfloat16`` or ``float16``."""
+        return self._backend.precision
+
+    @property
+    def reason(self) -> str:
+        """Why it computes so, one line for people."""
+        return self._backend.reason
 
     def detect(
         self,
@@ -87,7 +172,7 @@ class Detector:
         *,
         size: int | Literal["native"] = PAPER_SIZE_PX,
         value_range: tuple[float, float] | None = None,
-        upsampling: Literal["bilinear", "nearest-exact"] = "bilinear",
+        upsampling: Upsampling = "bilinear",
     ) -> NDArray[np.float32]:
         """Blur map of one image.
 
@@ -124,15 +209,14 @@ class Detector:
         *,
         size: int | Literal["native"] = PAPER_SIZE_PX,
         value_range: tuple[float, float] | None = None,
-        upsampling: Literal["bilinear", "nearest-exact"] = "bilinear",
+        upsampling: Upsampling = "bilinear",
     ) -> list[NDArray[np.float32]]:
         """Blur maps of several images, as `detect`; one pass unless the size is native."""
         if size == "native":
             return [self._detect_native(image, value_range) for image in images]
-        maps = self.detect_tensors(
-            images, size=size, value_range=value_range, upsampling=upsampling
-        )
-        return [blur.cpu().numpy() for blur in maps]
+        _require_size(size)
+        prepared = np.stack([squash(_prepare(image, value_range), size, size) for image in images])
+        return self._run_resized(prepared, [image.shape for image in images], upsampling)
 
     def detect_tensors(
         self,
@@ -140,16 +224,23 @@ class Detector:
         *,
         size: int = PAPER_SIZE_PX,
         value_range: tuple[float, float] | None = None,
-        upsampling: Literal["bilinear", "nearest-exact"] = "bilinear",
+        upsampling: Upsampling = "bilinear",
     ) -> list[torch.Tensor]:
-        """Blur maps as `detect_batch`, ``(H, W)`` float32, left on the device."""
+        """Blur maps as `detect_batch`, ``(H, W)`` float32, left on the device; torch only, no flip.
+
+        Raises
+        ------
+        ConfigError
+            If the back end is another.
+        """
+        from semanticblur_core.inference.torch_backend import TorchBackend
+
+        if not isinstance(self._backend, TorchBackend) or self.flip:
+            raise ConfigError(f"backend {self.backend}: tensors come from torch, without flip")
         _require_size(size)
-        prepared = [squash(_prepare(image, value_range), size, size) for image in images]
-        blur = self._run(prepared)
-        return [
-            _upsample(blur[i : i + 1], image.shape[:2], upsampling)
-            for i, image in enumerate(images)
-        ]
+        prepared = np.stack([squash(_prepare(image, value_range), size, size) for image in images])
+        shapes = [image.shape for image in images]
+        return self._backend.tensors_resized(prepared, shapes, upsampling)
 
     def iter_planes(
         self,
@@ -198,11 +289,16 @@ class Detector:
         limits = planes.estimate_range() if value_range is None else planes.as_limits(value_range)
         views = [planes.view(i) for i in (planes.indices() if indices is None else indices)]
         if size != "native":
-            for n_done, view in enumerate(views, start=1):
-                pixels = io.as_rgb(view.read_unit(limits=limits))
-                small = self._run([squash(pixels, size, size)])
-                whole = _upsample(small, view.shape, "bilinear").cpu().numpy()
-                yield DetectUpdate(view.index, n_done, len(views), whole, ALL, True)
+            n_done = 0
+            for some in _batched(views, self._batch_size):
+                prepared = [
+                    squash(io.as_rgb(view.read_unit(limits=limits)), size, size) for view in some
+                ]
+                shapes = [view.shape for view in some]
+                maps = self._run_resized(np.stack(prepared), shapes, "bilinear")
+                for view, blur in zip(some, maps, strict=True):
+                    n_done += 1
+                    yield DetectUpdate(view.index, n_done, len(views), blur, ALL, True)
             return
         grid = TileGrid(*planes.plane_shape, tile_size_px, overlap_px)
         n_done, n_total = 0, len(views) * len(grid)
@@ -236,9 +332,10 @@ class Detector:
             tiles.sort(
                 key=lambda tile: not (_overlap(tile.rows, rows) and _overlap(tile.columns, columns))
             )
-        for tile in tiles:
-            [blur] = self._run([_as_unit_float(io.as_rgb(read(tile.rows, tile.columns)))])
-            yield tile, blur[0].cpu().numpy() * grid.weights(tile)
+        for some in _batched(tiles, self._batch_size):
+            pixels = [_as_unit_float(io.as_rgb(read(tile.rows, tile.columns))) for tile in some]
+            for tile, blur in zip(some, self._run(np.stack(pixels)), strict=True):
+                yield tile, blur * grid.weights(tile)
 
     def iter_strips(
         self, read: Reader, grid: TileGrid
@@ -273,26 +370,28 @@ class Detector:
             blur[tile.rows, tile.columns] += part
         return blur
 
-    def _run(self, images: list[NDArray[np.float32]]) -> torch.Tensor:
-        """``(N, H, W)`` maps of ``(H, W, 3)`` float32 in 0..1, all of one size."""
-        batch = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)
-        with torch.inference_mode():
-            blur = self._maps(batch)
-            if self.flip:
-                blur = (blur + self._maps(batch.flip(-1)).flip(-1)) / 2
-            return blur
+    def _run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """``(N, H, W)`` maps of ``(N, H, W, 3)`` images in 0..1."""
+        blur = self._backend.run(images)
+        if self.flip:
+            mirrored = np.ascontiguousarray(images[:, :, ::-1])
+            blur = (blur + self._backend.run(mirrored)[:, :, ::-1]) * np.float32(0.5)
+        return blur
 
-    def _maps(self, batch: torch.Tensor) -> torch.Tensor:
-        logits = self._network(normalise(batch).to(self.dtype))
-        return torch.sigmoid(logits.float())[:, 0]
+    def _run_resized(
+        self, images: NDArray[np.float32], shapes: Sequence[tuple[int, ...]], mode: Upsampling
+    ) -> list[NDArray[np.float32]]:
+        """Maps as `_run`, each brought to the rows and columns of its shape."""
+        if not self.flip:
+            return self._backend.run_resized(images, shapes, mode)
+        maps = self._run(images)
+        return [resize_map(b, shape[:2], mode) for b, shape in zip(maps, shapes, strict=True)]
 
 
-def _upsample(blur: torch.Tensor, shape: tuple[int, ...], mode: str) -> torch.Tensor:
-    """``(1, h, w)`` to ``(H, W)``."""
-    if blur.shape[-2:] != shape:
-        keywords = {"align_corners": False} if mode == "bilinear" else {}
-        blur = F.interpolate(blur[None], size=shape, mode=mode, **keywords)[0]
-    return blur[0]
+def _batched(items: Sequence[_Item], n: int) -> Iterator[Sequence[_Item]]:
+    """Up to n of them at a time, in order."""
+    for start in range(0, len(items), n):
+        yield items[start : start + n]
 
 
 def _prepare(image: NDArray[Any], value_range: tuple[float, float] | None) -> NDArray[Any]:

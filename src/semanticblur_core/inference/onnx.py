@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semanticblur_core import io
-from semanticblur_core.data.transforms import IMAGENET_MEAN, IMAGENET_STD, squash
+from semanticblur_core.data.squash import IMAGENET_MEAN, IMAGENET_STD, squash
 from semanticblur_core.errors import SemanticBlurError, WeightsError
 
 InputScale = Literal["imagenet", "unit", "255"]

@@ -14,21 +14,31 @@ import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=64)
 def resize_matrix(n_in: int, n_out: int, device: torch.device | None = None) -> Tensor:
     """Weights ``(n_out, n_in)`` float32 that resize an axis; rows sum to one."""
+    if torch.compiler.is_exporting():  # sizes are symbols, and part of the exported graph
+        return _make_matrix(n_in, n_out, device)
+    return _cached_matrix(n_in, n_out, device)
+
+
+@lru_cache(maxsize=64)
+def _cached_matrix(n_in: int, n_out: int, device: torch.device | None) -> Tensor:
     # A cached tensor must also serve training, whichever mode it was first asked for in.
     with torch.inference_mode(False):
-        position = (torch.arange(n_out, dtype=torch.float64) + 0.5) * (n_in / n_out) - 0.5
-        position = position.clamp(0, n_in - 1)
-        taps = torch.arange(n_in, dtype=torch.float64)
-        weights = (1 - (position[:, None] - taps[None, :]).abs()).clamp(min=0)
-        return weights.to(device=device, dtype=torch.float32)
+        return _make_matrix(n_in, n_out, device)
+
+
+def _make_matrix(n_in: int, n_out: int, device: torch.device | None) -> Tensor:
+    position = (torch.arange(n_out, dtype=torch.float64) + 0.5) * (n_in / n_out) - 0.5
+    position = position.clamp(0, n_in - 1)
+    taps = torch.arange(n_in, dtype=torch.float64)
+    weights = (1 - (position[:, None] - taps[None, :]).abs()).clamp(min=0)
+    return weights.to(device=device, dtype=torch.float32)
 
 
 def resize_columns(x: Tensor, width: int) -> Tensor:
     """Resize ``(N, H, W, C)`` to ``(N, H, width, C)``."""
-    if x.shape[2] == width:
+    if not torch.compiler.is_exporting() and x.shape[2] == width:
         return x
     matrix = resize_matrix(x.shape[2], width, x.device).to(x.dtype)
     return torch.matmul(matrix, x)
@@ -38,7 +48,7 @@ def resize(x: Tensor, height: int, width: int) -> Tensor:
     """Resize ``(N, H, W, C)`` to ``(N, height, width, C)``."""
     x = resize_columns(x, width)
     n, h, _, c = x.shape
-    if h == height:
+    if not torch.compiler.is_exporting() and h == height:
         return x
     matrix = resize_matrix(h, height, x.device).to(x.dtype)
     return torch.matmul(matrix, x.reshape(n, h, width * c)).view(n, height, width, c)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from semanticblur_core.config import ModelConfig
+from semanticblur_core.config import MIN_SIZE_PX, ModelConfig
 from semanticblur_core.network.attention import (
     ChannelAttention,
     SemanticEnhancement,
@@ -27,8 +27,6 @@ from semanticblur_core.network.attention import (
 from semanticblur_core.network.backbones import Backbone, build_backbone
 from semanticblur_core.network.decoder import HEAD_CHANNELS, FeaturePyramidDecoder
 from semanticblur_core.network.resize import resize, resize_columns, resize_matrix
-
-MIN_SIZE_PX = 33
 
 
 class _Composite(NamedTuple):

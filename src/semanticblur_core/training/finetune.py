@@ -26,8 +26,9 @@ from torch.nn import functional as F
 from semanticblur_core import __version__, io, weights
 from semanticblur_core.config import FinetuneConfig
 from semanticblur_core.data.defocus import Example, SharpImages, synthesise
+from semanticblur_core.data.squash import squash
 from semanticblur_core.data.store import BLURRED, SHARP, LabelledImage
-from semanticblur_core.data.transforms import normalise, squash
+from semanticblur_core.data.transforms import normalise
 from semanticblur_core.device import DeviceChoice, choose_device
 from semanticblur_core.errors import DataError, TrainingError, WeightsError
 from semanticblur_core.inference.detector import Detector

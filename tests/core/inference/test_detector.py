@@ -117,7 +117,7 @@ def test_wrong_settings_are_refused(network: SemanticBlur, detector: Detector) -
 
 def test_a_detector_says_why_it_runs_where_it_runs(network: SemanticBlur) -> None:
     assert "as asked" in Detector(network, device="cpu", precision="float32").reason
-    assert Detector(network, precision="bfloat16").dtype == torch.bfloat16
+    assert Detector(network, precision="bfloat16").precision == "bfloat16"
 
 
 def test_flipping_makes_the_map_of_the_mirrored_image_the_mirrored_map(

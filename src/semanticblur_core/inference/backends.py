@@ -1,0 +1,244 @@
+"""What computes the network: torch, or an exported file in ONNX Runtime or OpenVINO.
+
+Which is fastest depends on the processor, so it is measured once and remembered
+(`semanticblur_core.inference.choice`). Nothing here imports torch until torch is what computes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from semanticblur_core import weights
+from semanticblur_core.config import ModelConfig
+from semanticblur_core.errors import ConfigError, SemanticBlurError, WeightsError
+
+BackendName = Literal["torch", "compile", "onnxruntime", "openvino"]
+Upsampling = Literal["bilinear", "nearest-exact"]
+BACKENDS: tuple[BackendName, ...] = ("torch", "compile", "onnxruntime", "openvino")
+_RESAMPLING = {
+    "bilinear": Image.Resampling.BILINEAR,
+    # Pillow's nearest neighbour takes pixel centres, as torch's nearest-exact does.
+    "nearest-exact": Image.Resampling.NEAREST,
+}
+
+
+class Backend(Protocol):
+    """Runs the network.
+
+    Attributes
+    ----------
+    name, device, precision
+        What it is: one of `BACKENDS`, ``cpu`` or ``cuda:0`` ..., ``float32`` ...
+    reason
+        Why, one line for people.
+    """
+
+    name: str
+    device: str
+    precision: str
+    reason: str
+
+    def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """``(N, H, W)`` maps of ``(N, H, W, 3)`` images in 0..1."""
+        ...
+
+    def run_resized(
+        self, images: NDArray[np.float32], shapes: Sequence[tuple[int, ...]], mode: Upsampling
+    ) -> list[NDArray[np.float32]]:
+        """Maps of images ``(N, H, W, 3)``, each brought to the rows and columns in ``shapes``."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExportedInfo:
+    """What an exported file says of itself; see `semanticblur_core.inference.export`."""
+
+    architecture: ModelConfig
+    sha256: str
+
+
+class _ExportedBackend:
+    """What ONNX Runtime and OpenVINO share: maps come as arrays and Pillow resizes them."""
+
+    name: str
+    device = "cpu"
+    precision = "float32"
+    reason: str
+
+    def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """``(N, H, W)`` maps of ``(N, H, W, 3)`` images in 0..1."""
+        batch = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        return self._infer(batch)[:, 0]
+
+    def run_resized(
+        self, images: NDArray[np.float32], shapes: Sequence[tuple[int, ...]], mode: Upsampling
+    ) -> list[NDArray[np.float32]]:
+        """Maps of images ``(N, H, W, 3)``, each brought to the rows and columns in ``shapes``."""
+        return [
+            resize_map(blur, shape[:2], mode)
+            for blur, shape in zip(self.run(images), shapes, strict=True)
+        ]  # fmt: skip
+
+    def _infer(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        raise NotImplementedError
+
+
+class OnnxRuntimeBackend(_ExportedBackend):
+    """An exported file in ONNX Runtime, float32; on a CUDA GPU where its package has one."""
+
+    def __init__(self, path: Path, *, device: str = "auto", precision: str = "auto") -> None:
+        onnxruntime = _require("onnxruntime")
+        self.name = "onnxruntime"
+        if precision not in ("auto", "float32"):
+            raise ConfigError(f"precision {precision}: onnxruntime computes in float32")
+        providers = ["CPUExecutionProvider"]
+        if device != "cpu" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            providers.insert(0, "CUDAExecutionProvider")
+        elif device not in ("auto", "cpu"):
+            raise ConfigError(f"device {device!r}: this ONNX Runtime has the CPU only")
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), providers=providers)
+        # Its exceptions share no base but Exception.
+        except Exception as error:
+            raise _unreadable(path, error) from error
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.info = _read_info(path, metadata.get(weights.METADATA_KEY))
+        self.device = "cuda" if len(providers) > 1 else "cpu"
+        self.reason = f"{path.name} in ONNX Runtime"
+
+    def _infer(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        try:
+            [maps] = self._session.run(None, {"image": batch})
+        except Exception as error:
+            raise SemanticBlurError(f"ONNX Runtime failed: {_first_line(error)}") from error
+        return np.asarray(maps, np.float32)
+
+
+class OpenVinoBackend(_ExportedBackend):
+    """An exported file in OpenVINO, on the CPU; bfloat16 where the processor has it."""
+
+    def __init__(self, path: Path, *, device: str = "auto", precision: str = "auto") -> None:
+        openvino = _require("openvino")
+        self.name = "openvino"
+        if device not in ("auto", "cpu"):
+            raise ConfigError(f"device {device!r}: the back end openvino runs on the CPU")
+        core = openvino.Core()
+        has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"precision {precision}: openvino takes float32 or bfloat16")
+        use_bfloat16 = has_bfloat16 if precision == "auto" else precision == "bfloat16"
+        self.precision = "bfloat16" if use_bfloat16 else "float32"
+        hints: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": "bf16" if use_bfloat16 else "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        try:
+            model = core.read_model(str(path))
+            where = ["framework", weights.METADATA_KEY]
+            metadata = model.get_rt_info(where).astype(str) if model.has_rt_info(where) else None
+            self.info = _read_info(path, metadata)
+            compiled = core.compile_model(model, "CPU", hints)
+        except RuntimeError as error:
+            raise _unreadable(path, error) from error
+        self._request = compiled.create_infer_request()
+        self.reason = f"{path.name} in OpenVINO; {self.precision}"
+
+    def _infer(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        try:
+            found = self._request.infer({0: batch}, share_inputs=True)
+        except RuntimeError as error:
+            raise SemanticBlurError(f"OpenVINO failed: {_first_line(error)}") from error
+        return np.array(found[0], np.float32)
+
+
+def open_exported(
+    path: Path, *, backend: str = "auto", device: str = "auto", precision: str = "auto"
+) -> OnnxRuntimeBackend | OpenVinoBackend:
+    """Back end for a file that ``semanticblur-core export`` wrote.
+
+    Parameters
+    ----------
+    path
+        ONNX file.
+    backend
+        ``onnxruntime``, ``openvino``, or ``auto``: ONNX Runtime, unless it is not installed or
+        bfloat16 is asked for.
+    device, precision
+        See `semanticblur_core.Detector`.
+
+    Raises
+    ------
+    WeightsError
+        If it is no such file.
+    ConfigError
+        If the back end, device or precision does not fit.
+    SemanticBlurError
+        If the back end is not installed.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    if backend == "auto":
+        backend = "onnxruntime"
+        if precision == "bfloat16" or (not installed(backend) and installed("openvino")):
+            backend = "openvino"
+    if backend == "onnxruntime":
+        return OnnxRuntimeBackend(path, device=device, precision=precision)
+    if backend == "openvino":
+        return OpenVinoBackend(path, device=device, precision=precision)
+    raise ConfigError(f"{path}: runs in onnxruntime or openvino, not {backend}")
+
+
+def installed(backend: str) -> bool:
+    """Whether the package of a back end can be imported."""
+    return find_spec({"compile": "torch"}.get(backend, backend)) is not None
+
+
+def resize_map(
+    blur: NDArray[np.float32], shape: tuple[int, ...], mode: Upsampling
+) -> NDArray[np.float32]:
+    """``(h, w)`` to ``(H, W)``, as torch's ``interpolate`` does it on the way up."""
+    if blur.shape == shape:
+        return blur
+    resized = Image.fromarray(blur).resize((shape[1], shape[0]), _RESAMPLING[mode])
+    return np.asarray(resized, np.float32)
+
+
+def _read_info(path: Path, text: str | None) -> ExportedInfo:
+    """Metadata of an exported file."""
+    if text is None:
+        raise WeightsError(
+            f"{path}: not written by semanticblur-core export; other networks are scored by "
+            "eval --model=FILE.onnx"
+        )
+    try:
+        values = json.loads(text)
+        return ExportedInfo(ModelConfig.from_dict(values["architecture"]), str(values["sha256"]))
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise WeightsError(f"{path}: damaged metadata: {error}") from error
+
+
+def _require(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise SemanticBlurError(
+            f'back end {name}: not installed: pip install "napari-semanticblur[fast]"'
+        ) from error
+
+
+def _unreadable(path: Path, error: Exception) -> WeightsError:
+    return WeightsError(f"{path}: not a readable ONNX network: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

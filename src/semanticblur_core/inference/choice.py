@@ -1,0 +1,215 @@
+"""Which back end is fastest on this machine: measured once in processes of their own, remembered.
+
+``python -m semanticblur_core.inference.choice BACKEND MODEL SIZE ROUNDS`` is one measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+from semanticblur_core import io, weights
+from semanticblur_core.errors import SemanticBlurError
+from semanticblur_core.inference.backends import BACKENDS, BackendName, installed
+from semanticblur_core.machine import processor_name
+
+# Below this gain another back end is not worth a second code path.
+WORTHWHILE = 0.9
+_Records = dict[str, dict[str, dict[str, Any]]]
+_PACKAGES = ("torch", "openvino", "onnxruntime")
+_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class BackendSpeed:
+    """Seconds from the start of a process to its first map, and for each further one."""
+
+    backend: BackendName
+    startup_s: float
+    seconds_per_image: float
+    precision: str
+    device: str
+
+
+def measure_backends(
+    model: str = "default", *, size_px: int = 320, n_rounds: int = 10
+) -> Iterator[BackendSpeed | SemanticBlurError]:
+    """Time each back end that is installed, and remember the results for this machine.
+
+    Parameters
+    ----------
+    model
+        Packaged model, own model or file of weights.
+    size_px
+        Side of the square images.
+    n_rounds
+        Images timed; the median counts.
+
+    Yields
+    ------
+    BackendSpeed or SemanticBlurError
+        For each in turn: its speed, or why it cannot run.
+    """
+    speeds = []
+    for backend in BACKENDS:
+        if not installed(backend):
+            yield SemanticBlurError(f"{backend}: not installed")
+            continue
+        found = _measure_apart(backend, model, size_px, n_rounds)
+        if isinstance(found, BackendSpeed):
+            speeds.append(found)
+        yield found
+    records = _read()
+    records[_machine()] = {speed.backend: asdict(speed) for speed in speeds}
+    io.write_text(_record_file(), json.dumps(records, indent=1) + "\n")
+
+
+def remembered() -> dict[str, BackendSpeed]:
+    """Speeds measured on this machine with the packages installed now; empty if none were."""
+    try:
+        found = _read().get(_machine(), {})
+        return {name: BackendSpeed(**values) for name, values in found.items()}
+    except (TypeError, AttributeError):  # written by another version
+        return {}
+
+
+def pick_backend(sha256: str, n_images: int = 1) -> tuple[BackendName, str]:
+    """Back end that finishes first, start-up included, and why (one line for people).
+
+    Parameters
+    ----------
+    sha256
+        Of the weights; an exported file that must first be made counts against a back end.
+    n_images
+        How many are to come.
+    """
+    speeds = remembered()
+    if "torch" not in speeds:
+        return "torch", "semanticblur-core bench backends finds out whether another is faster"
+
+    def total_s(speed: BackendSpeed) -> float:
+        making = 0.0
+        if speed.backend in ("onnxruntime", "openvino") and not exported_file(sha256).is_file():
+            making = _EXPORT_S
+        return making + speed.startup_s + n_images * speed.seconds_per_image
+
+    ours = total_s(speeds["torch"])
+    best = min(speeds.values(), key=total_s)
+    if best.backend == "torch" or total_s(best) > WORTHWHILE * ours:
+        return "torch", "measured: no other is faster by a tenth for so many images"
+    return best.backend, f"measured: {best.seconds_per_image * 1e3:.0f} ms an image, torch " + (
+        f"{speeds['torch'].seconds_per_image * 1e3:.0f} ms"
+    )
+
+
+# Roughly what an export takes.
+_EXPORT_S = 20.0
+
+
+def exported_file(sha256: str) -> Path:
+    """Where the exported form of weights is kept between runs."""
+    return weights.home_folder() / "exported" / f"{sha256[:32]}.onnx"
+
+
+def ensure_exported(model: str) -> Path:
+    """The exported form of a model, made if it is not there.
+
+    Raises
+    ------
+    SemanticBlurError
+        As `semanticblur_core.inference.export.export_onnx`.
+    """
+    path = exported_file(weights.read_info(weights.resolve(model)).sha256)
+    if not path.is_file():
+        from semanticblur_core.inference.export import export_onnx
+
+        export_onnx(model, path)
+    return path
+
+
+def _measure_apart(
+    backend: BackendName, model: str, size_px: int, n_rounds: int
+) -> BackendSpeed | SemanticBlurError:
+    if backend in ("onnxruntime", "openvino"):
+        try:
+            ensure_exported(model)
+        except SemanticBlurError as error:
+            return SemanticBlurError(f"{backend}: {error}")
+    command = [sys.executable, "-m", "semanticblur_core.inference.choice"]
+    start = time.time()
+    try:
+        done = subprocess.run(
+            [*command, backend, model, str(size_px), str(n_rounds)],
+            capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return SemanticBlurError(f"{backend}: took more than {_TIMEOUT_S:.0f} s")
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
+        return SemanticBlurError(f"{backend}: {lines[-1]}")
+    values = json.loads(done.stdout.splitlines()[-1])
+    startup_s = values.pop("first_map_at") - start
+    return BackendSpeed(backend=backend, startup_s=startup_s, **values)
+
+
+def _measure_here(backend: str, model: str, size_px: int, n_rounds: int) -> None:
+    """Print a line of JSON for `_measure_apart`."""
+    import numpy as np
+
+    from semanticblur_core.inference.detector import Detector
+
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (size_px, size_px, 3), np.uint8)
+    detector = Detector(model, backend=backend)
+    detector.detect(image, size=size_px)
+    first_map_at = time.time()
+    seconds = []
+    for _ in range(n_rounds + 2):
+        start = time.perf_counter()
+        detector.detect(image, size=size_px)
+        seconds.append(time.perf_counter() - start)
+    values = {
+        "first_map_at": first_map_at,
+        "seconds_per_image": statistics.median(seconds[2:]),
+        "precision": detector.precision,
+        "device": detector.device,
+    }
+    sys.stdout.write(json.dumps(values) + "\n")
+
+
+def _record_file() -> Path:
+    return weights.home_folder() / "backends.json"
+
+
+def _read() -> _Records:
+    try:
+        found = json.loads(_record_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return cast("_Records", found if isinstance(found, dict) else {})
+
+
+def _machine() -> str:
+    """What the speeds depend on; a change of any part asks for a new measurement."""
+    versions = []
+    for package in _PACKAGES:
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            versions.append(f"no {package}")
+    gpu = "GPU" if shutil.which("nvidia-smi") else "no GPU"
+    return ", ".join([processor_name(), f"{os.cpu_count()} cores", gpu, *versions])
+
+
+if __name__ == "__main__":
+    _measure_here(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -1,0 +1,284 @@
+"""The network as one ONNX file, and as a package in the bioimage.io model format."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io as text_io
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from semanticblur_core import __version__, io, weights
+from semanticblur_core.data.transforms import normalise
+from semanticblur_core.errors import SemanticBlurError
+from semanticblur_core.network import SemanticBlur
+
+OPSET = 18
+TOLERANCE = 1e-4
+# A multiple of the coarsest stride is not needed, but every side has to pass five halvings.
+MIN_SIDE_PX = 64
+_CHECKED_SHAPES = ((1, 320, 320), (2, 200, 333))
+
+
+class _ExportForm(nn.Module):
+    """Images in 0..1 to maps in 0..1: nothing is left to do outside the file."""
+
+    def __init__(self, network: SemanticBlur) -> None:
+        super().__init__()
+        self.network = network.for_inference(torch.float32)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.sigmoid(self.network(normalise(image)))
+
+
+def export_onnx(model: str, path: Path) -> float:
+    """Write a model as one ONNX file and check it.
+
+    Parameters
+    ----------
+    model
+        Packaged model, own model or file of weights.
+    path
+        File to write; replaced as a whole.
+
+    Returns
+    -------
+    float
+        Largest difference between the file's maps in ONNX Runtime and torch's, on random images of
+        two sizes.
+
+    Raises
+    ------
+    WeightsError
+        If the model cannot be read.
+    SemanticBlurError
+        If onnx, onnxscript or onnxruntime is missing, or the maps differ by more than 1e-4.
+
+    Notes
+    -----
+    Opset 18. Input ``image``: ``(N, 3, H, W)`` float32, RGB in 0..1, N, H and W free, H and W at
+    least 64. Output ``blur``: ``(N, 1, H, W)`` float32, 1 = out of focus. The metadata under the
+    key ``semanticblur`` names architecture, provenance and the sha256 of the weights.
+    """
+    onnx = _require_onnx()
+    network, info = weights.load(model)
+    form = _ExportForm(network).eval()
+    free = {
+        0: torch.export.Dim("batch", min=1, max=1024),
+        2: torch.export.Dim("height", min=MIN_SIDE_PX, max=65536),
+        3: torch.export.Dim("width", min=MIN_SIDE_PX, max=65536),
+    }
+    with _quiet():
+        program = torch.onnx.export(
+            form,
+            (torch.rand(2, 3, 320, 352),),
+            dynamo=True,
+            dynamic_shapes={"image": free},
+            input_names=["image"],
+            output_names=["blur"],
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    metadata = {
+        "architecture": info.architecture.to_dict(),
+        "provenance": info.provenance,
+        "metrics": info.metrics,
+        "licence": info.licence,
+        "sha256": info.sha256,
+        "software": f"napari-semanticblur {__version__}",
+        "input": "image (N, 3, H, W) float32, RGB in 0..1",
+        "output": "blur (N, 1, H, W) float32, 1 = out of focus",
+    }
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = weights.METADATA_KEY, json.dumps(metadata)
+    proto.producer_name, proto.producer_version = "napari-semanticblur", __version__
+    onnx.checker.check_model(proto)
+    with io.replacing(path, durable=True) as temporary:
+        temporary.write_bytes(proto.SerializeToString())
+        difference = _largest_difference(form, temporary)
+        if not difference <= TOLERANCE:
+            raise SemanticBlurError(
+                f"{path}: its maps differ from torch's by {difference:.2g}, more than "
+                f"{TOLERANCE:g}; not written"
+            )
+    return difference
+
+
+def export_bioimageio(model: str, folder: Path) -> float:
+    """Write a model in the bioimage.io format 0.5: description, ONNX file, test arrays, cover.
+
+    Parameters
+    ----------
+    model
+        As in `export_onnx`.
+    folder
+        Folder to make; it must not exist.
+
+    Returns
+    -------
+    float
+        As `export_onnx`.
+
+    Raises
+    ------
+    SemanticBlurError
+        As `export_onnx`, or if the folder exists.
+    """
+    import yaml
+
+    if folder.exists():
+        raise SemanticBlurError(f"{folder}: exists already; name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+        temporary = Path(name) / folder.name
+        temporary.mkdir()
+        difference = export_onnx(model, temporary / "weights.onnx")
+        _write_tests(model, temporary)
+        info = weights.read_info(weights.resolve(model))
+        description = _describe(model, info, temporary)
+        (temporary / "rdf.yaml").write_text(
+            yaml.safe_dump(description, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+        temporary.replace(folder)
+    return difference
+
+
+def _largest_difference(form: _ExportForm, path: Path) -> float:
+    """Between the file in ONNX Runtime and torch, on random images."""
+    from semanticblur_core.inference.backends import OnnxRuntimeBackend
+
+    backend = OnnxRuntimeBackend(path, device="cpu")
+    rng = np.random.default_rng(0)
+    worst = 0.0
+    for shape in _CHECKED_SHAPES:
+        images = rng.random((*shape, 3), np.float32)
+        with torch.inference_mode():
+            expected = form(torch.from_numpy(images).permute(0, 3, 1, 2))[:, 0].numpy()
+        worst = max(worst, float(np.abs(backend.run(images) - expected).max()))
+    return worst
+
+
+def _write_tests(model: str, folder: Path) -> None:
+    """Test arrays and a cover from a photograph that ships with scikit-image."""
+    from skimage.data import chelsea
+
+    from semanticblur_core.data.squash import squash
+    from semanticblur_core.inference.backends import OnnxRuntimeBackend
+    from semanticblur_core.inference.overlay import draw_overlay
+
+    image = squash(chelsea(), 320, 320)
+    blur = OnnxRuntimeBackend(folder / "weights.onnx", device="cpu").run(image[None])
+    np.save(folder / "test_input.npy", np.ascontiguousarray(image.transpose(2, 0, 1)[None]))
+    np.save(folder / "test_output.npy", blur[:, None])
+    rgb = np.round(image * 255).astype(np.uint8)
+    cover = np.hstack([rgb, draw_overlay(rgb, blur[0], threshold=0.5, value_range=None)])
+    io.write_png(folder / "cover.png", cover)
+    (folder / "README.md").write_text(
+        f"# SemanticBlur, model {model}\n\n"
+        "Finds what is out of focus. Input: RGB in 0..1; photographs are squashed to 320 x 320 px. "
+        "Output: 1 = out of focus.\n\n"
+        "Validation: see config in rdf.yaml. Test it with `bioimageio test rdf.yaml`.\n",
+        encoding="utf-8",
+    )
+
+
+def _describe(model: str, info: weights.WeightsInfo, folder: Path) -> dict[str, Any]:
+    """Description in the bioimage.io model format 0.5."""
+
+    def space(axis: str, size: Any) -> dict[str, Any]:
+        return {"type": "space", "id": axis, "size": size}
+
+    def file(name: str) -> dict[str, str]:
+        return {"source": name, "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()}
+
+    def like(axis: str) -> dict[str, str]:
+        return {"tensor_id": "image", "axis_id": axis}
+
+    free = {"min": MIN_SIDE_PX, "step": 1}
+    data = {"type": "float32", "range": [0.0, 1.0]}
+    return {
+        "type": "model",
+        "format_version": "0.5.4",
+        "name": f"SemanticBlur {''.join(c if c.isalnum() or c in '_-.' else ' ' for c in model)}",
+        "description": "Finds what is out of focus in an image: defocus blur detection.",
+        "authors": [{"name": "SemanticBlur developers"}],
+        "cite": [
+            {
+                "text": "Haider, Gazis, Zahoor: SemanticBlur (2026)",
+                "doi": "10.62762/TIS.2025.879161",
+            }
+        ],
+        "license": "BSD-3-Clause",
+        "documentation": file("README.md"),
+        "covers": [file("cover.png")],
+        "tags": ["defocus", "blur", "focus", "semantic-segmentation", "2d"],
+        "inputs": [
+            {
+                "id": "image",
+                "description": "RGB in 0..1",
+                "axes": [
+                    {"type": "batch"},
+                    {"type": "channel", "channel_names": ["red", "green", "blue"]},
+                    space("y", free),
+                    space("x", free),
+                ],
+                "data": data,
+                "test_tensor": file("test_input.npy"),
+            }
+        ],
+        "outputs": [
+            {
+                "id": "blur",
+                "description": "1 = out of focus",
+                "axes": [
+                    {"type": "batch"},
+                    {"type": "channel", "channel_names": ["blur"]},
+                    space("y", like("y")),
+                    space("x", like("x")),
+                ],
+                "data": data,
+                "test_tensor": file("test_output.npy"),
+            }
+        ],
+        "weights": {"onnx": {**file("weights.onnx"), "opset_version": OPSET}},
+        "config": {
+            "semanticblur": {
+                "sha256": info.sha256,
+                "architecture": info.architecture.to_dict(),
+                "metrics": info.metrics,
+                "licence": info.licence,
+            }
+        },
+    }
+
+
+def _require_onnx() -> Any:
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript
+    except ImportError as error:
+        raise SemanticBlurError(
+            f'export needs {error.name}: pip install "napari-semanticblur[export]"'
+        ) from error
+    assert onnxruntime
+    assert onnxscript
+    return onnx
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports each of its steps, and warns of its own deprecations."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(text_io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,121 @@
+"""The network in torch, eager or compiled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from semanticblur_core.data.transforms import normalise
+from semanticblur_core.device import choose_device
+from semanticblur_core.errors import SemanticBlurError
+from semanticblur_core.inference.backends import Upsampling
+from semanticblur_core.network import SemanticBlur
+
+
+class TorchBackend:
+    """Runs a network on a device; see `semanticblur_core.inference.backends.Backend`.
+
+    Parameters
+    ----------
+    network
+        As trained; a copy is made for inference.
+    device, precision
+        See `semanticblur_core.device.choose_device`.
+    compiled
+        Through ``torch.compile``: faster, after half a minute for each new size.
+    """
+
+    def __init__(
+        self,
+        network: SemanticBlur,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        compiled: bool = False,
+    ) -> None:
+        self._device, self._dtype, self.reason = choose_device(device, precision)
+        self.device = str(self._device)
+        self.precision = str(self._dtype).removeprefix("torch.")
+        self.name = "compile" if compiled else "torch"
+        self._network = network.for_inference(self._dtype).to(self._device)
+        self._forward = (
+            torch.compile(self._network, dynamic=False) if compiled else self._network.__call__
+        )
+
+    def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """``(N, H, W)`` maps of ``(N, H, W, 3)`` images in 0..1."""
+        maps: NDArray[np.float32] = self.tensors(images).cpu().numpy()
+        return maps
+
+    def tensors(self, images: NDArray[np.float32]) -> torch.Tensor:
+        """Maps as `run`, left on the device. Out of memory, the batch is halved, then the CPU used.
+
+        Raises
+        ------
+        SemanticBlurError
+            If not even one image fits into the CPU's memory.
+        """
+        try:
+            return self._infer(images)
+        except RuntimeError as error:  # torch's out of memory is one
+            if not _is_out_of_memory(error):
+                raise
+        if len(images) > 1:
+            half = len(images) // 2
+            return torch.cat([self.tensors(images[:half]), self.tensors(images[half:])])
+        if self.device == "cpu":
+            height, width = images.shape[1:3]
+            raise SemanticBlurError(
+                f"out of memory for {height} x {width} px at once; a smaller size or native tiles "
+                "need less"
+            )
+        self._move_to_cpu()
+        return self.tensors(images)
+
+    def run_resized(
+        self, images: NDArray[np.float32], shapes: Sequence[tuple[int, ...]], mode: Upsampling
+    ) -> list[NDArray[np.float32]]:
+        """Maps of images ``(N, H, W, 3)``, each brought to the rows and columns in ``shapes``."""
+        return [blur.cpu().numpy() for blur in self.tensors_resized(images, shapes, mode)]
+
+    def tensors_resized(
+        self, images: NDArray[np.float32], shapes: Sequence[tuple[int, ...]], mode: Upsampling
+    ) -> list[torch.Tensor]:
+        """Maps as `run_resized`, left on the device."""
+        maps = self.tensors(images)
+        return [
+            _upsample(maps[i : i + 1], shape[:2], mode)
+            for i, shape in enumerate(shapes)
+        ]  # fmt: skip
+
+    def _infer(self, images: NDArray[np.float32]) -> torch.Tensor:
+        batch = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2)
+        with torch.inference_mode():
+            logits = self._forward(normalise(batch).to(self._dtype))
+            return torch.sigmoid(logits.float())[:, 0]
+
+    def _move_to_cpu(self) -> None:
+        was = self.device
+        self._network = self._network.to("cpu", torch.float32)
+        self._forward = self._network.__call__
+        self._device, self._dtype = torch.device("cpu"), torch.float32
+        self.device, self.precision, self.name = "cpu", "float32", "torch"
+        self.reason = f"{was} ran out of memory"
+        warnings.warn(f"{was} ran out of memory; going on with the CPU", stacklevel=2)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _upsample(blur: torch.Tensor, shape: tuple[int, ...], mode: Upsampling) -> torch.Tensor:
+    """``(1, h, w)`` to ``(H, W)``."""
+    if blur.shape[-2:] != shape:
+        keywords = {"align_corners": False} if mode == "bilinear" else {}
+        blur = F.interpolate(blur[None], size=shape, mode=mode, **keywords)[0]
+    return blur[0]
