@@ -1,6 +1,7 @@
 """Fixtures shared by all tests. Everything is generated or ships inside scikit-image."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,14 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"SEMANTICBLUR_DATA={path} is not a folder")
     return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Neither the models nor the measured speeds of whoever runs the tests count in them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEMANTICBLUR_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Generator
 from pathlib import Path
@@ -73,6 +74,52 @@ def bench_model(
     )
     if json_path is not None:
         io.write_text(json_path, json.dumps(result, indent=1) + "\n")
+
+
+@command.command(name="backends")
+@click.option("--model", default="default", show_default=True, help="As in detect.")
+@click.option("--size", "size_px", type=click.IntRange(64), default=320, show_default=True)
+@click.option("--rounds", "n_rounds", type=click.IntRange(3), default=20, show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
+def bench_backends(model: str, size_px: int, n_rounds: int, json_path: Path | None) -> None:
+    """Find out which back end is fastest here; `detect` remembers it.
+
+    First each alone, in a process of its own with its start-up; then all in turn, beside
+    torchvision's bare ResNet-50.
+    """
+    from semanticblur_core import benchmarks, io, weights
+    from semanticblur_core.errors import SemanticBlurError
+    from semanticblur_core.inference import choice
+
+    alone = []
+    for speed in choice.measure_backends(model, size_px=size_px, n_rounds=n_rounds):
+        if isinstance(speed, SemanticBlurError):
+            click.echo(f"{speed}")
+            continue
+        alone.append(dataclasses.asdict(speed))
+        click.echo(
+            f"{speed.backend}: {speed.startup_s:.1f} s to the first map, "
+            f"{speed.seconds_per_image * 1e3:.0f} ms for each more ({speed.precision}, "
+            f"{speed.device})"
+        )
+    result = _run(benchmarks.bench_backends(size_px=size_px, n_rounds=n_rounds, model=model))
+    click.echo(
+        f"In turn with the bare ResNet-50 ({result['backbone_ms']:.0f} ms in bfloat16), "
+        f"{result['n_threads']} threads, medians of {n_rounds} rounds:"
+    )
+    for name, values in result["backends"].items():
+        click.echo(
+            f"  {name}: {values['error']}"
+            if "error" in values
+            else f"  {name}: {values['ms']:.0f} ms in {values['precision']}, ratio "
+            f"{values['ratio']:.2f}, maps differ from float32 by {values['mean_difference']:.2g}"
+        )
+    sha256 = weights.read_info(weights.resolve(model)).sha256
+    picks = {n: choice.pick_backend(sha256, n)[0] for n in (1, 10, 100, 1000, 10000)}
+    click.echo("Detector takes " + ", ".join(f"{b} for {n}" for n, b in picks.items()) + " images")
+    if json_path is not None:
+        document = {**result, "alone": alone, "picks": picks}
+        io.write_text(json_path, json.dumps(document, indent=1) + "\n")
 
 
 @command.command(name="train")

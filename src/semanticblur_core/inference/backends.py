@@ -16,7 +16,6 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from semanticblur_core import weights
 from semanticblur_core.config import ModelConfig
@@ -25,11 +24,6 @@ from semanticblur_core.errors import ConfigError, SemanticBlurError, WeightsErro
 BackendName = Literal["torch", "compile", "onnxruntime", "openvino"]
 Upsampling = Literal["bilinear", "nearest-exact"]
 BACKENDS: tuple[BackendName, ...] = ("torch", "compile", "onnxruntime", "openvino")
-_RESAMPLING = {
-    "bilinear": Image.Resampling.BILINEAR,
-    # Pillow's nearest neighbour takes pixel centres, as torch's nearest-exact does.
-    "nearest-exact": Image.Resampling.NEAREST,
-}
 
 
 class Backend(Protocol):
@@ -206,11 +200,33 @@ def installed(backend: str) -> bool:
 def resize_map(
     blur: NDArray[np.float32], shape: tuple[int, ...], mode: Upsampling
 ) -> NDArray[np.float32]:
-    """``(h, w)`` to ``(H, W)``, as torch's ``interpolate`` does it on the way up."""
+    """``(h, w)`` to ``(H, W)``, as torch's ``interpolate`` does it."""
     if blur.shape == shape:
         return blur
-    resized = Image.fromarray(blur).resize((shape[1], shape[0]), _RESAMPLING[mode])
-    return np.asarray(resized, np.float32)
+    if mode == "nearest-exact":
+        rows, columns = (
+            ((np.arange(n_out, dtype=np.float32) + 0.5) * np.float32(n_in / n_out)).astype(int)
+            for n_in, n_out in zip(blur.shape, shape, strict=True)
+        )
+        rows, columns = (
+            np.minimum(x, n - 1) for x, n in zip((rows, columns), blur.shape, strict=True)
+        )
+        nearest: NDArray[np.float32] = blur[np.ix_(rows, columns)]
+        return nearest
+    vertical, horizontal = (
+        _bilinear_matrix(n_in, n_out) for n_in, n_out in zip(blur.shape, shape, strict=True)
+    )
+    # Columns first: the larger product then runs over rows, which BLAS shares out well.
+    resized: NDArray[np.float32] = vertical @ (blur @ horizontal.T)
+    np.clip(resized, 0, 1, out=resized)
+    return resized
+
+
+def _bilinear_matrix(n_in: int, n_out: int) -> NDArray[np.float32]:
+    """Weights ``(n_out, n_in)`` of two taps a row, pixel centres aligned, edges repeated."""
+    position = ((np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5).clip(0, n_in - 1)
+    taps: NDArray[np.float64] = np.maximum(1 - np.abs(position[:, None] - np.arange(n_in)), 0)
+    return taps.astype(np.float32)
 
 
 def _read_info(path: Path, text: str | None) -> ExportedInfo:

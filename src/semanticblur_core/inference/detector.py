@@ -147,6 +147,11 @@ class Detector:
         )
 
     @property
+    def engine(self) -> Backend:
+        """What computes the network: arrays in 0..1 to maps."""
+        return self._backend
+
+    @property
     def backend(self) -> str:
         """One of ``torch``, ``compile``, ``onnxruntime`` and ``openvino``."""
         return self._backend.name

@@ -9,6 +9,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from semanticblur_core import __version__, io, weights
+from semanticblur_core import io, weights
 from semanticblur_core.data.transforms import normalise
 from semanticblur_core.errors import SemanticBlurError
 from semanticblur_core.network import SemanticBlur
@@ -95,13 +96,13 @@ def export_onnx(model: str, path: Path) -> float:
         "metrics": info.metrics,
         "licence": info.licence,
         "sha256": info.sha256,
-        "software": f"napari-semanticblur {__version__}",
+        "software": f"napari-semanticblur {version('napari-semanticblur')}",
         "input": "image (N, 3, H, W) float32, RGB in 0..1",
         "output": "blur (N, 1, H, W) float32, 1 = out of focus",
     }
     entry = proto.metadata_props.add()
     entry.key, entry.value = weights.METADATA_KEY, json.dumps(metadata)
-    proto.producer_name, proto.producer_version = "napari-semanticblur", __version__
+    proto.producer_name = "napari-semanticblur"
     onnx.checker.check_model(proto)
     with io.replacing(path, durable=True) as temporary:
         temporary.write_bytes(proto.SerializeToString())
@@ -184,10 +185,10 @@ def _write_tests(model: str, folder: Path) -> None:
     cover = np.hstack([rgb, draw_overlay(rgb, blur[0], threshold=0.5, value_range=None)])
     io.write_png(folder / "cover.png", cover)
     (folder / "README.md").write_text(
-        f"# SemanticBlur, model {model}\n\n"
+        f"# SemanticBlur, model {_plain(model)}\n\n"
         "Finds what is out of focus. Input: RGB in 0..1; photographs are squashed to 320 x 320 px. "
         "Output: 1 = out of focus.\n\n"
-        "Validation: see config in rdf.yaml. Test it with `bioimageio test rdf.yaml`.\n",
+        "# Validation\n\nScores and their protocol are under `config` in rdf.yaml.\n",
         encoding="utf-8",
     )
 
@@ -209,7 +210,7 @@ def _describe(model: str, info: weights.WeightsInfo, folder: Path) -> dict[str, 
     return {
         "type": "model",
         "format_version": "0.5.4",
-        "name": f"SemanticBlur {''.join(c if c.isalnum() or c in '_-.' else ' ' for c in model)}",
+        "name": f"SemanticBlur {_plain(model)}",
         "description": "Finds what is out of focus in an image: defocus blur detection.",
         "authors": [{"name": "SemanticBlur developers"}],
         "cite": [
@@ -260,6 +261,13 @@ def _describe(model: str, info: weights.WeightsInfo, folder: Path) -> dict[str, 
             }
         },
     }
+
+
+def _plain(model: str) -> str:
+    """Name of a model, or of its file, in the characters that the format allows."""
+    return "".join(
+        c if c.isascii() and (c.isalnum() or c in "_-") else " " for c in Path(model).stem
+    )
 
 
 def _require_onnx() -> Any:

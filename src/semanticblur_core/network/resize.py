@@ -16,7 +16,7 @@ from torch import Tensor
 
 def resize_matrix(n_in: int, n_out: int, device: torch.device | None = None) -> Tensor:
     """Weights ``(n_out, n_in)`` float32 that resize an axis; rows sum to one."""
-    if torch.compiler.is_exporting():  # sizes are symbols, and part of the exported graph
+    if torch.compiler.is_compiling():  # sizes may be symbols, and part of an exported graph
         return _make_matrix(n_in, n_out, device)
     return _cached_matrix(n_in, n_out, device)
 

@@ -1,0 +1,179 @@
+"""Export, and the back ends that run what was exported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from semanticblur_core import Detector, weights
+from semanticblur_core.cli import cli
+from semanticblur_core.errors import ConfigError, SemanticBlurError, WeightsError
+from semanticblur_core.inference import choice
+from semanticblur_core.inference.backends import Upsampling, resize_map
+from semanticblur_core.inference.choice import BackendSpeed, pick_backend
+
+SIZES = [(320, 320), (64, 200), (223, 131)]
+
+
+@pytest.fixture(scope="module")
+def exported(random_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random network as a bioimage.io package, made by the command line."""
+    folder = tmp_path_factory.mktemp("export") / "package"
+    arguments = ["export", f"--model={random_weights}", "--format=bioimageio", f"--output={folder}"]
+    result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "opset 18, largest difference from torch" in result.output
+    return folder / "weights.onnx"
+
+
+@pytest.fixture(scope="module")
+def in_torch(random_weights: Path) -> Detector:
+    return Detector(str(random_weights), device="cpu", precision="float32", backend="torch")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("size", SIZES)
+def test_any_size_gives_the_maps_of_torch(
+    exported: Path, in_torch: Detector, backend: str, size: tuple[int, int]
+) -> None:
+    pytest.importorskip(backend)
+    images = np.random.default_rng(3).random((2, *size, 3), np.float32)
+    detector = Detector(str(exported), backend=backend, precision="float32", device="cpu")
+    assert (detector.backend, detector.precision) == (backend, "float32")
+    np.testing.assert_allclose(
+        detector.engine.run(images), in_torch.engine.run(images), atol=1e-4, rtol=0
+    )
+
+
+def test_the_whole_way_of_an_image(
+    exported: Path, in_torch: Detector, random_weights: Path, rng: np.random.Generator
+) -> None:
+    image = rng.integers(0, 256, (90, 140, 3), np.uint8)
+    detector = Detector(str(exported))
+    assert detector.sha256 == weights.read_info(random_weights).sha256
+    assert detector.config == in_torch.config
+    modes: tuple[Upsampling, ...] = ("bilinear", "nearest-exact")
+    for upsampling in modes:
+        ours = detector.detect(image, upsampling=upsampling)
+        assert (ours.shape, ours.dtype) == ((90, 140), np.float32)
+        expected = in_torch.detect(image, upsampling=upsampling)
+        np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(
+        detector.detect(image, size="native"), in_torch.detect(image, size="native"), atol=1e-4
+    )
+    with pytest.raises(ConfigError, match="tensors come from torch"):
+        detector.detect_tensors([image])
+
+
+def test_torch_is_not_imported(exported: Path) -> None:
+    code = (
+        "import sys, numpy as np; from semanticblur_core import Detector; "
+        f"Detector({str(exported)!r}).detect(np.zeros((70, 80), np.uint8)); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_bioimageio_package(exported: Path) -> None:
+    pytest.importorskip("bioimageio.spec")
+    # In a process of its own: the validator leaves files open.
+    code = (
+        "import sys, yaml; from pathlib import Path; import bioimageio.spec as spec\n"
+        "folder = Path(sys.argv[1])\n"
+        "with spec.ValidationContext(root=folder, perform_io_checks=True):\n"
+        "    found = spec.validate_format(yaml.safe_load((folder / 'rdf.yaml').read_text()))\n"
+        "print(found.format()); sys.exit(found.status != 'valid-format')"
+    )
+    command = [sys.executable, "-c", code, str(exported.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    image = np.load(exported.parent / "test_input.npy").transpose(0, 2, 3, 1)
+    blur = Detector(str(exported), precision="float32").engine.run(image)
+    np.testing.assert_allclose(blur[:, None], np.load(exported.parent / "test_output.npy"), 1e-4)
+
+
+def test_files_that_were_not_exported_are_refused(exported: Path, tmp_path: Path) -> None:
+    import onnx
+
+    foreign = onnx.load(exported)
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    with pytest.raises(WeightsError, match=r"not written by semanticblur-core export.*eval"):
+        Detector(str(tmp_path / "foreign.onnx"))
+    (tmp_path / "cut.onnx").write_bytes(exported.read_bytes()[:5000])
+    with pytest.raises(WeightsError, match=r"cut\.onnx: not a readable ONNX network"):
+        Detector(str(tmp_path / "cut.onnx"))
+    with pytest.raises(ConfigError, match="runs in onnxruntime or openvino, not torch"):
+        Detector(str(exported), backend="torch")
+    with pytest.raises(ConfigError, match="onnxruntime computes in float32"):
+        Detector(str(exported), backend="onnxruntime", precision="bfloat16")
+    with pytest.raises(ConfigError, match="backend 'abacus'"):
+        Detector("default", backend="abacus")
+
+
+def test_an_export_replaces_nothing_unasked(tmp_path: Path) -> None:
+    (tmp_path / "there.onnx").write_bytes(b"precious")
+    result = CliRunner().invoke(cli, ["export", f"--output={tmp_path / 'there.onnx'}"])
+    assert "--overwrite replaces it" in str(result.exception)
+    assert (tmp_path / "there.onnx").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("shape", [(90, 140), (20, 33), (31, 7), (64, 64)])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest-exact"])
+def test_resizing_is_that_of_torch(
+    shape: tuple[int, int], mode: Upsampling, rng: np.random.Generator
+) -> None:
+    blur: NDArray[np.float32] = rng.random((31, 33), np.float32)
+    keywords = {"align_corners": False} if mode == "bilinear" else {}
+    expected = F.interpolate(torch.from_numpy(blur)[None, None], size=shape, mode=mode, **keywords)
+    np.testing.assert_allclose(resize_map(blur, shape, mode), expected[0, 0], atol=1e-5)
+
+
+def test_the_pick_counts_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pick_backend("0" * 64) == (
+        "torch", "semanticblur-core bench backends finds out whether another is faster",
+    )  # fmt: skip
+    speeds = {
+        "torch": BackendSpeed("torch", 3.0, 0.1, "float32", "cpu"),
+        "openvino": BackendSpeed("openvino", 2.9, 0.05, "bfloat16", "cpu"),
+    }
+    monkeypatch.setattr(choice, "remembered", lambda: speeds)
+    # The exported file is not there, so that it would have to be made first.
+    assert pick_backend("0" * 64, 100)[0] == "torch"
+    name, why = pick_backend("0" * 64, 1000)
+    assert (name, why) == ("openvino", "measured: 50 ms an image, torch 100 ms")
+    exported_file = choice.exported_file("0" * 64)
+    exported_file.parent.mkdir(parents=True)
+    exported_file.touch()
+    assert pick_backend("0" * 64, 100)[0] == "openvino"
+    assert pick_backend("0" * 64, 1)[0] == "torch"  # less than a tenth is gained
+    exported_file.unlink()
+
+
+def test_speeds_are_measured_and_remembered(
+    random_weights: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "BACKENDS", ("torch", "onnxruntime"))
+    monkeypatch.setattr(choice, "ensure_exported", lambda model: exported)
+    home = choice.exported_file(weights.read_info(random_weights).sha256)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    home.write_bytes(exported.read_bytes())
+    found = list(choice.measure_backends(str(random_weights), size_px=64, n_rounds=3))
+    assert not [speed for speed in found if isinstance(speed, SemanticBlurError)]
+    speeds = choice.remembered()
+    assert list(speeds.values()) == found
+    assert all(speed.startup_s > 0 and speed.seconds_per_image > 0 for speed in speeds.values())
+    # A detector takes what is fastest for so many images.
+    fastest = min(speeds.values(), key=lambda speed: speed.seconds_per_image).backend
+    slowest = max(speeds.values(), key=lambda speed: speed.seconds_per_image)
+    if speeds[fastest].seconds_per_image < 0.8 * slowest.seconds_per_image:
+        many = Detector(str(random_weights), device="cpu", n_images=10**6)
+        assert many.backend == fastest
+    choice._record_file().unlink()
+    assert choice.remembered() == {}
