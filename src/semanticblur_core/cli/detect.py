@@ -69,6 +69,13 @@ if TYPE_CHECKING:
     "or native. The map is brought back to the image's size.",
 )
 @click.option(
+    "--upsampling",
+    type=click.Choice(["guided", "bilinear", "nearest-exact"]),
+    default="guided",
+    show_default=True,
+    help="How a squashed image's map is brought to its size; guided follows the image's edges.",
+)
+@click.option(
     "--threshold",
     type=click.FloatRange(0, 1),
     default=0.5,
@@ -131,6 +138,7 @@ def command(
     backend: str,
     flip: bool,
     size: Any,
+    upsampling: str,
     threshold: float,
     formats: tuple[str, ...] | None,
     overlay: bool,
@@ -149,7 +157,9 @@ def command(
     """
     from semanticblur_core.inference.batch import DetectOptions, detect_files, find_jobs
 
-    refuse_network_flags(method, "model", "device", "precision", "backend", "flip", "size")
+    refuse_network_flags(
+        method, "model", "device", "precision", "backend", "flip", "size", "upsampling"
+    )
     options = DetectOptions(
         output, size, threshold, formats, overlay, overwrite, resume, value_range, axes, channels,
         planes, level,
@@ -169,6 +179,7 @@ def command(
         flip=flip,
         backend=backend,
         n_images=len(jobs),
+        upsampling=upsampling,
     )
     results = []
     try:
@@ -232,7 +243,7 @@ def _write_json(
     if not isinstance(detector, ClassicalDetector):
         protocol |= {
             "size": options.size,
-            "map_resize": "bilinear",
+            "map_resize": detector.upsampling,
             "backend": detector.backend,
             "device": detector.device,
             "precision": detector.precision,

@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from semanticblur_core import weights
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import ConfigError, SemanticBlurError, WeightsError
+from semanticblur_core.inference.upsampling import upsample_bilinear, upsample_nearest
 
 BackendName = Literal["torch", "compile", "onnxruntime", "openvino"]
-Upsampling = Literal["bilinear", "nearest-exact"]
+Resizing = Literal["bilinear", "nearest-exact"]
+Upsampling = Literal["guided", "bilinear", "nearest-exact"]
 BACKENDS: tuple[BackendName, ...] = ("torch", "compile", "onnxruntime", "openvino")
 
 
@@ -47,7 +49,7 @@ class Backend(Protocol):
         ...
 
     def run_resized(
-        self, images: NDArray[np.float32], shapes: Sequence[tuple[int, ...]], mode: Upsampling
+        self, images: NDArray[np.float32], shapes: Sequence[tuple[int, ...]], mode: Resizing
     ) -> list[NDArray[np.float32]]:
         """Maps of images ``(N, H, W, 3)``, each brought to the rows and columns in ``shapes``."""
         ...
@@ -75,7 +77,7 @@ class _ExportedBackend:
         return self._infer(batch)[:, 0]
 
     def run_resized(
-        self, images: NDArray[np.float32], shapes: Sequence[tuple[int, ...]], mode: Upsampling
+        self, images: NDArray[np.float32], shapes: Sequence[tuple[int, ...]], mode: Resizing
     ) -> list[NDArray[np.float32]]:
         """Maps of images ``(N, H, W, 3)``, each brought to the rows and columns in ``shapes``."""
         return [
@@ -198,35 +200,11 @@ def installed(backend: str) -> bool:
 
 
 def resize_map(
-    blur: NDArray[np.float32], shape: tuple[int, ...], mode: Upsampling
+    blur: NDArray[np.float32], shape: tuple[int, ...], mode: Resizing
 ) -> NDArray[np.float32]:
     """``(h, w)`` to ``(H, W)``, as torch's ``interpolate`` does it."""
-    if blur.shape == shape:
-        return blur
-    if mode == "nearest-exact":
-        rows, columns = (
-            ((np.arange(n_out, dtype=np.float32) + 0.5) * np.float32(n_in / n_out)).astype(int)
-            for n_in, n_out in zip(blur.shape, shape, strict=True)
-        )
-        rows, columns = (
-            np.minimum(x, n - 1) for x, n in zip((rows, columns), blur.shape, strict=True)
-        )
-        nearest: NDArray[np.float32] = blur[np.ix_(rows, columns)]
-        return nearest
-    vertical, horizontal = (
-        _bilinear_matrix(n_in, n_out) for n_in, n_out in zip(blur.shape, shape, strict=True)
-    )
-    # Columns first: the larger product then runs over rows, which BLAS shares out well.
-    resized: NDArray[np.float32] = vertical @ (blur @ horizontal.T)
-    np.clip(resized, 0, 1, out=resized)
-    return resized
-
-
-def _bilinear_matrix(n_in: int, n_out: int) -> NDArray[np.float32]:
-    """Weights ``(n_out, n_in)`` of two taps a row, pixel centres aligned, edges repeated."""
-    position = ((np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5).clip(0, n_in - 1)
-    taps: NDArray[np.float64] = np.maximum(1 - np.abs(position[:, None] - np.arange(n_in)), 0)
-    return taps.astype(np.float32)
+    resize = upsample_bilinear if mode == "bilinear" else upsample_nearest
+    return resize(blur, shape)
 
 
 def _read_info(path: Path, text: str | None) -> ExportedInfo:

@@ -18,6 +18,7 @@ from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.inference.backends import (
     BACKENDS,
     Backend,
+    Resizing,
     Upsampling,
     open_exported,
     resize_map,
@@ -25,6 +26,7 @@ from semanticblur_core.inference.backends import (
 from semanticblur_core.inference.choice import ensure_exported, pick_backend
 from semanticblur_core.inference.planes import ALL, Channels, DetectUpdate, Planes, Region
 from semanticblur_core.inference.tiling import OVERLAP_PX, TILE_SIZE_PX, Tile, TileGrid
+from semanticblur_core.inference.upsampling import upsample_guided
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +61,10 @@ class Detector:
         `semanticblur_core.inference.choice.pick_backend`; torch until something was.
     n_images
         How many are to come, for ``auto``: a back end that starts slowly pays for many.
+    upsampling
+        How a map is brought to the image's size: ``guided`` by the image's own edges (where the
+        image is larger than the square that it was squashed to), ``bilinear``, or
+        ``nearest-exact`` as the evaluation protocol wants it. Native maps need none.
     batch_size
         Planes or tiles computed at once; 0 is 1 on a CPU and 16 on a GPU.
 
@@ -66,7 +72,7 @@ class Detector:
     ----------
     backend, device, precision, reason
         What it computes in and on, and why.
-    flip
+    flip, upsampling
         As given.
     name
         The model as it was asked for, or ``"network"``.
@@ -96,11 +102,12 @@ class Detector:
         flip: bool = False,
         backend: str = "auto",
         n_images: int = 1,
+        upsampling: Upsampling = "guided",
         batch_size: int = 0,
     ) -> None:
         if backend not in ("auto", *BACKENDS):
             raise ConfigError(f"backend {backend!r}: expected auto, {', '.join(BACKENDS)}")
-        self.flip = flip
+        self.flip, self.upsampling = flip, upsampling
         self.name = model if isinstance(model, str) else "network"
         self.info: weights.WeightsInfo | None = None
         self.sha256: str | None = None
@@ -177,7 +184,7 @@ class Detector:
         *,
         size: int | Literal["native"] = PAPER_SIZE_PX,
         value_range: tuple[float, float] | None = None,
-        upsampling: Upsampling = "bilinear",
+        upsampling: Upsampling | None = None,
     ) -> NDArray[np.float32]:
         """Blur map of one image.
 
@@ -191,8 +198,7 @@ class Detector:
         value_range
             Intensities that count as black and white, see `semanticblur_core.io.to_unit_range`.
         upsampling
-            How the map is brought to the image's size; the evaluation protocol uses
-            ``nearest-exact``.
+            Another way than the detector's own.
 
         Returns
         -------
@@ -214,14 +220,14 @@ class Detector:
         *,
         size: int | Literal["native"] = PAPER_SIZE_PX,
         value_range: tuple[float, float] | None = None,
-        upsampling: Upsampling = "bilinear",
+        upsampling: Upsampling | None = None,
     ) -> list[NDArray[np.float32]]:
         """Blur maps of several images, as `detect`; one pass unless the size is native."""
         if size == "native":
             return [self._detect_native(image, value_range) for image in images]
         _require_size(size)
-        prepared = np.stack([squash(_prepare(image, value_range), size, size) for image in images])
-        return self._run_resized(prepared, [image.shape for image in images], upsampling)
+        pixels = [_prepare(image, value_range) for image in images]
+        return self._run_squashed(pixels, size, upsampling or self.upsampling)
 
     def detect_tensors(
         self,
@@ -229,7 +235,7 @@ class Detector:
         *,
         size: int = PAPER_SIZE_PX,
         value_range: tuple[float, float] | None = None,
-        upsampling: Upsampling = "bilinear",
+        upsampling: Resizing = "bilinear",
     ) -> list[torch.Tensor]:
         """Blur maps as `detect_batch`, ``(H, W)`` float32, left on the device; torch only, no flip.
 
@@ -259,6 +265,7 @@ class Detector:
         tile_size_px: int = TILE_SIZE_PX,
         overlap_px: int = OVERLAP_PX,
         visible: Region | None = None,
+        upsampling: Upsampling | None = None,
     ) -> Iterator[DetectUpdate]:
         """Detect an array of any number of axes, plane by plane, tile by tile; close it to stop.
 
@@ -277,6 +284,8 @@ class Detector:
             Of native tiles.
         visible
             Rows and columns whose tiles come first.
+        upsampling
+            Another way than the detector's own.
 
         Yields
         ------
@@ -296,11 +305,8 @@ class Detector:
         if size != "native":
             n_done = 0
             for some in _batched(views, self._batch_size):
-                prepared = [
-                    squash(io.as_rgb(view.read_unit(limits=limits)), size, size) for view in some
-                ]
-                shapes = [view.shape for view in some]
-                maps = self._run_resized(np.stack(prepared), shapes, "bilinear")
+                pixels = [io.as_rgb(view.read_unit(limits=limits)) for view in some]
+                maps = self._run_squashed(pixels, size, upsampling or self.upsampling)
                 for view, blur in zip(some, maps, strict=True):
                     n_done += 1
                     yield DetectUpdate(view.index, n_done, len(views), blur, ALL, True)
@@ -383,14 +389,23 @@ class Detector:
             blur = (blur + self._backend.run(mirrored)[:, :, ::-1]) * np.float32(0.5)
         return blur
 
-    def _run_resized(
-        self, images: NDArray[np.float32], shapes: Sequence[tuple[int, ...]], mode: Upsampling
+    def _run_squashed(
+        self, images: Sequence[NDArray[Any]], size: int, upsampling: Upsampling
     ) -> list[NDArray[np.float32]]:
-        """Maps as `_run`, each brought to the rows and columns of its shape."""
-        if not self.flip:
-            return self._backend.run_resized(images, shapes, mode)
-        maps = self._run(images)
-        return [resize_map(b, shape[:2], mode) for b, shape in zip(maps, shapes, strict=True)]
+        """Maps of images ``(H, W, 3)``, uint8 or in 0..1, squashed and brought back."""
+        squashed = np.stack([squash(pixels, size, size) for pixels in images])
+        if upsampling != "guided" and not self.flip:
+            shapes = [pixels.shape for pixels in images]
+            return self._backend.run_resized(squashed, shapes, upsampling)
+        maps = []
+        for blur, small, pixels in zip(self._run(squashed), squashed, images, strict=True):
+            shape = pixels.shape[:2]
+            if upsampling == "guided" and min(shape) > size:
+                maps.append(upsample_guided(blur, small, pixels))
+            else:
+                mode = "bilinear" if upsampling == "guided" else upsampling
+                maps.append(resize_map(blur, shape, mode))
+        return maps
 
 
 def _batched(items: Sequence[_Item], n: int) -> Iterator[Sequence[_Item]]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from semanticblur_core.data.transforms import normalise
 from semanticblur_core.device import choose_device
 from semanticblur_core.errors import SemanticBlurError
-from semanticblur_core.inference.backends import Upsampling
+from semanticblur_core.inference.backends import Resizing
 from semanticblur_core.network import SemanticBlur
 
 
@@ -78,13 +78,13 @@ class TorchBackend:
         return self.tensors(images)
 
     def run_resized(
-        self, images: NDArray[np.float32], shapes: Sequence[tuple[int, ...]], mode: Upsampling
+        self, images: NDArray[np.float32], shapes: Sequence[tuple[int, ...]], mode: Resizing
     ) -> list[NDArray[np.float32]]:
         """Maps of images ``(N, H, W, 3)``, each brought to the rows and columns in ``shapes``."""
         return [blur.cpu().numpy() for blur in self.tensors_resized(images, shapes, mode)]
 
     def tensors_resized(
-        self, images: NDArray[np.float32], shapes: Sequence[tuple[int, ...]], mode: Upsampling
+        self, images: NDArray[np.float32], shapes: Sequence[tuple[int, ...]], mode: Resizing
     ) -> list[torch.Tensor]:
         """Maps as `run_resized`, left on the device."""
         maps = self.tensors(images)
@@ -113,7 +113,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _upsample(blur: torch.Tensor, shape: tuple[int, ...], mode: Upsampling) -> torch.Tensor:
+def _upsample(blur: torch.Tensor, shape: tuple[int, ...], mode: Resizing) -> torch.Tensor:
     """``(1, h, w)`` to ``(H, W)``."""
     if blur.shape[-2:] != shape:
         keywords = {"align_corners": False} if mode == "bilinear" else {}

@@ -15,7 +15,7 @@ from semanticblur_core import Detector, weights
 from semanticblur_core.cli import cli
 from semanticblur_core.errors import ConfigError, SemanticBlurError, WeightsError
 from semanticblur_core.inference import choice
-from semanticblur_core.inference.backends import Upsampling, resize_map
+from semanticblur_core.inference.backends import Resizing, Upsampling, resize_map
 from semanticblur_core.inference.choice import BackendSpeed, pick_backend
 
 SIZES = [(320, 320), (64, 200), (223, 131)]
@@ -58,7 +58,7 @@ def test_the_whole_way_of_an_image(
     detector = Detector(str(exported))
     assert detector.sha256 == weights.read_info(random_weights).sha256
     assert detector.config == in_torch.config
-    modes: tuple[Upsampling, ...] = ("bilinear", "nearest-exact")
+    modes: tuple[Upsampling, ...] = ("bilinear", "nearest-exact", "guided")
     for upsampling in modes:
         ours = detector.detect(image, upsampling=upsampling)
         assert (ours.shape, ours.dtype) == ((90, 140), np.float32)
@@ -127,7 +127,7 @@ def test_an_export_replaces_nothing_unasked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(90, 140), (20, 33), (31, 7), (64, 64)])
 @pytest.mark.parametrize("mode", ["bilinear", "nearest-exact"])
 def test_resizing_is_that_of_torch(
-    shape: tuple[int, int], mode: Upsampling, rng: np.random.Generator
+    shape: tuple[int, int], mode: Resizing, rng: np.random.Generator
 ) -> None:
     blur: NDArray[np.float32] = rng.random((31, 33), np.float32)
     keywords = {"align_corners": False} if mode == "bilinear" else {}
