@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision import models
@@ -18,9 +17,6 @@ from semanticblur_core.config import TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs
 from semanticblur_core.data.defocus import SharpImages
 from semanticblur_core.device import DeviceChoice
-from semanticblur_core.errors import SemanticBlurError
-from semanticblur_core.inference.backends import BACKENDS, Backend
-from semanticblur_core.inference.detector import Detector
 from semanticblur_core.machine import describe_machine
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.training.loop import (
@@ -89,7 +85,7 @@ def bench_model(
         for index, precision in enumerate(precisions):
             dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
             contestants: dict[str, nn.Module] = {
-                "backbone": _bare_backbone().to(device, dtype, memory_format=torch.channels_last),  # type: ignore[call-overload]
+                "backbone": bare_backbone().to(device, dtype, memory_format=torch.channels_last),  # type: ignore[call-overload]
                 "network": network.for_inference(dtype).to(device),
             }
             seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -122,88 +118,6 @@ def bench_model(
             "channel_attention": _n_parameters(network.channel_attention),
             "spatial_attention": _n_parameters(network.spatial_attention),
         },
-    }
-
-
-def bench_backends(
-    *, size_px: int, n_rounds: int, model: str = "default"
-) -> Generator[tuple[int, int], None, dict[str, Any]]:
-    """Time each back end of `Detector` against torchvision's bare ResNet-50 in bfloat16, eager.
-
-    Parameters
-    ----------
-    size_px
-        Side of the square images.
-    n_rounds
-        Rounds; each times everything on one new image, in turn, after three rounds of warm-up.
-    model
-        Packaged model, own model or file of weights.
-
-    Yields
-    ------
-    tuple
-        Rounds done and rounds in all.
-
-    Returns
-    -------
-    dict
-        JSON values: machine, ``backbone_ms``, and for each back end ``ms``, ``precision``,
-        ``ratio`` to the backbone, and ``mean_difference`` of its maps from torch's in float32; or
-        ``error``.
-
-    Notes
-    -----
-    Batch 1, torch's own number of threads. A back end is timed from the image as an array in 0..1
-    to its map as an array, the backbone from a prepared tensor to its last feature map.
-    """
-    precision = "bfloat16"
-    backbone = _bare_backbone().to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    reference = Detector(model, device="cpu", precision="float32", backend="torch")
-    found: dict[str, dict[str, Any]] = {}
-    backends: dict[str, Backend] = {}
-    name: str
-    for name in BACKENDS:
-        try:
-            backends[name] = Detector(model, device="cpu", backend=name).engine
-        except SemanticBlurError as error:
-            found[name] = {"error": str(error)}
-    seconds: dict[str, list[float]] = {name: [] for name in ("backbone", *backends)}
-    differences: dict[str, float] = dict.fromkeys(backends, 0.0)
-    warm_up, rng = 3, np.random.default_rng(0)
-    for i in range(n_rounds + warm_up):
-        images = rng.random((1, size_px, size_px, 3), np.float32)
-        tensor = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.bfloat16)
-        expected = reference.engine.run(images)
-        for name in seconds if i % 2 else reversed(seconds):
-            start = time.perf_counter()
-            if name == "backbone":
-                with torch.inference_mode():
-                    backbone(tensor)
-            else:
-                maps = backends[name].run(images)
-            elapsed = time.perf_counter() - start
-            if i >= warm_up:
-                seconds[name].append(elapsed)
-                if name != "backbone":
-                    differences[name] += float(np.abs(maps - expected).mean()) / n_rounds
-        yield i + 1, n_rounds + warm_up
-    backbone_ms = statistics.median(seconds["backbone"]) * 1e3
-    for name, backend in backends.items():
-        ms = statistics.median(seconds[name]) * 1e3
-        found[name] = {
-            "ms": ms,
-            "precision": backend.precision,
-            "ratio": ms / backbone_ms,
-            "mean_difference": differences[name],
-        }
-    return {
-        "machine": describe_machine(),
-        "size_px": size_px,
-        "n_rounds": n_rounds,
-        "n_threads": torch.get_num_threads(),
-        "backbone_precision": precision,
-        "backbone_ms": backbone_ms,
-        "backends": found,
     }
 
 
@@ -296,7 +210,8 @@ def bench_train(
     }
 
 
-def _bare_backbone() -> nn.Module:
+def bare_backbone() -> nn.Module:
+    """Convolutions of torchvision's ResNet-50, without pooling and classifier."""
     net = models.resnet50()
     return nn.Sequential(
         *(net.conv1, net.bn1, net.relu, net.maxpool),

@@ -12,6 +12,8 @@ import click
 
 from semanticblur_core.cli._options import (
     ListType,
+    SizeType,
+    backend_option,
     device_option,
     precision_option,
     progress_bar,
@@ -87,7 +89,7 @@ def bench_backends(model: str, size_px: int, n_rounds: int, json_path: Path | No
     First each alone, in a process of its own with its start-up; then all in turn, beside
     torchvision's bare ResNet-50.
     """
-    from semanticblur_core import benchmarks, io, weights
+    from semanticblur_core import benchmarks_inference, io, weights
     from semanticblur_core.errors import SemanticBlurError
     from semanticblur_core.inference import choice
 
@@ -102,7 +104,9 @@ def bench_backends(model: str, size_px: int, n_rounds: int, json_path: Path | No
             f"{speed.seconds_per_image * 1e3:.0f} ms for each more ({speed.precision}, "
             f"{speed.device})"
         )
-    result = _run(benchmarks.bench_backends(size_px=size_px, n_rounds=n_rounds, model=model))
+    result = _run(
+        benchmarks_inference.bench_backends(size_px=size_px, n_rounds=n_rounds, model=model)
+    )
     click.echo(
         f"In turn with the bare ResNet-50 ({result['backbone_ms']:.0f} ms in bfloat16), "
         f"{result['n_threads']} threads, medians of {n_rounds} rounds:"
@@ -120,6 +124,68 @@ def bench_backends(model: str, size_px: int, n_rounds: int, json_path: Path | No
     if json_path is not None:
         document = {**result, "alone": alone, "picks": picks}
         io.write_text(json_path, json.dumps(document, indent=1) + "\n")
+
+
+@command.command(name="image")
+@click.option("--megapixels", type=click.FloatRange(0.2, 500), default=24, show_default=True)
+@click.option("--size", type=SizeType(), default=320, show_default=True)
+@click.option("--rounds", "n_rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--model", default="default", show_default=True, help="As in detect.")
+@device_option
+@backend_option
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
+def bench_image(
+    megapixels: float,
+    size: Any,
+    n_rounds: int,
+    model: str,
+    device: str,
+    backend: str,
+    json_path: Path | None,
+) -> None:
+    """Time one large photograph, from its JPEG to the PNG of its map, model loaded."""
+    from semanticblur_core import benchmarks_inference, io
+    from semanticblur_core.inference.detector import Detector
+
+    detector = Detector(model, device=device, backend=backend)
+    result = _run(
+        benchmarks_inference.bench_image(
+            megapixels=megapixels, n_rounds=n_rounds, detector=detector, size=size
+        )
+    )
+    click.echo(
+        f"{megapixels:g} megapixels, size {size}, {detector.backend} in {detector.precision} on "
+        f"{detector.device}, medians of {n_rounds} rounds:"
+    )
+    for name, seconds in result["seconds"].items():
+        click.echo(f"  {name}: {seconds:.2f} s")
+    if result["peak_memory_mib"]:
+        click.echo(f"  at most {result['peak_memory_mib']:.0f} MiB of memory")
+    if json_path is not None:
+        io.write_text(json_path, json.dumps(result, indent=1) + "\n")
+
+
+@command.command(name="batch")
+@click.option("--images", "n_images", type=click.IntRange(1), default=100, show_default=True)
+@click.option("--model", default="default", show_default=True, help="As in detect.")
+@device_option
+@backend_option
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
+def bench_batch(
+    n_images: int, model: str, device: str, backend: str, json_path: Path | None
+) -> None:
+    """Time a folder of one-megapixel JPEGs, files read and maps written."""
+    from semanticblur_core import benchmarks_inference, io
+    from semanticblur_core.inference.detector import Detector
+
+    detector = Detector(model, device=device, backend=backend, n_images=n_images)
+    result = _run(benchmarks_inference.bench_batch(n_images=n_images, detector=detector))
+    click.echo(
+        f"{n_images} photographs of 1 megapixel: {result['images_per_s']:.2f} images/s "
+        f"({detector.backend} in {detector.precision} on {detector.device})"
+    )
+    if json_path is not None:
+        io.write_text(json_path, json.dumps(result, indent=1) + "\n")
 
 
 @command.command(name="train")

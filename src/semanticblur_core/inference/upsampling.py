@@ -71,7 +71,7 @@ def upsample_guided(
     mean_grey, mean_logits = _window_mean(grey), _window_mean(logits)
     covariance = _window_mean(grey * logits) - mean_grey * mean_logits
     variance = (_window_mean(grey * grey) - mean_grey * mean_grey).clip(0)
-    slope: NDArray[np.float32] = covariance / (variance + np.float32(_EPSILON))
+    slope = covariance / (variance + np.float32(_EPSILON))
     offset = mean_logits - slope * mean_grey
     shape = image.shape[:2]
     slopes, offsets = (_Rows(_window_mean(x), shape) for x in (slope, offset))
@@ -115,7 +115,7 @@ def _bilinear_matrix(n_in: int, n_out: int) -> NDArray[np.float32]:
     return taps.astype(np.float32)
 
 
-def _window_mean(values: NDArray[np.float32]) -> NDArray[np.float32]:
+def _window_mean(values: NDArray[Any]) -> NDArray[np.float32]:
     mean: NDArray[np.float32] = ndimage.uniform_filter(values, 2 * _RADIUS + 1, mode="nearest")
     return mean
 

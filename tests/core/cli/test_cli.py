@@ -281,3 +281,17 @@ def test_train_says_which_flags_the_recipe_cannot_use(
     )
     lonely = run(*common, "--recipe=mixed", f"--sharp-masks={masks}")
     assert (lonely.returncode, "--sharp-masks: goes with --sharp" in lonely.stderr) == (2, True)
+
+
+def test_bench_of_an_image_and_of_a_folder(tmp_path: Path) -> None:
+    shared = ("--backend=torch", "--device=cpu", "--json=b.json")
+    done = run("bench", "image", "--megapixels=0.3", "--rounds=1", *shared, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    seconds = json.loads((tmp_path / "b.json").read_text())["seconds"]
+    assert seconds["read, detect, write"] == pytest.approx(
+        seconds["read"] + seconds["detect"] + seconds["write"]
+    )
+    assert seconds["HiFST"] > 0
+    done = run("bench", "batch", "--images=3", *shared, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "b.json").read_text())["images_per_s"] > 0

@@ -1,0 +1,255 @@
+"""Speed of detection on this machine: back ends, one large photograph, a folder."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from semanticblur_core import io
+from semanticblur_core.benchmarks import bare_backbone
+from semanticblur_core.errors import SemanticBlurError
+from semanticblur_core.focus import classical
+from semanticblur_core.focus.scores import tile_means
+from semanticblur_core.inference.backends import BACKENDS, Backend
+from semanticblur_core.inference.batch import DetectOptions, detect_files, find_jobs
+from semanticblur_core.inference.detector import Detector
+from semanticblur_core.machine import describe_machine
+
+_T = TypeVar("_T")
+_HIFST_MEGAPIXELS = 4
+
+
+def bench_backends(
+    *, size_px: int, n_rounds: int, model: str = "default"
+) -> Generator[tuple[int, int], None, dict[str, Any]]:
+    """Time each back end of `Detector` against torchvision's bare ResNet-50 in bfloat16, eager.
+
+    Parameters
+    ----------
+    size_px
+        Side of the square images.
+    n_rounds
+        Rounds; each times everything on one new image, in turn, after three rounds of warm-up.
+    model
+        Packaged model, own model or file of weights.
+
+    Yields
+    ------
+    tuple
+        Rounds done and rounds in all.
+
+    Returns
+    -------
+    dict
+        JSON values: machine, ``backbone_ms``, and for each back end ``ms``, ``precision``,
+        ``ratio`` to the backbone, and ``mean_difference`` of its maps from torch's in float32; or
+        ``error``.
+
+    Notes
+    -----
+    Batch 1, torch's own number of threads. A back end is timed from the image as an array in 0..1
+    to its map as an array, the backbone from a prepared tensor to its last feature map.
+    """
+    precision = "bfloat16"
+    backbone = bare_backbone().to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    reference = Detector(model, device="cpu", precision="float32", backend="torch")
+    found: dict[str, dict[str, Any]] = {}
+    backends: dict[str, Backend] = {}
+    name: str
+    for name in BACKENDS:
+        try:
+            backends[name] = Detector(model, device="cpu", backend=name).engine
+        except SemanticBlurError as error:
+            found[name] = {"error": str(error)}
+    seconds: dict[str, list[float]] = {name: [] for name in ("backbone", *backends)}
+    differences: dict[str, float] = dict.fromkeys(backends, 0.0)
+    warm_up, rng = 3, np.random.default_rng(0)
+    for i in range(n_rounds + warm_up):
+        images = rng.random((1, size_px, size_px, 3), np.float32)
+        tensor = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.bfloat16)
+        expected = reference.engine.run(images)
+        for name in seconds if i % 2 else reversed(seconds):
+            start = time.perf_counter()
+            if name == "backbone":
+                with torch.inference_mode():
+                    backbone(tensor)
+            else:
+                maps = backends[name].run(images)
+            elapsed = time.perf_counter() - start
+            if i >= warm_up:
+                seconds[name].append(elapsed)
+                if name != "backbone":
+                    differences[name] += float(np.abs(maps - expected).mean()) / n_rounds
+        yield i + 1, n_rounds + warm_up
+    backbone_ms = statistics.median(seconds["backbone"]) * 1e3
+    for name, backend in backends.items():
+        ms = statistics.median(seconds[name]) * 1e3
+        found[name] = {
+            "ms": ms,
+            "precision": backend.precision,
+            "ratio": ms / backbone_ms,
+            "mean_difference": differences[name],
+        }
+    return {
+        "machine": describe_machine(),
+        "size_px": size_px,
+        "n_rounds": n_rounds,
+        "n_threads": torch.get_num_threads(),
+        "backbone_precision": precision,
+        "backbone_ms": backbone_ms,
+        "backends": found,
+    }
+
+
+def bench_image(
+    *, megapixels: float, n_rounds: int, detector: Detector, size: int | Literal["native"]
+) -> Generator[tuple[int, int], None, dict[str, Any]]:
+    """Time one large photograph from JPEG to PNG map, beside a hand-crafted score and method.
+
+    Parameters
+    ----------
+    megapixels
+        Of the photograph: scikit-image's ``astronaut`` enlarged to 3:2, as a JPEG.
+    n_rounds
+        Times each is done; medians count.
+    detector, size
+        What finds blur, warm, and at which analysis size.
+
+    Yields
+    ------
+    tuple
+        Rounds done and rounds in all.
+
+    Returns
+    -------
+    dict
+        JSON values: machine, settings, ``seconds`` of reading, detecting, writing, all three, of
+        the variance of the Laplacian in tiles of 64 px and, up to 4 megapixels, of HiFST; and
+        ``peak_memory_mib`` of the process.
+    """
+    from PIL import Image
+    from skimage.data import astronaut
+
+    detect = functools.partial(detector.detect, size=size)
+    width = round(math.sqrt(megapixels * 1e6 * 1.5))
+    photo = Image.fromarray(astronaut()).resize((width, round(width / 1.5)))
+    seconds: dict[str, list[float]] = {}
+
+    def clock(name: str, action: Callable[..., _T], *args: Any) -> _T:
+        start = time.perf_counter()
+        result = action(*args)
+        seconds.setdefault(name, []).append(time.perf_counter() - start)
+        return result
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "photo.jpg", Path(folder) / "map.png"
+        photo.save(source, quality=92)
+        del photo
+        for i in range(n_rounds + 1):
+            if i == 1:
+                seconds.clear()  # the first round warms up
+            image = clock("read", io.read_image, source)
+            blur = clock("detect", detect, image)
+            levels = np.round(blur * 255).astype(np.uint8)
+            clock("write", io.write_png, target, levels)
+            if i == 0:
+                peak_memory_mib = _peak_memory_mib()
+            del blur, levels
+            grey = classical.grey(image)
+            clock("variance of Laplacian in tiles", _laplacian_tiles, grey)
+            if megapixels <= _HIFST_MEGAPIXELS:
+                clock("HiFST", classical.hifst, grey)
+            del grey
+            yield i + 1, n_rounds + 1
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    medians["read, detect, write"] = medians["read"] + medians["detect"] + medians["write"]
+    return {
+        "machine": describe_machine(),
+        "megapixels": megapixels,
+        "size": size,
+        "backend": detector.backend,
+        "device": detector.device,
+        "precision": detector.precision,
+        "n_rounds": n_rounds,
+        "seconds": medians,
+        "peak_memory_mib": peak_memory_mib,
+    }
+
+
+def bench_batch(
+    *, n_images: int, detector: Detector
+) -> Generator[tuple[int, int], None, dict[str, Any]]:
+    """Time `detect` on a folder of one-megapixel JPEGs, files read and maps written.
+
+    Parameters
+    ----------
+    n_images
+        Photographs, after two of warm-up.
+    detector
+        What finds blur.
+
+    Yields
+    ------
+    tuple
+        Images done and images in all.
+
+    Returns
+    -------
+    dict
+        JSON values: machine, settings, ``images_per_s``.
+    """
+    from PIL import Image
+    from skimage.data import astronaut
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        photo = Image.fromarray(astronaut()).resize((1224, 816))
+        for i in range(n_images + 2):
+            photo.save(folder / f"{i:06d}.jpg", quality=92)
+        jobs, _ = find_jobs([name], folder / "maps")
+        start = time.perf_counter()
+        for i, result in enumerate(detect_files(jobs, detector, DetectOptions(folder / "maps"))):
+            if result.error is not None:
+                raise SemanticBlurError(result.error)
+            if i == 1:
+                start = time.perf_counter()
+            yield i + 1, n_images + 2
+        elapsed_s = time.perf_counter() - start
+    return {
+        "machine": describe_machine(),
+        "n_images": n_images,
+        "backend": detector.backend,
+        "device": detector.device,
+        "precision": detector.precision,
+        "images_per_s": n_images / elapsed_s,
+    }
+
+
+def _laplacian_tiles(grey: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Variance of the Laplacian in tiles of 64 px."""
+    response = ndimage.laplace(grey, mode="nearest")
+    mean, square = (tile_means(values, 64) for values in (response, response * response))
+    variance: NDArray[np.float64] = square - mean.astype(np.float64) ** 2
+    return variance
+
+
+def _peak_memory_mib() -> float | None:
+    """Most memory this process had so far; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
