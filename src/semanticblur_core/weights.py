@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -79,16 +77,7 @@ def models_folder() -> Path:
 
     ``SEMANTICBLUR_HOME/models``, or else the platform's folder for a user's data.
     """
-    home = os.environ.get("SEMANTICBLUR_HOME")
-    if home:
-        return Path(home) / "models"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
-    else:
-        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    return base / "semanticblur" / "models"
+    return io.user_folder() / "models"
 
 
 def own_models() -> list[str]:
