@@ -112,7 +112,8 @@ class Autosave:
 
     def look_everywhere(self) -> None:
         """Let `poll` go through all planes: any may have changed, as by undo."""
-        self._unchecked = deque(self._planes())
+        # Planes that wait already keep their turn, or a slider that moves would starve the last.
+        self._unchecked = deque(dict.fromkeys((*self._unchecked, *self._planes())))
 
     def poll(self, shown: Plane | None = None, *, budget_s: float = 0.02) -> bool:
         """Find changes and have them written.
@@ -198,6 +199,15 @@ class Autosave:
 
         return run
 
+    def discard(self) -> None:
+        """Let go of the lock and delete the journals: what was in them is elsewhere now."""
+        self.close()
+        for path in journal_files(self.folder):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            (self.folder / "lock").unlink()
+            self.folder.rmdir()
+
     def close(self, *, timeout_s: float = 2.0) -> None:
         """Let go of the lock; journals that were not saved stay."""
         if self._is_closed:
@@ -205,7 +215,7 @@ class Autosave:
         self.flush(timeout_s)
         self._is_closed = True
         self._thread.shutdown(wait=False)
-        if self._writer is not None and self.is_written:
+        if self._writer is not None and (self._writing is None or self._writing.done()):
             self._writer.close()
         self._lock.close(delete=not journal_files(self.folder))
 
