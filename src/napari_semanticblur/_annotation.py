@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from napari_semanticblur._colors import BLURRED, SHARP, label_colormap
+from napari_semanticblur._labelling import set_all
 from napari_semanticblur._layers import (
     METADATA_KEY,
     Source,
@@ -83,14 +86,15 @@ class Annotation:
         self.viewer, self.image = viewer, image
         self.source = None if image is None else annotated_level(image)
         self.polarity: Literal["blur", "sharp"] | None = None
-        name = leftover.name if self.source is None and leftover else self._item_name(path)
+        name = leftover.name if leftover else self._item_name(path)
         self.path = path or (_layer_path(image) if image is not None else None)
         shape = _shape(self.source) if self.source else leftover.shape if leftover else ()
         _require_memory(shape, name)
         layer = None if image is None else find_annotation(viewer, image)
         self.store, self.name = store, name
         if store is not None:
-            self.name = self._free_name(AnnotationStore(store, create=True), name)
+            store_there = AnnotationStore(store, create=True)
+            self.name = leftover.name if leftover else self._free_name(store_there, name)
             folder = store / JOURNALS / self.name
         elif leftover is not None:
             folder = leftover.folder
@@ -98,14 +102,17 @@ class Annotation:
             folder = Path(layer.metadata[METADATA_KEY]["journal"])
         else:
             folder = user_journals() / f"{_slug(name)}-{secrets.token_hex(4)}"
-        saved, self.n_recovered = _read_saved(store, self.name, folder, shape)
+        saved, n_strokes = _read_saved(store, self.name, folder, shape)
+        self.n_recovered = 0 if layer is not None else n_strokes
         self.layer: Labels = layer or self._add_layer(saved.copy(), leftover)
         self.autosave: Autosave | None = None
         self.is_read_only = False
         self.problem = ""
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="semanticblur-save")
         self._saving: Future[None] | None = None
-        self._start = lambda: self._journal_to(folder, saved, name=self.name, store=store)
+        self._start: Callable[[], Autosave] = partial(
+            self._journal_to, folder, saved, name=self.name, store=store
+        )
         self._try_to_start()
         self.layer.events.paint.connect(self._painted)
         self.layer.events.set_data.connect(self._drawn)
@@ -115,6 +122,16 @@ class Annotation:
     def title(self) -> str:
         """Name of the image for people."""
         return self.image.name if self.image is not None else self.name
+
+    @property
+    def trouble(self) -> str:
+        """What keeps strokes from being saved, in one line; empty when all is well."""
+        if self.problem or self.autosave is None or not self.autosave.error:
+            return self.problem
+        return (
+            f"Autosave cannot write to {self.autosave.folder}: {self.autosave.error}. "
+            "Painting goes on in memory; it tries again every second"
+        )
 
     def poll(self) -> bool:
         """Have what was painted journaled; whether planes are left to look at."""
@@ -135,6 +152,14 @@ class Annotation:
             self.autosave.labels = self.layer.data
             self.autosave.look_everywhere()
         return self.autosave.poll(shown_plane(self.viewer, self.layer))
+
+    def forget_recovered(self) -> None:
+        """Take back, in one step of undo, what was recovered: the labels are the store's again."""
+        labels = None if self.store is None else AnnotationStore(self.store).labels_of(self.name)
+        if labels is None:
+            labels = np.zeros(self.layer.data.shape, np.uint8)
+        set_all(self.layer, labels.reshape(self.layer.data.shape))
+        self.n_recovered = 0
 
     def save(self) -> None:
         """Write the labels into the store, in the background; `take_outcome` tells the end.
@@ -212,7 +237,7 @@ class Annotation:
                 finally:
                     autosave.close()
 
-            self._saver.submit(finish)
+            self._saving = self._saver.submit(finish)
         else:
             autosave.close()
         self._saver.shutdown(wait=False)

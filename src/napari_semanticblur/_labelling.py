@@ -59,6 +59,14 @@ def set_plane(
     return int(rows.size)
 
 
+def set_all(layer: Labels, labels: NDArray[np.uint8]) -> None:
+    """Label every pixel of every plane, as one step of undo."""
+    with layer.block_history():
+        for plane in np.ndindex(labels.shape[:-2]):
+            set_plane(layer, plane, np.ones(labels.shape[-2:], np.bool_), labels[plane])
+    layer.refresh(extent=False)
+
+
 def fill_rest(layer: Labels, plane: Plane, code: int) -> int:
     """Label what is unlabelled of a plane; pixels that changed."""
     with layer.block_history():
@@ -102,20 +110,27 @@ def start_from_map(
 
 def map_plane(layer: Labels, blur_map: Image, plane: Plane) -> NDArray[Any] | None:
     """A map's values at the pixels of a plane of the annotation; None where it has none."""
-    data = blur_map.data
-    height, width = layer.data.shape[-2:]
-    middle = np.array([*plane, (height - 1) / 2, (width - 1) / 2])
-    place = np.asarray(blur_map.world_to_data(layer.data_to_world(middle)))[:-2]
-    index = tuple(round(float(p)) for p in place)
-    if not all(0 <= i < n for i, n in zip(index, data.shape[:-2], strict=True)):
+    index = map_index(layer, blur_map, plane)
+    if index is None:
         return None
-    blur = np.asarray(data[index])
+    height, width = layer.data.shape[-2:]
+    blur: NDArray[Any] = np.asarray(blur_map.data[index])
     if blur.shape == (height, width):
         return blur
     # A coarser or finer level of the same image: the nearest pixel.
     rows = np.arange(height) * blur.shape[0] // height
     columns = np.arange(width) * blur.shape[1] // width
-    return blur[rows[:, None], columns]
+    nearest: NDArray[Any] = blur[rows[:, None], columns]
+    return nearest
+
+
+def map_index(layer: Labels, blur_map: Image, plane: Plane) -> Plane | None:
+    """Where a map has a plane of the annotation; None where it has not."""
+    height, width = layer.data.shape[-2:]
+    middle = layer.data_to_world(np.array([*plane, (height - 1) / 2, (width - 1) / 2]))
+    index = tuple(round(float(p)) for p in blur_map.world_to_data(middle)[:-2])
+    inside = all(0 <= i < n for i, n in zip(index, blur_map.data.shape[:-2], strict=True))
+    return index if inside else None
 
 
 def import_labels(layer: Labels, plane: Plane | None, codes: NDArray[np.uint8]) -> int:
