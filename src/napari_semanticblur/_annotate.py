@@ -21,9 +21,9 @@ from magicgui.widgets import (
 )
 
 from napari_semanticblur import _labelling
-from napari_semanticblur._annotation import (
-    BRUSHES_PX,
-    Annotation,
+from napari_semanticblur._annotate_tools import Tools
+from napari_semanticblur._annotation import BRUSH_PX, Annotation
+from napari_semanticblur._annotation_source import (
     Plane,
     annotated_level,
     find_annotation,
@@ -32,11 +32,11 @@ from napari_semanticblur._annotation import (
 from napari_semanticblur._colors import BLURRED, SHARP, UNLABELLED
 from napari_semanticblur._detection import Detection, Settings
 from napari_semanticblur._layers import METADATA_KEY, find_result, is_image, unwrapped
+from napari_semanticblur._recovery import Offer, find_offers, image_of, offer, strokes
 from napari_semanticblur._settings import preferences
 from semanticblur_core import io
-from semanticblur_core.data.autosave import JOURNALS, user_journals
 from semanticblur_core.data.datasets import list_images
-from semanticblur_core.data.journal import Leftover, find_leftovers, replay
+from semanticblur_core.data.journal import replay
 from semanticblur_core.data.labelling import most_uncertain
 from semanticblur_core.data.store import AnnotationStore, read_array
 from semanticblur_core.errors import SemanticBlurError
@@ -67,16 +67,16 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
     """
 
     def __init__(self, napari_viewer: Viewer) -> None:
-        self._viewer = napari_viewer
+        self.viewer = napari_viewer
         self._annotations: list[Annotation] = []
         self._closing: list[Annotation] = []
         self._paths: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
-        self._found: list[tuple[Leftover, Path | None]] = []
+        self._found: list[Offer] = []
         self._files: list[Path] = []
         self._file_index = -1
         self._told = ""
         self._detection: Detection | None = None
-        self._is_closed = False
+        self.is_closed = False
 
         self.layer = ComboBox(choices=self._images, label="image")
         self.store = FileEdit(
@@ -93,7 +93,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self.blurred_button = PushButton(text="Blurred (D)")
         self.erase_button = PushButton(text="Erase (U)")
         self.brush = Slider(
-            value=BRUSHES_PX[1], min=1, max=200, label="brush (px)",
+            value=BRUSH_PX, min=1, max=200, label="brush (px)",
             tooltip="Q is smaller, W is larger.",
         )  # fmt: skip
         self.polygon_button = PushButton(text="Polygon", tooltip=_POLYGON_TIP)
@@ -118,12 +118,11 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self.next_button = PushButton(text="Next image (N)")
         self.progress = Label(value="")
         self.status = Label(value="Choose an image and press Annotate.")
-        self._recovery = Container(
-            widgets=[self.found, _row(self.restore_button, self.discard_button)], label=""
-        )
+        self._recovery = _row(self.restore_button, self.discard_button)
         super().__init__(
             widgets=[
-                self.layer, self.store, _row(self.start_button, self.save_button), self._recovery,
+                self.layer, self.store, _row(self.start_button, self.save_button),
+                self.found, self._recovery,
                 _row(self.sharp_button, self.blurred_button, self.erase_button), self.brush,
                 _row(self.polygon_button, self.superpixels), self.superpixel_px,
                 self.planes, self.confidence, _row(self.map_button, self.next_place_button),
@@ -136,6 +135,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self.native.setObjectName("semanticblur-annotate")
         for line in (self.progress, self.status):
             line.native.setWordWrap(True)
+        self._tools = Tools(self)
         self._connect()
         self._timer = _timer(self.native, self._tick, self._closed)
         self._look_for_leftovers()
@@ -159,16 +159,16 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             self.previous_button: lambda: self.step(-1),
             self.next_button: lambda: self.step(1),
         }.items():
-            button.changed.connect(self._guarded(action))
+            button.changed.connect(self.guarded(action))
         self.layer.changed.connect(self._layer_chosen)
-        self.store.changed.connect(self._guarded(self._store_chosen))
-        self.folder.changed.connect(self._guarded(self._folder_chosen))
-        self.brush.changed.connect(self._brush_moved)
-        self.superpixels.changed.connect(self._superpixels_switched)
-        self._viewer.layers.events.removed.connect(self._layer_removed)
+        self.store.changed.connect(self.guarded(self._store_chosen))
+        self.folder.changed.connect(self.guarded(self._folder_chosen))
+        self.brush.changed.connect(self._tools.brush_moved)
+        self.superpixels.changed.connect(self._tools.superpixels_switched)
+        self.viewer.layers.events.removed.connect(self._layer_removed)
         self.native.destroyed.connect(self._closed)
 
-    def _guarded(self, action: Callable[[], Any]) -> Callable[..., None]:
+    def guarded(self, action: Callable[[], Any]) -> Callable[..., None]:
         """An action whose errors are a line."""
 
         def run(*_: Any) -> None:
@@ -187,7 +187,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
     def _images(self, _: Any) -> list[Image]:
         return [
             layer
-            for layer in map(unwrapped, self._viewer.layers)
+            for layer in map(unwrapped, self.viewer.layers)
             if is_image(layer) and METADATA_KEY not in layer.metadata
         ]
 
@@ -195,11 +195,11 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         from napari.layers import Labels
 
         ours = {id(annotation.layer) for annotation in self._annotations}
-        layers = [each for each in map(unwrapped, self._viewer.layers) if id(each) not in ours]
+        layers = [each for each in map(unwrapped, self.viewer.layers) if id(each) not in ours]
         return [FROM_FILE, *(layer for layer in layers if isinstance(layer, Labels))]
 
     def _offers(self, _: Any) -> list[tuple[str, int]]:
-        return [(_offer(leftover), i) for i, (leftover, _) in enumerate(self._found)]
+        return [(offer(leftover), i) for i, (leftover, _) in enumerate(self._found)]
 
     @property
     def current(self) -> Annotation | None:
@@ -241,24 +241,20 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         annotation = self.current
         if annotation is None:
             path = self._paths.get(image)
-            annotation = self._begin(Annotation(self._viewer, image, store=self._store, path=path))
-        self._viewer.layers.selection.active = annotation.layer
+            annotation = self._begin(Annotation(self.viewer, image, store=self._store, path=path))
+        self.viewer.layers.selection.active = annotation.layer
 
     def _begin(self, annotation: Annotation) -> Annotation:
         self._annotations.append(annotation)
         layer = annotation.layer
-        self._viewer.layers.selection.active = layer
-        self._bind_keys(layer)
-        layer.brush_size = int(self.brush.value)
-        layer.mouse_drag_callbacks.append(self._superpixel_clicked)
-        layer.events.brush_size.connect(self._brush_changed)
-        layer.events.mode.connect(self._mode_changed)
+        self.viewer.layers.selection.active = layer
+        self._tools.attach(annotation)
         self.import_from.reset_choices()
         if annotation.problem:
             self._say(annotation.problem)
         elif annotation.n_recovered:
             self._say(
-                f"Recovered {_strokes(annotation.n_recovered)} of {annotation.title} that were not "
+                f"Recovered {strokes(annotation.n_recovered)} of {annotation.title} that were not "
                 "saved. Discard takes them back."
             )
         else:
@@ -326,11 +322,11 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             self._say("The model is sure wherever nothing is labelled.")
             return
         world = layer.data_to_world(best[0])
-        first = self._viewer.dims.ndim - len(world)
+        first = self.viewer.dims.ndim - len(world)
         for axis in range(layer.ndim - 2):
-            self._viewer.dims.set_point(first + axis, world[axis])
+            self.viewer.dims.set_point(first + axis, world[axis])
         # napari 0.9 moved the camera to the scene.
-        camera = getattr(self._viewer, "scene", self._viewer).camera
+        camera = getattr(self.viewer, "scene", self.viewer).camera
         camera.center = tuple(world[-2:])
         self._say(f"Here the model is unsure ({best[1]:.0%}): paint what you know.")
 
@@ -339,7 +335,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         if annotation.image is None:
             raise SemanticBlurError("Open the image first.")
         image = annotation.image
-        blur_map = find_result(self._viewer, image, "map")
+        blur_map = find_result(self.viewer, image, "map")
         planes = list(self._chosen_planes(annotation.layer))
         if blur_map is not None and all(
             _labelling.map_index(annotation.layer, blur_map, plane) is not None for plane in planes
@@ -356,14 +352,12 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
 
         def ended() -> None:
             self._detection = None
-            made = None if self._is_closed else find_result(self._viewer, image, "map")
+            made = None if self.is_closed else find_result(self.viewer, image, "map")
             if made is not None and self.current is annotation:
-                self._viewer.layers.selection.active = annotation.layer
-                self._guarded(lambda: action(made))()
+                self.viewer.layers.selection.active = annotation.layer
+                self.guarded(lambda: action(made))()
 
-        self._detection = Detection(
-            self._viewer, image, settings, on_status=self._say, on_end=ended
-        )
+        self._detection = Detection(self.viewer, image, settings, on_status=self._say, on_end=ended)
         self._detection.start()
 
     def import_labels(self) -> None:
@@ -383,7 +377,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             array, name = np.asarray(self.import_from.value.data), self.import_from.value.name
         layer = annotation.layer
         codes = _labelling.codes_of(array, meaning)
-        n = _labelling.import_labels(layer, shown_plane(self._viewer, layer), codes)
+        n = _labelling.import_labels(layer, shown_plane(self.viewer, layer), codes)
         if meaning != "codes":
             annotation.polarity = "blur" if meaning == "blur" else "sharp"
         self._say(f"{n} pixels changed to those of {name}. Ctrl+Z takes it back.")
@@ -400,18 +394,12 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
     # Recovery.
 
     def _look_for_leftovers(self) -> None:
-        places: list[tuple[Path, Path | None]] = [(user_journals(), None)]
-        if self._store is not None:
-            places.append((self._store / JOURNALS, self._store))
-        self._found = []
-        for root, store in places:
-            leftovers, problems = find_leftovers(root)
-            self._found += [(leftover, store) for leftover in leftovers]
-            for problem in problems:
-                self._say(problem)
+        self._found, problems = find_offers(self._store)
+        for problem in problems:
+            self._say(problem)
         self.found.reset_choices()
         if self._found:
-            self._say(f"{_offer(self._found[0][0])}: Restore or Discard?")
+            self._say(f"{offer(self._found[0][0])}: Restore or Discard?")
         self._show_what_applies()
 
     def restore(self) -> None:
@@ -420,10 +408,10 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             return
         leftover, store = self._found[self.found.value]
         path = Path(leftover.facts["path"]) if leftover.facts.get("path") else None
-        image = self._image_of(leftover, path)
+        image = image_of(leftover, path, self._images(None))
         if image is None and path is not None and path.is_file():
             image = self._open(path)
-        if image is not None and find_annotation(self._viewer, image) is not None:
+        if image is not None and find_annotation(self.viewer, image) is not None:
             self.layer.value = image
             labels = np.zeros(leftover.shape, np.uint8)
             replay(leftover.changes, labels)
@@ -431,7 +419,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             self._tick()
             leftover.discard()
         else:
-            self._begin(Annotation(self._viewer, image, store=store, path=path, leftover=leftover))
+            self._begin(Annotation(self.viewer, image, store=store, path=path, leftover=leftover))
             if image is not None:
                 self.layer.value = image
         self._look_for_leftovers()
@@ -446,15 +434,6 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             annotation.forget_recovered()
             self._say("As it was saved. Ctrl+Z brings the strokes back.")
         self._look_for_leftovers()
-
-    def _image_of(self, leftover: Leftover, path: Path | None) -> Image | None:
-        for image in self._images(None):
-            source = annotated_level(image)
-            fits = tuple(source.array.shape[: len(source.layer_axes)]) == leftover.shape
-            same_file = path is not None and image.source.path == str(path)
-            if fits and (same_file or image.name == leftover.facts.get("layer")):
-                return image
-        return None
 
     # A folder of images.
 
@@ -495,28 +474,28 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         annotation = self._require()
         self._say(
             f"{self._files[index].name}: {index + 1} of {len(self._files)}"
-            + (f", {_strokes(annotation.n_recovered)} recovered" * bool(annotation.n_recovered))
+            + (f", {strokes(annotation.n_recovered)} recovered" * bool(annotation.n_recovered))
         )
 
     def _open(self, path: Path) -> Image:
         array = read_array(path)
         rgb = array.ndim > 2 and array.shape[-1] in (3, 4)
-        image: Image = unwrapped(self._viewer.add_image(array, rgb=rgb, name=path.stem))
+        image: Image = unwrapped(self.viewer.add_image(array, rgb=rgb, name=path.stem))
         self._paths[image] = path
         return image
 
     def _remove(self, image: Image) -> None:
         """Take an image and what was made of it out of the viewer; the annotation is saved."""
-        layers = [find_result(self._viewer, image, kind) for kind in ("labels", "map")]
-        layers.append(find_annotation(self._viewer, image))
+        layers = [find_result(self.viewer, image, kind) for kind in ("labels", "map")]
+        layers.append(find_annotation(self.viewer, image))
         for layer in (*layers, image):
             if layer is not None:
-                self._viewer.layers.remove(layer)
+                self.viewer.layers.remove(layer)
 
     # What goes on by itself.
 
     def _tick(self) -> None:
-        if self._is_closed:
+        if self.is_closed:
             return
         soon = False
         for annotation in self._annotations:
@@ -529,7 +508,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self._closing = [each for each in self._closing if each.is_saving]
         self._tell_problems()
         current = self.current
-        self.progress.value = "" if current is None else _progress(current, self._viewer)
+        self.progress.value = "" if current is None else current.progress
         self._timer.setInterval(SOON_MS if soon else POLL_MS)
 
     def _saved(self, annotation: Annotation, problem: str) -> None:
@@ -560,20 +539,22 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
                 self._annotations.remove(annotation)
                 annotation.close()
                 self._closing.append(annotation)
+                if annotation.store is None:
+                    self._look_for_leftovers()
                 break
 
     def _closed(self, *_: Any) -> None:
         """Qt's side of this is gone, or will be: journal the last strokes."""
-        if self._is_closed:
+        if self.is_closed:
             return
-        self._is_closed = True
+        self.is_closed = True
         if self._detection is not None:
             self._detection.cancel()
         for annotation in self._annotations:
             annotation.close()
 
     def _layer_chosen(self, *_: Any) -> None:
-        if not self._is_closed:
+        if not self.is_closed:
             self._show_what_applies()
             self._tick()
 
@@ -585,7 +566,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self._look_for_leftovers()
 
     def _say(self, text: str) -> None:
-        if not self._is_closed:
+        if not self.is_closed:
             self.status.value = text
 
     def _show_what_applies(self) -> None:
@@ -599,70 +580,10 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
     def _chosen_planes(self, layer: Labels) -> Iterator[Plane]:
         if layer.ndim == 2 or self.planes.value == ALL:
             return iter(np.ndindex(layer.data.shape[:-2]))
-        shown = shown_plane(self._viewer, layer)
+        shown = shown_plane(self.viewer, layer)
         if shown is None:
             raise SemanticBlurError("Show one plane: two axes, the last ones.")
         return iter([shown])
-
-    # Keys, brush, superpixels.
-
-    def _bind_keys(self, layer: Labels) -> None:
-        """Letters that napari leaves free on labels; these hold on this layer only."""
-        for key, action in {
-            "S": lambda: self.choose(SHARP),
-            "D": lambda: self.choose(BLURRED),
-            "U": lambda: self.choose(UNLABELLED),
-            "G": lambda: setattr(self.superpixels, "value", not self.superpixels.value),
-            "Q": lambda: self._scale_brush(1 / 1.5),
-            "W": lambda: self._scale_brush(1.5),
-            "N": lambda: self.step(1),
-            "Shift-N": lambda: self.step(-1),
-        }.items():
-            layer.bind_key(key, self._guarded(action), overwrite=True)
-
-    def _scale_brush(self, factor: float) -> None:
-        size = self.brush.value
-        scaled = max(round(size * factor), size + 1) if factor > 1 else round(size * factor)
-        self.brush.value = min(max(scaled, self.brush.min), self.brush.max)
-
-    def _brush_moved(self, size: int) -> None:
-        if self.current is not None and not self._is_closed:
-            self.current.layer.brush_size = size
-
-    def _brush_changed(self, event: Any) -> None:
-        if not self._is_closed:
-            self.brush.value = min(max(int(event.source.brush_size), 1), self.brush.max)
-
-    def _superpixels_switched(self, on: bool) -> None:
-        annotation = self.current
-        if annotation is not None and not annotation.is_read_only:
-            annotation.layer.mode = "pan_zoom" if on else "paint"
-
-    def _mode_changed(self, event: Any) -> None:
-        if not self._is_closed and self.superpixels.value and str(event.mode) != "pan_zoom":
-            self.superpixels.value = False
-
-    def _superpixel_clicked(self, layer: Labels, event: Any) -> Iterator[None]:
-        """A click labels; a drag moves the view, as ever."""
-        start = np.asarray(event.pos)
-        yield
-        while event.type == "mouse_move":
-            yield
-        moved = np.abs(np.asarray(event.pos) - start).max() > 3
-        if self._is_closed or not self.superpixels.value or event.button != 1 or moved:
-            return
-        position = layer.world_to_data(event.position)[-2:]
-        row, column = (round(float(p)) for p in position)
-        plane = shown_plane(self._viewer, layer)
-        annotation = next((a for a in self._annotations if a.layer is layer), None)
-        height, width = layer.data.shape[-2:]
-        if annotation is None or annotation.source is None or plane is None:
-            return
-        if 0 <= row < height and 0 <= column < width:
-            size = int(self.superpixel_px.value)
-            _labelling.label_superpixel(
-                layer, annotation.source, plane, (row, column), size_px=size
-            )
 
 
 def _folder(edit: FileEdit) -> Path | None:
@@ -673,38 +594,6 @@ def _folder(edit: FileEdit) -> Path | None:
 
 def _row(*widgets: Any) -> Container:  # type: ignore[type-arg]
     return Container(widgets=list(widgets), layout="horizontal", labels=False, label="")
-
-
-def _strokes(n: int) -> str:
-    return f"{n} stroke{'s' * (n != 1)}"
-
-
-def _offer(leftover: Leftover) -> str:
-    when = leftover.time.astimezone().strftime("%d %b %H:%M")
-    return f"Recovered {_strokes(leftover.n_strokes)} of {leftover.name}, {when}"
-
-
-def _progress(annotation: Annotation, viewer: Viewer) -> str:
-    """Share labelled, of each class, of the plane shown and of the stack."""
-    if annotation.autosave is None:
-        return ""
-    counts, shape = annotation.autosave.counts, annotation.layer.data.shape
-    n_plane = shape[-2] * shape[-1]
-    plane = shown_plane(viewer, annotation.layer)
-    parts = []
-    if plane is not None:
-        sharp, blurred = (counts[plane] / n_plane).tolist()
-        parts.append(
-            f"{'this plane ' if plane else ''}{sharp + blurred:.1%} labelled: "
-            f"{sharp:.1%} sharp, {blurred:.1%} blurred"
-        )
-    if plane != ():
-        planes = counts.reshape(-1, 2).sum(axis=1)
-        parts.append(
-            f"{np.count_nonzero(planes)} of {planes.size} planes, "
-            f"{planes.sum() / (n_plane * planes.size):.1%} of all"
-        )
-    return "; ".join(parts)
 
 
 def _timer(parent: Any, callback: Callable[[], None], at_end: Callable[[], None]) -> Any:

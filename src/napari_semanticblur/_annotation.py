@@ -18,29 +18,33 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from napari_semanticblur._annotation_source import (
+    annotated_level,
+    find_annotation,
+    labels_shape,
+    layer_path,
+    placement_as_json,
+    require_memory,
+    shown_plane,
+    shows,
+    slug,
+)
 from napari_semanticblur._colors import BLURRED, SHARP, label_colormap
 from napari_semanticblur._labelling import set_all
 from napari_semanticblur._layers import (
     METADATA_KEY,
-    Source,
-    read_source,
     result_placement,
-    unwrapped,
 )
 from semanticblur_core.data.autosave import JOURNALS, Autosave, user_journals
 from semanticblur_core.data.journal import Leftover, LockedError, read_leftover, replay
 from semanticblur_core.data.store import AnnotationStore, read_array
-from semanticblur_core.errors import DataError, ImageError, SemanticBlurError
-from semanticblur_core.io import without_alpha
+from semanticblur_core.errors import DataError, SemanticBlurError
 
 if TYPE_CHECKING:
     from napari.components import ViewerModel
     from napari.layers import Image, Labels
 
-Plane = tuple[int, ...]
-# Levels of a multiscale image above that many pixels are not painted on.
-MAX_PIXELS = 2**31
-BRUSHES_PX = (5, 15, 40)
+BRUSH_PX = 15
 
 
 class Annotation:
@@ -87,9 +91,9 @@ class Annotation:
         self.source = None if image is None else annotated_level(image)
         self.polarity: Literal["blur", "sharp"] | None = None
         name = leftover.name if leftover else self._item_name(path)
-        self.path = path or (_layer_path(image) if image is not None else None)
-        shape = _shape(self.source) if self.source else leftover.shape if leftover else ()
-        _require_memory(shape, name)
+        self.path = path or (layer_path(image) if image is not None else None)
+        shape = labels_shape(self.source) if self.source else leftover.shape if leftover else ()
+        require_memory(shape, name)
         layer = None if image is None else find_annotation(viewer, image)
         self.store, self.name = store, name
         if store is not None:
@@ -101,10 +105,14 @@ class Annotation:
         elif layer is not None:
             folder = Path(layer.metadata[METADATA_KEY]["journal"])
         else:
-            folder = user_journals() / f"{_slug(name)}-{secrets.token_hex(4)}"
+            folder = user_journals() / f"{slug(name)}-{secrets.token_hex(4)}"
         saved, n_strokes = _read_saved(store, self.name, folder, shape)
         self.n_recovered = 0 if layer is not None else n_strokes
-        self.layer: Labels = layer or self._add_layer(saved.copy(), leftover)
+        if layer is None:
+            # Memory that np.zeros gives costs nothing until it is painted on.
+            shown = np.zeros(shape, np.uint8) if saved is None else saved.copy()
+            layer = self._add_layer(shown, leftover)
+        self.layer: Labels = layer
         self.autosave: Autosave | None = None
         self.is_read_only = False
         self.problem = ""
@@ -132,6 +140,29 @@ class Annotation:
             f"Autosave cannot write to {self.autosave.folder}: {self.autosave.error}. "
             "Painting goes on in memory; it tries again every second"
         )
+
+    @property
+    def progress(self) -> str:
+        """Share labelled, of each class, of the plane shown and of the stack."""
+        if self.autosave is None:
+            return ""
+        counts, shape = self.autosave.counts, self.layer.data.shape
+        n_plane = shape[-2] * shape[-1]
+        plane = shown_plane(self.viewer, self.layer)
+        parts = []
+        if plane is not None:
+            sharp, blurred = (counts[plane] / n_plane).tolist()
+            parts.append(
+                f"{'this plane ' if plane else ''}{sharp + blurred:.1%} labelled: "
+                f"{sharp:.1%} sharp, {blurred:.1%} blurred"
+            )
+        if plane != ():
+            planes = counts.reshape(-1, 2).sum(axis=1)
+            parts.append(
+                f"{np.count_nonzero(planes)} of {planes.size} planes, "
+                f"{planes.sum() / (n_plane * planes.size):.1%} of all"
+            )
+        return "; ".join(parts)
 
     def poll(self) -> bool:
         """Have what was painted journaled; whether planes are left to look at."""
@@ -255,7 +286,7 @@ class Annotation:
         for number in range(1, 1000):
             candidate = name if number == 1 else f"{name} {number}"
             held = store.image_of(candidate)
-            if held is None or self.source is None or _shows(held, self.source):
+            if held is None or self.source is None or shows(held, self.source):
                 return candidate
         raise DataError(f"{name}: the store has too many images of that name")
 
@@ -286,7 +317,7 @@ class Annotation:
             **placement,
         )  # fmt: skip
         self.viewer.add_layer(layer)
-        layer.brush_size = BRUSHES_PX[1]
+        layer.brush_size = BRUSH_PX
         layer.selected_label = SHARP
         layer.mode = "paint"
         return layer
@@ -294,7 +325,7 @@ class Annotation:
     def _journal_to(
         self,
         folder: Path,
-        saved: NDArray[np.uint8],
+        saved: NDArray[np.uint8] | None,
         *,
         name: str,
         store: Path | None,
@@ -302,7 +333,7 @@ class Annotation:
         facts: dict[str, Any] = {
             "path": str(self.path) if self.path else None,
             "layer": self.title,
-            "placement": _as_json(self.layer),
+            "placement": placement_as_json(self.layer),
         }
         record = {
             "role": "annotation",
@@ -363,110 +394,19 @@ class Annotation:
             self.layer.selected_label = BLURRED
 
 
-def annotated_level(image: Image) -> Source:
-    """The finest level that can be painted on as a whole."""
-    n_levels = len(image.data) if image.multiscale else 1
-    for level in range(n_levels):
-        source = read_source(image, level=level)
-        if np.prod(_shape(source), dtype=float) <= MAX_PIXELS:
-            return source
-    return read_source(image, level=n_levels - 1)
-
-
-def find_annotation(viewer: ViewerModel, image: Image) -> Labels | None:
-    """The annotation layer of an image, or None."""
-    for layer in viewer.layers:
-        record = layer.metadata.get(METADATA_KEY)
-        record = record if isinstance(record, dict) else {}
-        ours = record.get("role") == "annotation"
-        if ours and record.get("source_id") == str(image.unique_id):
-            found: Labels = unwrapped(layer)
-            return found
-    return None
-
-
-def shown_plane(viewer: ViewerModel, layer: Labels) -> Plane | None:
-    """Index of the plane of a layer that is shown; None where that is not one plane."""
-    if tuple(viewer.dims.displayed) != (viewer.dims.ndim - 2, viewer.dims.ndim - 1):
-        return None
-    position = layer.world_to_data(viewer.dims.point)[: layer.ndim - 2]
-    lengths = layer.data.shape[:-2]
-    return tuple(
-        min(max(round(float(p)), 0), n - 1) for p, n in zip(position, lengths, strict=True)
-    )
-
-
 def _read_saved(
     store: Path | None, name: str, folder: Path, shape: tuple[int, ...]
-) -> tuple[NDArray[np.uint8], int]:
+) -> tuple[NDArray[np.uint8] | None, int]:
     """Labels as they are on the disk, store and journals together; and strokes in journals."""
     labels = None if store is None else AnnotationStore(store).labels_of(name)
+    leftover = read_leftover(folder)
+    if labels is None and leftover is None:
+        return None, 0
     if labels is None:
         labels = np.zeros(shape, np.uint8)
     elif labels.size != np.prod(shape):
         raise DataError(f"{name}: the store's labels of {labels.shape} do not fit {shape}")
-    labels = labels.reshape(shape)  # readers of TIFF drop axes of length one
-    leftover = read_leftover(folder)
-    if leftover is None:
-        return labels, 0
-    labels = np.array(labels)
-    replay(leftover.changes, labels)
-    return labels, leftover.n_strokes
-
-
-def _shape(source: Source) -> tuple[int, ...]:
-    """Of the labels: the array's but for the samples of RGB."""
-    return tuple(source.array.shape[: len(source.layer_axes)])
-
-
-def _shows(path: Path, source: Source) -> bool:
-    """Whether a file holds the source's image, as far as three of its planes tell."""
-    try:
-        held = read_array(path)
-    except SemanticBlurError:
-        return False
-    shape = source.array.shape
-    if source.axes.endswith("S"):
-        shape = (*shape[:-1], 3)
-    if held.size != np.prod(shape):
-        return False
-    held = held.reshape(shape)
-    lengths = _shape(source)[:-2]
-    samples = {tuple(int(share * (n - 1)) for n in lengths) for share in (0, 0.5, 1)}
-    return all(
-        np.array_equal(held[index], without_alpha(np.asarray(source.array[index])))
-        for index in samples
-    )
-
-
-def _layer_path(image: Image) -> Path | None:
-    path = image.source.path
-    return Path(path) if path else None
-
-
-def _as_json(layer: Labels) -> dict[str, Any]:
-    """Transforms that a layer's constructor takes, as JSON values."""
-    return {
-        "scale": np.asarray(layer.scale).tolist(),
-        "translate": np.asarray(layer.translate).tolist(),
-        "rotate": np.asarray(layer.rotate).tolist(),
-        "shear": np.asarray(layer.shear).tolist(),
-        "affine": np.asarray(layer.affine.affine_matrix).tolist(),
-        "units": [str(unit) for unit in layer.units],
-        "axis_labels": list(layer.axis_labels),
-    }
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:40] or "image"
-
-
-def _require_memory(shape: tuple[int, ...], name: str) -> None:
-    import psutil
-
-    needed, free = 2 * float(np.prod(shape, dtype=float)), psutil.virtual_memory().available
-    if needed > 0.8 * free:
-        raise ImageError(
-            f"{name}: labels of {' x '.join(map(str, shape))} need {needed / 2**30:.1f} GiB of "
-            f"memory and {free / 2**30:.1f} are free; annotate a part of it, cropped"
-        )
+    labels = np.array(labels).reshape(shape)  # readers of TIFF drop axes of length one
+    if leftover is not None:
+        replay(leftover.changes, labels)
+    return labels, leftover.n_strokes if leftover else 0

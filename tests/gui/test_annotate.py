@@ -1,5 +1,6 @@
 """The annotate widget in a real viewer, driven as a person would."""
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,6 @@ from PIL import Image
 from napari_semanticblur import _annotate
 from napari_semanticblur._layers import METADATA_KEY, find_result
 from semanticblur_core import io
-from semanticblur_core.cli import main
 from semanticblur_core.data.journal import find_leftovers, read_leftover, replay
 from semanticblur_core.data.store import AnnotationStore, read_store
 
@@ -300,7 +300,7 @@ def test_masks_are_imported_with_the_meaning_that_is_said(
     mask = np.zeros((90, 120), np.uint8)
     mask[:, 60:] = 255
     io.write_png(tmp_path / "mask.png", mask)
-    monkeypatch.setattr(widget, "_ask_for_file", lambda: tmp_path / "mask.png")
+    monkeypatch.setattr(type(widget), "_ask_for_file", lambda self: tmp_path / "mask.png")
     shown: list[str] = []
     monkeypatch.setattr("napari.utils.notifications.show_error", shown.append)
     widget.import_button.native.click()
@@ -373,7 +373,7 @@ def test_a_folder_is_walked_and_the_store_remembers(
 
 
 def test_the_command_line_reads_what_the_widget_wrote(
-    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path
 ) -> None:
     viewer.add_image(photo(), rgb=True, name="a photo: of/things")
     widget.annotate()
@@ -381,9 +381,14 @@ def test_the_command_line_reads_what_the_widget_wrote(
     stroke(widget.current.layer, (60, 20), (60, 80), 2)
     widget.store.value = tmp_path / "store"
     saved(qtbot, widget)
-    assert main(["data", "check", str(tmp_path / "store")]) == 0
-    assert "labelled images: 1" in capsys.readouterr().out
-    assert main(["eval", f"--data={tmp_path / 'store'}", "--device=cpu"]) == 0
+    store = str(tmp_path / "store")
+    command = [sys.executable, "-m", "semanticblur_core"]
+    check = [*command, "data", "check", store]
+    done = subprocess.run(check, capture_output=True, text=True, timeout=60, check=True)
+    assert "labelled images: 1" in done.stdout
+    score = [*command, "eval", f"--data={store}", "--device=cpu", f"--json={tmp_path / 'r.json'}"]
+    subprocess.run(score, capture_output=True, timeout=60, check=True)
+    assert json.loads((tmp_path / "r.json").read_text())["n_images"] == 1
     assert not find_leftovers(tmp_path / "home" / "journal")[0]
 
 
@@ -440,7 +445,7 @@ def paint():
 labels.brush_size = 5
 timer = QTimer()
 timer.timeout.connect(paint)
-timer.start(100)
+timer.start(60)
 napari.run()
 """
 
@@ -456,7 +461,7 @@ def test_strokes_survive_a_kill(
     assert painter.stdout is not None
     with painter.stdout:
         lines = [painter.stdout.readline()]
-        while len(lines) < 42:
+        while float(lines[-1].split()[0]) < float(lines[0].split()[0]) + 3.2:
             lines.append(painter.stdout.readline())
         os.kill(painter.pid, signal.SIGKILL)
         killed = time.time()
@@ -464,7 +469,7 @@ def test_strokes_survive_a_kill(
     painter.wait(10)
     strokes = [[float(value) for value in line.split()] for line in lines if line.strip()]
     kept = [each for each in strokes if each[0] < killed - 2]
-    assert len(kept) >= 15
+    assert len(kept) >= 5
 
     viewer.add_image(
         np.random.default_rng(1).integers(0, 256, (400, 500, 3), np.uint8), rgb=True, name="photo"
@@ -472,7 +477,7 @@ def test_strokes_survive_a_kill(
     widget = open_widget()
     if store is not None:
         widget.store.value = store
-    assert widget.found.visible
+    qtbot.waitUntil(lambda: widget.found.visible, timeout=5000)
     offer = widget.found.current_choice
     assert offer.startswith("Recovered ")
     assert f" of photo, {time.strftime('%d %b')}" in offer
@@ -497,7 +502,6 @@ def test_what_was_recovered_can_be_discarded(viewer: Any, open_widget: Any, home
     journaled(widget)
     layer = widget.current.layer
     viewer.layers.remove(layer)
-    widget._look_for_leftovers()
     assert "1 stroke of photo" in widget.status.value
     widget.discard_button.native.click()
     assert not find_leftovers(home / "journal")[0]
@@ -513,7 +517,6 @@ def test_without_its_image_the_labels_still_come_back(viewer: Any, open_widget: 
     painted = layer.data.copy()
     viewer.layers.remove(layer)
     viewer.layers.remove(image)
-    widget._look_for_leftovers()
     widget.restore_button.native.click()
     recovered = viewer.layers["photo annotation"]
     np.testing.assert_array_equal(recovered.data, painted)
@@ -562,7 +565,7 @@ def test_closing_the_viewer_saves_what_was_painted(
     stroke(annotation.layer, (20, 20), (20, 80), 1)
     painted = annotation.layer.data.copy()
     viewer.close()
-    qtbot.waitUntil(lambda: widget._is_closed, timeout=5000)
+    qtbot.waitUntil(lambda: widget.is_closed, timeout=5000)
     annotation.wait()
     [plane] = read_store(tmp_path / "store")
     np.testing.assert_array_equal(plane.labels, painted)
