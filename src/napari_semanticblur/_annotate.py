@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from napari.layers import Image, Labels
     from napari.viewer import Viewer
 
-POLL_MS, SOON_MS = 1000, 50
+POLL_MS, SOON_MS, TYPING_MS = 1000, 50, 700
 SHOWN, ALL = "the one shown", "all"
 FROM_FILE = "a file ..."
 ASK = "choose what it means ..."
@@ -136,6 +136,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         for line in (self.progress, self.status):
             line.native.setWordWrap(True)
         self._tools = Tools(self)
+        self._typing = _pause(self.native, self.guarded(self._folder_chosen))
         self._connect()
         self._timer = _timer(self.native, self._tick, self._closed)
         self._look_for_leftovers()
@@ -162,7 +163,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             button.changed.connect(self.guarded(action))
         self.layer.changed.connect(self._layer_chosen)
         self.store.changed.connect(self.guarded(self._store_chosen))
-        self.folder.changed.connect(self.guarded(self._folder_chosen))
+        self.folder.changed.connect(lambda: self._typing.start())
         self.brush.changed.connect(self._tools.brush_moved)
         self.superpixels.changed.connect(self._tools.superpixels_switched)
         self.viewer.layers.events.removed.connect(self._layer_removed)
@@ -271,7 +272,10 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         DataError
             If none is chosen.
         """
-        self._require().save()
+        annotation = self._require()
+        if annotation.store is None and self._store is not None:
+            annotation.move_to(self._store)
+        annotation.save()
         self._say("Saving ...")
         self._timer.start(SOON_MS)
 
@@ -354,6 +358,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             self._detection = None
             made = None if self.is_closed else find_result(self.viewer, image, "map")
             if made is not None and self.current is annotation:
+                find_result(self.viewer, image, "labels").visible = False
                 self.viewer.layers.selection.active = annotation.layer
                 self.guarded(lambda: action(made))()
 
@@ -399,6 +404,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             self._say(problem)
         self.found.reset_choices()
         if self._found:
+            self.found.value = 0
             self._say(f"{offer(self._found[0][0])}: Restore or Discard?")
         self._show_what_applies()
 
@@ -408,7 +414,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             return
         leftover, store = self._found[self.found.value]
         path = Path(leftover.facts["path"]) if leftover.facts.get("path") else None
-        image = image_of(leftover, path, self._images(None))
+        image = image_of(leftover, self._images(None))
         if image is None and path is not None and path.is_file():
             image = self._open(path)
         if image is not None and find_annotation(self.viewer, image) is not None:
@@ -417,7 +423,9 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             replay(leftover.changes, labels)
             _labelling.import_labels(self._require().layer, None, labels)
             self._tick()
-            leftover.discard()
+            autosave = self._require().autosave
+            if autosave is not None and autosave.flush(5):
+                leftover.discard()
         else:
             self._begin(Annotation(self.viewer, image, store=store, path=path, leftover=leftover))
             if image is not None:
@@ -439,7 +447,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
 
     def _folder_chosen(self) -> None:
         folder = _folder(self.folder)
-        if folder is None:
+        if folder is None or not folder.is_dir() or self.is_closed:
             return
         self._files, self._file_index = list_images(folder, also=STACKS), -1
         if self._store is None:
@@ -471,6 +479,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         for old in before:
             self._remove(old)
         self.annotate()
+        self.viewer.reset_view()
         annotation = self._require()
         self._say(
             f"{self._files[index].name}: {index + 1} of {len(self._files)}"
@@ -559,11 +568,9 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             self._tick()
 
     def _store_chosen(self) -> None:
-        annotation = self.current
-        if self._store is not None and annotation is not None and annotation.store is None:
-            annotation.move_to(self._store)
-            self._say(f"{annotation.title} is kept in {self._store} from now on.")
-        self._look_for_leftovers()
+        """Only looks: while a path is typed, each letter is a choice."""
+        if self._store is None or self._store.is_dir():
+            self._look_for_leftovers()
 
     def _say(self, text: str) -> None:
         if not self.is_closed:
@@ -607,6 +614,17 @@ def _timer(parent: Any, callback: Callable[[], None], at_end: Callable[[], None]
     app = QApplication.instance()
     if app is not None:
         app.aboutToQuit.connect(at_end)
+    return timer
+
+
+def _pause(parent: Any, callback: Callable[[], None]) -> Any:
+    """A timer that fires once nobody types any more."""
+    from qtpy.QtCore import QTimer
+
+    timer = QTimer(parent)
+    timer.setSingleShot(True)
+    timer.setInterval(TYPING_MS)
+    timer.timeout.connect(callback)
     return timer
 
 

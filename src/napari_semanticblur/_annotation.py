@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from napari_semanticblur._annotation_source import (
     annotated_level,
     find_annotation,
+    fingerprint,
     labels_shape,
     layer_path,
     placement_as_json,
@@ -89,12 +90,15 @@ class Annotation:
     ) -> None:
         self.viewer, self.image = viewer, image
         self.source = None if image is None else annotated_level(image)
+        self.fingerprint = None if self.source is None else fingerprint(self.source)
         self.polarity: Literal["blur", "sharp"] | None = None
         name = leftover.name if leftover else self._item_name(path)
         self.path = path or (layer_path(image) if image is not None else None)
         shape = labels_shape(self.source) if self.source else leftover.shape if leftover else ()
         require_memory(shape, name)
         layer = None if image is None else find_annotation(viewer, image)
+        if layer is not None and store is None and layer.metadata[METADATA_KEY]["store"]:
+            store = Path(layer.metadata[METADATA_KEY]["store"])
         self.store, self.name = store, name
         if store is not None:
             store_there = AnnotationStore(store, create=True)
@@ -202,7 +206,9 @@ class Annotation:
         """
         if self.store is None:
             raise DataError(f"{self.title}: choose a folder for the store first")
-        if self.autosave is None or self._saving is not None:
+        if self.autosave is None:
+            raise DataError(self.trouble)
+        if self._saving is not None:
             return
         self._saving = self._saver.submit(self.autosave.save(self._write))
 
@@ -233,7 +239,7 @@ class Annotation:
         name = self._free_name(folder_store, self.name)
         folder = store / JOURNALS / name
         saved, _ = _read_saved(store, name, folder, self.layer.data.shape)
-        before = self.autosave
+        before, place = self.autosave, (self.name, self.store, self.layer.metadata)
         self.autosave = None
         try:
             moved = self._journal_to(folder, saved, name=name, store=store)
@@ -243,6 +249,7 @@ class Annotation:
                 raise DataError(f"{folder}: cannot be written: {moved.error or 'no answer'}")
         except SemanticBlurError:
             self.autosave = before
+            self.name, self.store, self.layer.metadata = place
             raise
         if before is not None:
             before.discard()
@@ -286,7 +293,11 @@ class Annotation:
         for number in range(1, 1000):
             candidate = name if number == 1 else f"{name} {number}"
             held = store.image_of(candidate)
-            if held is None or self.source is None or shows(held, self.source):
+            if self.source is None:
+                return candidate
+            left = read_leftover(store.folder / JOURNALS / candidate)
+            ours = left is None or left.facts.get("fingerprint") in (None, self.fingerprint)
+            if ours and (held is None or shows(held, self.source)):
                 return candidate
         raise DataError(f"{name}: the store has too many images of that name")
 
@@ -333,6 +344,7 @@ class Annotation:
         facts: dict[str, Any] = {
             "path": str(self.path) if self.path else None,
             "layer": self.title,
+            "fingerprint": self.fingerprint,
             "placement": placement_as_json(self.layer),
         }
         record = {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from napari_semanticblur._layers import METADATA_KEY, Source, read_source, unwrapped
 from semanticblur_core.data.store import read_array
@@ -72,12 +75,23 @@ def shows(path: Path, source: Source) -> bool:
     if held.size != np.prod(shape):
         return False
     held = held.reshape(shape)
+    return all(np.array_equal(held[index], plane) for index, plane in _sampled_planes(source))
+
+
+def fingerprint(source: Source) -> str:
+    """What tells an image from another of its name: a sum over its shape and three planes."""
+    total = hashlib.sha256(f"{labels_shape(source)} {source.array.dtype}".encode())
+    for _, plane in _sampled_planes(source):
+        total.update(np.ascontiguousarray(plane).data)
+    return total.hexdigest()
+
+
+def _sampled_planes(source: Source) -> Iterator[tuple[Plane, NDArray[Any]]]:
+    """First, middle and last plane of a stack, the plane of an image; alpha is left out."""
     lengths = labels_shape(source)[:-2]
     samples = {tuple(int(share * (n - 1)) for n in lengths) for share in (0, 0.5, 1)}
-    return all(
-        np.array_equal(held[index], without_alpha(np.asarray(source.array[index])))
-        for index in samples
-    )
+    for index in sorted(samples):
+        yield index, without_alpha(np.asarray(source.array[index]))
 
 
 def layer_path(image: Image) -> Path | None:

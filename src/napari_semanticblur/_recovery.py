@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from napari_semanticblur._annotation_source import annotated_level, labels_shape
+from napari_semanticblur._annotation_source import annotated_level, fingerprint, labels_shape
 from semanticblur_core.data.autosave import JOURNALS, user_journals
 from semanticblur_core.data.journal import Leftover, find_leftovers
 
@@ -38,11 +38,11 @@ def offer(leftover: Leftover) -> str:
     return f"Recovered {strokes(leftover.n_strokes)} of {leftover.name}, {when}"
 
 
-def image_of(leftover: Leftover, path: Path | None, images: Sequence[Image]) -> Image | None:
-    """The open image that changes belong to: of their size, and their file or name."""
+def image_of(leftover: Leftover, images: Sequence[Image]) -> Image | None:
+    """The open image that changes belong to: its pixels tell."""
     for image in images:
-        same_file = path is not None and image.source.path == str(path)
-        same = same_file or image.name == leftover.facts.get("layer")
-        if same and labels_shape(annotated_level(image)) == leftover.shape:
+        source = annotated_level(image)
+        fits = labels_shape(source) == leftover.shape
+        if fits and fingerprint(source) == leftover.facts.get("fingerprint"):
             return image
     return None

@@ -344,6 +344,7 @@ def test_a_folder_is_walked_and_the_store_remembers(
     qtbot: Any, viewer: Any, widget: Any, folder: Path, open_widget: Any
 ) -> None:
     widget.folder.value = folder
+    qtbot.waitUntil(lambda: widget.current is not None, timeout=5000)
     store = folder.parent / "images annotations"
     assert widget.store.value == store
     painted = {}
@@ -390,6 +391,39 @@ def test_the_command_line_reads_what_the_widget_wrote(
     subprocess.run(score, capture_output=True, timeout=60, check=True)
     assert json.loads((tmp_path / "r.json").read_text())["n_images"] == 1
     assert not find_leftovers(tmp_path / "home" / "journal")[0]
+
+
+def test_another_image_of_the_same_name_gets_a_name_of_its_own(
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path
+) -> None:
+    widget.store.value = tmp_path / "store"
+    first = viewer.add_image(photo(), rgb=True, name="image")
+    widget.annotate()
+    stroke(widget.current.layer, (20, 20), (20, 80), 1)
+    journaled(widget)
+    other = viewer.add_image(255 - photo(), rgb=True, name="image")
+    viewer.layers.remove(first)  # its strokes are still only in the journal
+    other.name = "image"
+    widget.layer.value = other
+    widget.annotate()
+    assert not widget.current.layer.data.any()
+    assert widget.current.name == "image 2"
+    stroke(widget.current.layer, (60, 20), (60, 80), 2)
+    saved(qtbot, widget)
+    [plane] = read_store(tmp_path / "store")
+    np.testing.assert_array_equal(plane.image, 255 - photo())
+
+
+def test_a_real_mouse_paints(qtbot: Any, viewer: Any, widget: Any) -> None:
+    viewer.add_image(photo(200, 300), rgb=True, name="photo")
+    widget.annotate()
+    viewer.reset_view()
+    widget.choose(2)
+    click(qtbot, viewer, 100, 140)
+    layer = widget.current.layer
+    assert layer.data[100, 140] == 2
+    assert widget.current.autosave._n_strokes == 1
+    np.testing.assert_array_equal(journaled(widget), layer.data)
 
 
 def test_two_viewers_do_not_write_one_image(

@@ -249,9 +249,17 @@ class Leftover:
         return tuple(self.facts["shape"])
 
     def discard(self) -> None:
-        """Delete the journals."""
+        """Delete the journals.
+
+        Raises
+        ------
+        LockedError
+            If somebody goes on with them.
+        """
+        lock = Lock(self.folder)
         for path in journal_files(self.folder):
             path.unlink(missing_ok=True)
+        lock.close(delete=True)
 
 
 def read_leftover(folder: Path) -> Leftover | None:
