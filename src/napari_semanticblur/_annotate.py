@@ -167,6 +167,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self.brush.changed.connect(self._tools.brush_moved)
         self.superpixels.changed.connect(self._tools.superpixels_switched)
         self.viewer.layers.events.removed.connect(self._layer_removed)
+        self.viewer.layers.selection.events.active.connect(self._layer_selected)
         self.native.destroyed.connect(self._closed)
 
     def guarded(self, action: Callable[[], Any]) -> Callable[..., None]:
@@ -204,12 +205,18 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
 
     @property
     def current(self) -> Annotation | None:
-        """Of the image chosen, or the selected annotation layer's where its image is not open."""
+        """The annotation whose layer is selected, or that of the image chosen."""
+        active = unwrapped(self.viewer.layers.selection.active)
         for annotation in self._annotations:
-            if self.layer.value is not None and annotation.image is self.layer.value:
+            if annotation.layer is active:
                 return annotation
-        loose = [each for each in self._annotations if each.image is None]
-        return loose[-1] if loose and self.layer.value is None else None
+        return self._annotation_of(self.layer.value)
+
+    def _annotation_of(self, image: Image | None) -> Annotation | None:
+        for annotation in self._annotations:
+            if image is not None and annotation.image is image:
+                return annotation
+        return None
 
     @property
     def _store(self) -> Path | None:
@@ -239,7 +246,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         image = self.layer.value
         if image is None:
             raise SemanticBlurError("Open an image first.")
-        annotation = self.current
+        annotation = self._annotation_of(image)
         if annotation is None:
             path = self._paths.get(image)
             annotation = self._begin(Annotation(self.viewer, image, store=self._store, path=path))
@@ -563,9 +570,22 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             annotation.close()
 
     def _layer_chosen(self, *_: Any) -> None:
-        if not self.is_closed:
-            self._show_what_applies()
-            self._tick()
+        if self.is_closed:
+            return
+        image, before = self.layer.value, self.current
+        if image is not None and before is not None and before.image is not image:
+            chosen = self._annotation_of(image)
+            self.viewer.layers.selection.active = chosen.layer if chosen else image
+        self._show_what_applies()
+        self._tick()
+
+    def _layer_selected(self, *_: Any) -> None:
+        """The layer list leads: the image of a selected annotation is the one chosen."""
+        if self.is_closed:
+            return
+        annotation = self.current
+        if annotation is not None and annotation.image in self.layer.choices:
+            self.layer.value = annotation.image
 
     def _store_chosen(self) -> None:
         """Only looks: while a path is typed, each letter is a choice."""

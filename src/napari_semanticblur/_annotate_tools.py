@@ -104,6 +104,8 @@ class Tools:
         widget, annotation = self._widget, self._annotations.get(layer)
         if widget.is_closed or not widget.superpixels.value or event.button != 1 or moved:
             return
+        if str(layer.mode) != "pan_zoom":
+            return
         plane = shown_plane(widget.viewer, layer)
         if annotation is None or annotation.source is None or plane is None or not layer.editable:
             return

@@ -186,7 +186,8 @@ class Annotation:
             self.problem = ""
             self.autosave.labels = self.layer.data
             self.autosave.look_everywhere()
-        return self.autosave.poll(shown_plane(self.viewer, self.layer))
+        in_depth = self.layer.n_edit_dimensions > 2
+        return self.autosave.poll(None if in_depth else shown_plane(self.viewer, self.layer))
 
     def forget_recovered(self) -> None:
         """Take back, in one step of undo, what was recovered: the labels are the store's again."""
@@ -395,6 +396,7 @@ class Annotation:
     def _painted(self, event: Any = None) -> None:
         if self.autosave is not None:
             self.autosave.stroke_ended()
+            self.autosave.look_everywhere()
 
     def _drawn(self, event: Any = None) -> None:
         """Undo and redo tell nobody, but they draw."""

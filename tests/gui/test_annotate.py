@@ -171,6 +171,43 @@ def test_planes_of_a_stack_are_labelled_one_by_one(
         np.testing.assert_array_equal(plane.labels, layer.data[index])
 
 
+def test_strokes_through_planes_are_journaled(viewer: Any, widget: Any) -> None:
+    viewer.add_image(np.zeros((60, 40, 50), np.uint8), name="stack")
+    widget.annotate()
+    layer = widget.current.layer
+    layer.n_edit_dimensions = 3
+    stroke(layer, (30, 20, 20), (45, 20, 40), 2)
+    assert layer.data[40].any()
+    np.testing.assert_array_equal(journaled(widget), layer.data)
+    layer.undo()
+    np.testing.assert_array_equal(journaled(widget), layer.data)
+
+
+def test_the_layer_list_and_the_widget_agree(viewer: Any, widget: Any) -> None:
+    images = [viewer.add_image(photo(), rgb=True, name=name) for name in ("a", "b")]
+    annotations = []
+    for image in images:
+        widget.layer.value = image
+        widget.annotate()
+        annotations.append(widget.current)
+    assert widget.current is annotations[1]
+    viewer.layers.selection.active = annotations[0].layer
+    assert widget.layer.value is images[0]
+    widget.fill_rest(1)
+    assert annotations[0].layer.data.all()
+    assert not annotations[1].layer.data.any()
+    widget.layer.value = images[1]
+    assert widget.current is annotations[1]
+    assert viewer.layers.selection.active is annotations[1].layer
+    widget.choose(2)
+    assert [each.layer.selected_label for each in annotations] == [1, 2]
+    # Without its image an annotation can still be painted on and saved.
+    viewer.layers.remove(images[1])
+    viewer.layers.selection.active = annotations[1].layer
+    widget.fill_rest(2)
+    assert (annotations[1].layer.data == 2).all()
+
+
 def test_bulk_edits_are_undone_by_napari(qtbot: Any, viewer: Any, widget: Any) -> None:
     viewer.add_image(photo(), rgb=True, name="photo")
     widget.annotate()

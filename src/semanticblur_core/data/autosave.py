@@ -33,6 +33,7 @@ from semanticblur_core.errors import DataError
 
 Plane = tuple[int, ...]
 JOURNALS = "journal"
+N_RECENT = 20
 
 
 def user_journals() -> Path:
@@ -96,6 +97,7 @@ class Autosave:
             for plane in self._planes():
                 self.counts[plane] = [np.count_nonzero(saved[plane] == c) for c in (SHARP, BLURRED)]
         self._unchecked: deque[Plane] = deque()
+        self._changed: dict[Plane, None] = {}  # the last one is the latest
         self._round = itertools.cycle(self._planes()) if labels.ndim > 2 else iter(())
         self._n_strokes = 0
         # None ends a file. Only the writing thread takes from the left.
@@ -111,9 +113,13 @@ class Autosave:
         self._n_strokes += 1
 
     def look_everywhere(self) -> None:
-        """Let `poll` go through all planes: any may have changed, as by undo."""
-        # Planes that wait already keep their turn, or a slider that moves would starve the last.
-        self._unchecked = deque(dict.fromkeys((*self._unchecked, *self._planes())))
+        """Let `poll` go through all planes: any may have changed, as by undo.
+
+        Those that changed last come first. Planes that wait already keep their turn, or a slider
+        that moves would starve the last.
+        """
+        recent = list(self._changed)[: -N_RECENT - 1 : -1]
+        self._unchecked = deque(dict.fromkeys((*recent, *self._unchecked, *self._planes())))
 
     def poll(self, shown: Plane | None = None, *, budget_s: float = 0.02) -> bool:
         """Find changes and have them written.
@@ -227,6 +233,8 @@ class Autosave:
         box = changed_box(known, now)
         if box is None:
             return
+        self._changed.pop(plane, None)
+        self._changed[plane] = None
         content = now[box].copy()
         for i, code in enumerate((SHARP, BLURRED)):
             more = np.count_nonzero(content == code) - np.count_nonzero(known[box] == code)

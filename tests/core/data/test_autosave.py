@@ -69,6 +69,20 @@ def test_planes_that_are_not_shown_are_found(tmp_path: Path) -> None:
     autosave.close()
 
 
+def test_planes_that_changed_last_are_looked_at_first(tmp_path: Path) -> None:
+    labels = np.zeros((500, 4, 4), np.uint8)
+    autosave = Autosave(tmp_path / "stack", labels, name="stack")
+    for plane in (400, 450):
+        labels[plane] = 1
+        autosave.poll((plane,))
+    labels[400] = 0  # undone, while plane 0 is shown
+    autosave.look_everywhere()
+    for _ in range(2):
+        assert autosave.poll((0,), budget_s=0)
+    assert autosave.counts[400].tolist() == [0, 0]
+    autosave.close()
+
+
 def test_saving_empties_the_journal_and_what_comes_meanwhile_stays(tmp_path: Path) -> None:
     labels = np.zeros((40, 50), np.uint8)
     autosave = Autosave(tmp_path / "journal", labels, name="photo")
