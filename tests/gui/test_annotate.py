@@ -626,6 +626,26 @@ def test_a_full_disk_is_said_once_and_painting_goes_on(
     np.testing.assert_array_equal(journaled(widget), painted)
 
 
+def test_a_journal_that_cannot_begin_begins_when_it_can(
+    viewer: Any, widget: Any, home: Path
+) -> None:
+    home.mkdir()
+    (home / "journal").write_text("in the way")
+    viewer.add_image(photo(), rgb=True, name="photo")
+    with pytest.MonkeyPatch.context() as patch:
+        shown: list[str] = []
+        patch.setattr("napari.utils.notifications.show_warning", shown.append)
+        widget.annotate()
+        layer = widget.current.layer
+        stroke(layer, (20, 20), (20, 80), 1)
+        widget._tick()
+        assert len(shown) == 1
+        assert "cannot be written" in shown[0]
+    (home / "journal").unlink()
+    widget._tick()
+    np.testing.assert_array_equal(journaled(widget), layer.data)
+
+
 def test_closing_the_viewer_saves_what_was_painted(
     viewer: Any, widget: Any, tmp_path: Path, qtbot: Any
 ) -> None:
