@@ -90,7 +90,7 @@ def measure(shape: tuple[int, ...], store: Path) -> None:
     row(shape, "a save takes", seconds)
     row(
         shape,
-        "longest block of the window meanwhile",
+        "longest block of the window during a save",
         max(pulse.stop(), time.perf_counter() - start - seconds),
     )
     viewer.close()
