@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -303,6 +304,23 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def user_folder() -> Path:
+    """Folder of what the user makes here; it need not exist.
+
+    ``SEMANTICBLUR_HOME``, or else the platform's folder for a user's data.
+    """
+    home = os.environ.get("SEMANTICBLUR_HOME")
+    if home:
+        return Path(home)
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return base / "semanticblur"
 
 
 @contextmanager

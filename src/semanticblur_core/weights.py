@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -76,21 +74,7 @@ def resolve(name: str) -> Path:
 
 def models_folder() -> Path:
     """Folder of the user's own models; it need not exist."""
-    return home_folder() / "models"
-
-
-def home_folder() -> Path:
-    """``SEMANTICBLUR_HOME``, or else the platform's folder for a user's data; it need not exist."""
-    home = os.environ.get("SEMANTICBLUR_HOME")
-    if home:
-        return Path(home)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
-    else:
-        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    return base / "semanticblur"
+    return io.user_folder() / "models"
 
 
 def own_models() -> list[str]:

@@ -119,7 +119,10 @@ class AnnotationStore:
         self.folder = folder
         if create:
             for name in ("images", "labels"):
-                (folder / name).mkdir(parents=True, exist_ok=True)
+                try:
+                    (folder / name).mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise DataError(f"{folder}: cannot be made: {error.strerror}") from error
         if not is_store(folder):
             raise DataError(f"{folder}: no annotation store (no labels and images folder in it)")
 
@@ -205,7 +208,7 @@ class AnnotationStore:
         with self._locked():
             index = self._read_index()
             values = index["items"].setdefault(name, {})
-            held = self._image_of(name)
+            held = self.image_of(name)
             if image is None and held is None:
                 raise DataError(f"{name}: {self.folder} holds no image of that name yet")
             if image is not None:
@@ -241,7 +244,7 @@ class AnnotationStore:
         DataError, ImageError
             If a file cannot be read, or image and labels do not fit each other.
         """
-        image, labels = _read_array(item.image), read_labels(item.labels)
+        image, labels = read_array(item.image), read_labels(item.labels)
         colour = item.axes.endswith("S") or (
             not item.axes and image.ndim == labels.ndim + 1 and image.shape[-1] in (3, 4)
         )
@@ -264,7 +267,22 @@ class AnnotationStore:
                 )
         return planes
 
-    def _image_of(self, name: str) -> Path | None:
+    def labels_of(self, name: str) -> NDArray[np.uint8] | None:
+        """Labels of an image, as they are on the disk; None where there are none.
+
+        Raises
+        ------
+        DataError
+            If the file is damaged or of another kind.
+        """
+        for suffix in (".png", *io.TIFF_SUFFIXES):
+            path = self.folder / "labels" / f"{name}{suffix}"
+            if path.is_file():
+                return read_labels(path)
+        return None
+
+    def image_of(self, name: str) -> Path | None:
+        """File of the image of that name, or None."""
         for suffix in (*io.IMAGE_SUFFIXES, *_NPY):
             path = self.folder / "images" / f"{name}{suffix}"
             if path.is_file():
@@ -282,7 +300,7 @@ class AnnotationStore:
             same = (
                 _sha256(held) == _sha256(image)
                 if isinstance(image, Path)
-                else np.array_equal(_read_array(held), image)
+                else np.array_equal(read_array(held), image)
             )
             if not same:
                 raise DataError(f"{held}: is another image of that name; choose another name")
@@ -396,7 +414,7 @@ def read_labels(path: Path) -> NDArray[np.uint8]:
     DataError
         If it is not of that kind.
     """
-    array = _read_array(path)
+    array = read_array(path)
     if array.dtype != np.uint8 or array.ndim < 2 or array.size == 0 or array.max() > BLURRED:
         raise DataError(
             f"{path}: expected 8-bit labels 0 = unlabelled, 1 = sharp, 2 = blurred, got "
@@ -468,8 +486,14 @@ def check_store(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
 _NPY = (".npy",)
 
 
-def _read_array(path: Path) -> NDArray[Any]:
-    """A photograph, or a stack of any number of axes."""
+def read_array(path: Path) -> NDArray[Any]:
+    """Read a photograph, or a stack of any number of axes, as the store reads it.
+
+    Raises
+    ------
+    DataError, ImageError
+        If it is missing, damaged or of a format that is not read.
+    """
     suffix = path.suffix.lower()
     try:
         if suffix == ".npy":

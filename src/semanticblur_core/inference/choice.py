@@ -118,7 +118,7 @@ _EXPORT_S = 20.0
 
 def exported_file(sha256: str) -> Path:
     """Where the exported form of weights is kept between runs."""
-    return weights.home_folder() / "exported" / f"{sha256[:32]}.onnx"
+    return io.user_folder() / "exported" / f"{sha256[:32]}.onnx"
 
 
 def ensure_exported(model: str) -> Path:
@@ -188,7 +188,7 @@ def _measure_here(backend: str, model: str, size_px: int, n_rounds: int) -> None
 
 
 def _record_file() -> Path:
-    return weights.home_folder() / "backends.json"
+    return io.user_folder() / "backends.json"
 
 
 def _read() -> _Records:

@@ -1,0 +1,653 @@
+"""The widget "Annotate blur": strokes, helps for them, and a folder they are safe in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from magicgui.types import FileDialogMode
+from magicgui.widgets import (
+    CheckBox,
+    ComboBox,
+    Container,
+    FileEdit,
+    FloatSlider,
+    Label,
+    PushButton,
+    Slider,
+)
+
+from napari_semanticblur import _labelling
+from napari_semanticblur._annotate_tools import Tools
+from napari_semanticblur._annotation import BRUSH_PX, Annotation
+from napari_semanticblur._annotation_source import (
+    Plane,
+    annotated_level,
+    find_annotation,
+    shown_plane,
+)
+from napari_semanticblur._colors import BLURRED, SHARP, UNLABELLED
+from napari_semanticblur._detection import Detection, Settings
+from napari_semanticblur._layers import METADATA_KEY, find_result, is_image, unwrapped
+from napari_semanticblur._recovery import Offer, find_offers, image_of, offer, strokes
+from napari_semanticblur._settings import preferences
+from semanticblur_core import io
+from semanticblur_core.data.datasets import list_images
+from semanticblur_core.data.journal import replay
+from semanticblur_core.data.labelling import most_uncertain
+from semanticblur_core.data.store import AnnotationStore, read_array
+from semanticblur_core.errors import SemanticBlurError
+
+if TYPE_CHECKING:
+    from napari.layers import Image, Labels
+    from napari.viewer import Viewer
+
+POLL_MS, SOON_MS, TYPING_MS = 1000, 50, 700
+SHOWN, ALL = "the one shown", "all"
+FROM_FILE = "a file ..."
+ASK = "choose what it means ..."
+MEANINGS = {
+    "not 0 (white) = blurred, 0 = sharp": "blur",
+    "not 0 (white) = sharp, 0 = blurred": "sharp",
+    "1 = sharp, 2 = blurred, 0 = unlabelled": "codes",
+}
+STACKS = (".npy",)
+
+
+class AnnotateWidget(Container):  # type: ignore[type-arg]
+    """Dock widget for labelling what is sharp and what is blurred.
+
+    Parameters
+    ----------
+    napari_viewer
+        Viewer that it belongs to.
+    """
+
+    def __init__(self, napari_viewer: Viewer) -> None:
+        self.viewer = napari_viewer
+        self._annotations: list[Annotation] = []
+        self._closing: list[Annotation] = []
+        self._paths: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
+        self._found: list[Offer] = []
+        self._files: list[Path] = []
+        self._file_index = -1
+        self._told = ""
+        self._detection: Detection | None = None
+        self.is_closed = False
+
+        self.layer = ComboBox(choices=self._images, label="image")
+        self.store = FileEdit(
+            mode=FileDialogMode.EXISTING_DIRECTORY, nullable=True, value=None, label="store",
+            tooltip="Folder that images and labels are saved in, for fine-tuning. Without one, "
+            "strokes are kept in your own folder until you choose.",
+        )  # fmt: skip
+        self.start_button = PushButton(text="Annotate")
+        self.save_button = PushButton(text="Save", tooltip="Writes the labels into the store.")
+        self.found = ComboBox(choices=self._offers, label="recovered")
+        self.restore_button = PushButton(text="Restore")
+        self.discard_button = PushButton(text="Discard")
+        self.sharp_button = PushButton(text="Sharp (S)")
+        self.blurred_button = PushButton(text="Blurred (D)")
+        self.erase_button = PushButton(text="Erase (U)")
+        self.brush = Slider(
+            value=BRUSH_PX, min=1, max=200, label="brush (px)",
+            tooltip="Q is smaller, W is larger.",
+        )  # fmt: skip
+        self.polygon_button = PushButton(text="Polygon", tooltip=_POLYGON_TIP)
+        self.superpixels = CheckBox(text="Superpixels (G)", tooltip=_SUPERPIXEL_TIP)
+        self.superpixel_px = Slider(value=32, min=8, max=200, label="superpixel (px)")
+        self.confidence = FloatSlider(
+            value=0.9, min=0.5, max=1, step=0.01, label="sure by",
+            tooltip="Pixels are labelled where the map is at least that sure; 0.5 takes all.",
+        )  # fmt: skip
+        self.planes = ComboBox(choices=[SHOWN, ALL], label="planes")
+        self.map_button = PushButton(text="Start from the model's map")
+        self.next_place_button = PushButton(text="Where next?", tooltip=_WHERE_TIP)
+        self.fill_sharp_button = PushButton(text="Rest is sharp")
+        self.fill_blurred_button = PushButton(text="Rest is blurred")
+        self.import_from = ComboBox(choices=self._importable, label="import")
+        self.import_meaning = ComboBox(choices=[ASK, *MEANINGS], label="meaning")
+        self.import_button = PushButton(text="Import labels")
+        self.folder = FileEdit(
+            mode=FileDialogMode.EXISTING_DIRECTORY, nullable=True, value=None, label="folder"
+        )
+        self.previous_button = PushButton(text="Previous (Shift+N)")
+        self.next_button = PushButton(text="Next image (N)")
+        self.progress = Label(value="")
+        self.status = Label(value="Choose an image and press Annotate.")
+        self._recovery = _row(self.restore_button, self.discard_button)
+        super().__init__(
+            widgets=[
+                self.layer, self.store, _row(self.start_button, self.save_button),
+                self.found, self._recovery,
+                _row(self.sharp_button, self.blurred_button, self.erase_button), self.brush,
+                _row(self.polygon_button, self.superpixels), self.superpixel_px,
+                self.planes, self.confidence, _row(self.map_button, self.next_place_button),
+                _row(self.fill_sharp_button, self.fill_blurred_button),
+                self.import_from, self.import_meaning, self.import_button,
+                self.folder, _row(self.previous_button, self.next_button),
+                self.progress, self.status,
+            ]
+        )  # fmt: skip
+        self.native.setObjectName("semanticblur-annotate")
+        for line in (self.progress, self.status):
+            line.native.setWordWrap(True)
+        self._tools = Tools(self)
+        self._typing = _pause(self.native, self.guarded(self._folder_chosen))
+        self._connect()
+        self._timer = _timer(self.native, self._tick, self._closed)
+        self._look_for_leftovers()
+        self._show_what_applies()
+
+    def _connect(self) -> None:
+        for button, action in {
+            self.start_button: self.annotate,
+            self.save_button: self.save,
+            self.restore_button: self.restore,
+            self.discard_button: self.discard,
+            self.sharp_button: lambda: self.choose(SHARP),
+            self.blurred_button: lambda: self.choose(BLURRED),
+            self.erase_button: lambda: self.choose(UNLABELLED),
+            self.polygon_button: self.draw_polygon,
+            self.map_button: self.start_from_map,
+            self.next_place_button: self.go_to_next_place,
+            self.fill_sharp_button: lambda: self.fill_rest(SHARP),
+            self.fill_blurred_button: lambda: self.fill_rest(BLURRED),
+            self.import_button: self.import_labels,
+            self.previous_button: lambda: self.step(-1),
+            self.next_button: lambda: self.step(1),
+        }.items():
+            button.changed.connect(self.guarded(action))
+        self.layer.changed.connect(self._layer_chosen)
+        self.store.changed.connect(self.guarded(self._store_chosen))
+        self.folder.changed.connect(lambda: self._typing.start())
+        self.brush.changed.connect(self._tools.brush_moved)
+        self.superpixels.changed.connect(self._tools.superpixels_switched)
+        self.viewer.layers.events.removed.connect(self._layer_removed)
+        self.viewer.layers.selection.events.active.connect(self._layer_selected)
+        self.native.destroyed.connect(self._closed)
+
+    def guarded(self, action: Callable[[], Any]) -> Callable[..., None]:
+        """An action whose errors are a line."""
+
+        def run(*_: Any) -> None:
+            from napari.utils.notifications import show_error
+
+            try:
+                action()
+            except SemanticBlurError as error:
+                self._say(str(error))
+                show_error(str(error))
+
+        return run
+
+    # What can be chosen.
+
+    def _images(self, _: Any) -> list[Image]:
+        return [
+            layer
+            for layer in map(unwrapped, self.viewer.layers)
+            if is_image(layer) and METADATA_KEY not in layer.metadata
+        ]
+
+    def _importable(self, _: Any) -> list[Any]:
+        from napari.layers import Labels
+
+        ours = {id(annotation.layer) for annotation in self._annotations}
+        layers = [each for each in map(unwrapped, self.viewer.layers) if id(each) not in ours]
+        return [FROM_FILE, *(layer for layer in layers if isinstance(layer, Labels))]
+
+    def _offers(self, _: Any) -> list[tuple[str, int]]:
+        return [(offer(leftover), i) for i, (leftover, _) in enumerate(self._found)]
+
+    @property
+    def current(self) -> Annotation | None:
+        """The annotation whose layer is selected, or that of the image chosen."""
+        active = unwrapped(self.viewer.layers.selection.active)
+        for annotation in self._annotations:
+            if annotation.layer is active:
+                return annotation
+        return self._annotation_of(self.layer.value)
+
+    def _annotation_of(self, image: Image | None) -> Annotation | None:
+        for annotation in self._annotations:
+            if image is not None and annotation.image is image:
+                return annotation
+        return None
+
+    @property
+    def _store(self) -> Path | None:
+        return _folder(self.store)
+
+    def _require(self) -> Annotation:
+        annotation = self.current
+        if annotation is None:
+            self.annotate()
+            annotation = self.current
+        if annotation is None:
+            raise SemanticBlurError("Open an image first.")
+        if annotation.is_read_only:
+            raise SemanticBlurError(annotation.problem)
+        return annotation
+
+    # Actions.
+
+    def annotate(self) -> None:
+        """Make the annotation layer of the image chosen, or select the one it has.
+
+        Raises
+        ------
+        SemanticBlurError
+            If the image cannot be annotated.
+        """
+        image = self.layer.value
+        if image is None:
+            raise SemanticBlurError("Open an image first.")
+        annotation = self._annotation_of(image)
+        if annotation is None:
+            path = self._paths.get(image)
+            annotation = self._begin(Annotation(self.viewer, image, store=self._store, path=path))
+        self.viewer.layers.selection.active = annotation.layer
+
+    def _begin(self, annotation: Annotation) -> Annotation:
+        self._annotations.append(annotation)
+        layer = annotation.layer
+        self.viewer.layers.selection.active = layer
+        self._tools.attach(annotation)
+        self.import_from.reset_choices()
+        if annotation.problem:
+            self._say(annotation.problem)
+        elif annotation.n_recovered:
+            self._say(
+                f"Recovered {strokes(annotation.n_recovered)} of {annotation.title} that were not "
+                "saved. Discard takes them back."
+            )
+        else:
+            self._say(f"Paint on {annotation.title}: S sharp, D blurred, U erases. All is kept.")
+        self._show_what_applies()
+        self._tick()
+        return annotation
+
+    def save(self) -> None:
+        """Write the labels into the store.
+
+        Raises
+        ------
+        DataError
+            If none is chosen.
+        """
+        annotation = self._require()
+        if annotation.store is None and self._store is not None:
+            annotation.move_to(self._store)
+        annotation.save()
+        self._say("Saving ...")
+        self._timer.start(SOON_MS)
+
+    def choose(self, code: int) -> None:
+        """Paint with a class, 0 erases."""
+        layer = self._require().layer
+        layer.selected_label = code
+        if str(layer.mode) not in ("paint", "polygon", "fill") and not self.superpixels.value:
+            layer.mode = "paint"
+
+    def draw_polygon(self) -> None:
+        """Turn on napari's polygon tool."""
+        self._require().layer.mode = "polygon"
+        self._say(_POLYGON_TIP)
+
+    def fill_rest(self, code: int) -> None:
+        """Label what is unlabelled of the planes shown or of all of them."""
+        layer = self._require().layer
+        n = sum(_labelling.fill_rest(layer, plane, code) for plane in self._chosen_planes(layer))
+        self._say(f"{n} pixels labelled. Ctrl+Z takes it back.")
+        self._tick()
+
+    def start_from_map(self) -> None:
+        """Label where the model is sure, after a detection if there is no map yet."""
+        self._with_map(self._start_from_map)
+
+    def _start_from_map(self, blur_map: Image) -> None:
+        layer = self._require().layer
+        n = _labelling.start_from_map(
+            layer, blur_map, self._chosen_planes(layer), confidence=float(self.confidence.value)
+        )
+        self._say(f"{n} pixels labelled from the map. Ctrl+Z takes it back.")
+        self._tick()
+
+    def go_to_next_place(self) -> None:
+        """Show the place where the model is unsure and nothing is labelled."""
+        self._with_map(self._go_to_next_place)
+
+    def _go_to_next_place(self, blur_map: Image) -> None:
+        layer = self._require().layer
+        best: tuple[tuple[int, ...], float] | None = None
+        for plane in np.ndindex(layer.data.shape[:-2]):
+            blur = _labelling.map_plane(layer, blur_map, plane)
+            place = None if blur is None else most_uncertain(blur, layer.data[plane])
+            if place is not None and place[1] > (best[1] if best else 0):
+                best = ((*plane, *place[0]), place[1])
+        if best is None:
+            self._say("The model is sure wherever nothing is labelled.")
+            return
+        world = layer.data_to_world(best[0])
+        first = self.viewer.dims.ndim - len(world)
+        for axis in range(layer.ndim - 2):
+            self.viewer.dims.set_point(first + axis, world[axis])
+        # napari 0.9 moved the camera to the scene.
+        camera = getattr(self.viewer, "scene", self.viewer).camera
+        camera.center = tuple(world[-2:])
+        self._say(f"Here the model is unsure ({best[1]:.0%}): paint what you know.")
+
+    def _with_map(self, action: Callable[[Image], None]) -> None:
+        annotation = self._require()
+        if annotation.image is None:
+            raise SemanticBlurError("Open the image first.")
+        image = annotation.image
+        blur_map = find_result(self.viewer, image, "map")
+        planes = list(self._chosen_planes(annotation.layer))
+        if blur_map is not None and all(
+            _labelling.map_index(annotation.layer, blur_map, plane) is not None for plane in planes
+        ):
+            action(blur_map)
+            return
+        if self._detection is not None:
+            return
+        chosen = preferences()
+        settings = Settings(
+            chosen.model, chosen.device, level=annotated_level(image).level,
+            scope="all" if self.planes.value == ALL else "current",
+        )  # fmt: skip
+
+        def ended() -> None:
+            self._detection = None
+            made = None if self.is_closed else find_result(self.viewer, image, "map")
+            if made is not None and self.current is annotation:
+                find_result(self.viewer, image, "labels").visible = False
+                self.viewer.layers.selection.active = annotation.layer
+                self.guarded(lambda: action(made))()
+
+        self._detection = Detection(self.viewer, image, settings, on_status=self._say, on_end=ended)
+        self._detection.start()
+
+    def import_labels(self) -> None:
+        """Take over a mask from a file, or another layer of labels."""
+        annotation = self._require()
+        if self.import_meaning.value == ASK:
+            raise SemanticBlurError("Say what the values of the mask mean: it is not guessed.")
+        meaning = MEANINGS[self.import_meaning.value]
+        if self.import_from.value == FROM_FILE:
+            path = self._ask_for_file()
+            if path is None:
+                return
+            array, name = read_array(path), path.name
+            if array.ndim == 3 and array.shape[-1] == 3:
+                array = io.read_mask(path)
+        else:
+            array, name = np.asarray(self.import_from.value.data), self.import_from.value.name
+        layer = annotation.layer
+        codes = _labelling.codes_of(array, meaning)
+        n = _labelling.import_labels(layer, shown_plane(self.viewer, layer), codes)
+        if meaning != "codes":
+            annotation.polarity = "blur" if meaning == "blur" else "sharp"
+        self._say(f"{n} pixels changed to those of {name}. Ctrl+Z takes it back.")
+        self._tick()
+
+    def _ask_for_file(self) -> Path | None:
+        from qtpy.QtWidgets import QFileDialog
+
+        path, _ = QFileDialog.getOpenFileName(
+            self.native, "Open a mask", str(Path.home()), "Masks (*.png *.tif *.tiff *.npy *.bmp)"
+        )
+        return Path(path) if path else None
+
+    # Recovery.
+
+    def _look_for_leftovers(self) -> None:
+        self._found, problems = find_offers(self._store)
+        for problem in problems:
+            self._say(problem)
+        self.found.reset_choices()
+        if self._found:
+            self.found.value = 0
+            self._say(f"{offer(self._found[0][0])}: Restore or Discard?")
+        self._show_what_applies()
+
+    def restore(self) -> None:
+        """Open what was recovered, on its image if that can be found."""
+        if self.found.value is None:
+            return
+        leftover, store = self._found[self.found.value]
+        path = Path(leftover.facts["path"]) if leftover.facts.get("path") else None
+        image = image_of(leftover, self._images(None))
+        if image is None and path is not None and path.is_file():
+            image = self._open(path)
+        if image is not None and find_annotation(self.viewer, image) is not None:
+            self.layer.value = image
+            labels = np.zeros(leftover.shape, np.uint8)
+            replay(leftover.changes, labels)
+            _labelling.import_labels(self._require().layer, None, labels)
+            self._tick()
+            autosave = self._require().autosave
+            if autosave is not None and autosave.flush(5):
+                leftover.discard()
+        else:
+            self._begin(Annotation(self.viewer, image, store=store, path=path, leftover=leftover))
+            if image is not None:
+                self.layer.value = image
+        self._look_for_leftovers()
+
+    def discard(self) -> None:
+        """Delete what was recovered, or take it back where it is shown already."""
+        annotation = self.current
+        if self.found.value is not None:
+            self._found[self.found.value][0].discard()
+            self._say("Discarded.")
+        elif annotation is not None and annotation.n_recovered:
+            annotation.forget_recovered()
+            self._say("As it was saved. Ctrl+Z brings the strokes back.")
+        self._look_for_leftovers()
+
+    # A folder of images.
+
+    def _folder_chosen(self) -> None:
+        folder = _folder(self.folder)
+        if folder is None or not folder.is_dir() or self.is_closed:
+            return
+        self._files, self._file_index = list_images(folder, also=STACKS), -1
+        if self._store is None:
+            self.store.value = folder.parent / f"{folder.name} annotations"
+        assert self._store is not None
+        store = AnnotationStore(self._store, create=True)
+        done = [store.labels_of(path.stem) is not None for path in self._files]
+        first = done.index(False) if False in done else 0
+        self.step(first + 1)
+
+    def step(self, by: int) -> None:
+        """Open the next image of the folder, or the one before; what is painted is saved.
+
+        Raises
+        ------
+        SemanticBlurError
+            If no folder is chosen, or the image cannot be read.
+        """
+        if not self._files:
+            raise SemanticBlurError("Choose a folder of images first.")
+        index = self._file_index + by
+        if not 0 <= index < len(self._files):
+            self._say("That was the last image." if by > 0 else "That was the first image.")
+            return
+        before = [image for image in self._images(None) if self._paths.get(image) in self._files]
+        image = self._open(self._files[index])
+        self._file_index = index
+        self.layer.value = image
+        for old in before:
+            self._remove(old)
+        self.annotate()
+        self.viewer.reset_view()
+        annotation = self._require()
+        self._say(
+            f"{self._files[index].name}: {index + 1} of {len(self._files)}"
+            + (f", {strokes(annotation.n_recovered)} recovered" * bool(annotation.n_recovered))
+        )
+
+    def _open(self, path: Path) -> Image:
+        array = read_array(path)
+        rgb = array.ndim > 2 and array.shape[-1] in (3, 4)
+        image: Image = unwrapped(self.viewer.add_image(array, rgb=rgb, name=path.stem))
+        self._paths[image] = path
+        return image
+
+    def _remove(self, image: Image) -> None:
+        """Take an image and what was made of it out of the viewer; the annotation is saved."""
+        layers = [find_result(self.viewer, image, kind) for kind in ("labels", "map")]
+        layers.append(find_annotation(self.viewer, image))
+        for layer in (*layers, image):
+            if layer is not None:
+                self.viewer.layers.remove(layer)
+
+    # What goes on by itself.
+
+    def _tick(self) -> None:
+        if self.is_closed:
+            return
+        soon = False
+        for annotation in self._annotations:
+            soon = annotation.poll() or soon
+        for annotation in (*self._annotations, *self._closing):
+            outcome = annotation.take_outcome()
+            if outcome is not None:
+                self._saved(annotation, outcome)
+            soon = soon or annotation.is_saving
+        self._closing = [each for each in self._closing if each.is_saving]
+        self._tell_problems()
+        current = self.current
+        self.progress.value = "" if current is None else current.progress
+        self._timer.setInterval(SOON_MS if soon else POLL_MS)
+
+    def _saved(self, annotation: Annotation, problem: str) -> None:
+        from napari.utils.notifications import show_error
+
+        if problem:
+            show_error(problem)
+            self._say(f"{problem}. What is painted is kept; save again.")
+        elif annotation in self._annotations:
+            self._say(f"Saved {annotation.name} in {annotation.store}.")
+
+    def _tell_problems(self) -> None:
+        from napari.utils.notifications import show_warning
+
+        problems = [annotation.trouble for annotation in self._annotations if annotation.trouble]
+        text = problems[0] if problems else ""
+        if text == self._told:
+            return
+        self._told = text
+        self._say(text or "Autosave works again; nothing that was painted is lost.")
+        if text:
+            show_warning(text)
+
+    def _layer_removed(self, event: Any) -> None:
+        removed = unwrapped(event.value)
+        for annotation in self._annotations:
+            if annotation.layer is removed:
+                self._annotations.remove(annotation)
+                annotation.close()
+                self._closing.append(annotation)
+                if annotation.store is None:
+                    self._look_for_leftovers()
+                break
+
+    def _closed(self, *_: Any) -> None:
+        """Qt's side of this is gone, or will be: journal the last strokes."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        if self._detection is not None:
+            self._detection.cancel()
+        for annotation in self._annotations:
+            annotation.close()
+
+    def _layer_chosen(self, *_: Any) -> None:
+        if self.is_closed:
+            return
+        image, before = self.layer.value, self.current
+        if image is not None and before is not None and before.image is not image:
+            chosen = self._annotation_of(image)
+            self.viewer.layers.selection.active = chosen.layer if chosen else image
+        self._show_what_applies()
+        self._tick()
+
+    def _layer_selected(self, *_: Any) -> None:
+        """The layer list leads: the image of a selected annotation is the one chosen."""
+        if self.is_closed:
+            return
+        annotation = self.current
+        if annotation is not None and annotation.image in self.layer.choices:
+            self.layer.value = annotation.image
+
+    def _store_chosen(self) -> None:
+        """Only looks: while a path is typed, each letter is a choice."""
+        if self._store is None or self._store.is_dir():
+            self._look_for_leftovers()
+
+    def _say(self, text: str) -> None:
+        if not self.is_closed:
+            self.status.value = text
+
+    def _show_what_applies(self) -> None:
+        annotation = self.current
+        recovered = annotation is not None and annotation.n_recovered > 0
+        self.found.visible = self.restore_button.visible = bool(self._found)
+        self._recovery.visible = bool(self._found) or recovered
+        image = self.layer.value
+        self.planes.visible = image is not None and image.ndim > 2
+
+    def _chosen_planes(self, layer: Labels) -> Iterator[Plane]:
+        if layer.ndim == 2 or self.planes.value == ALL:
+            return iter(np.ndindex(layer.data.shape[:-2]))
+        shown = shown_plane(self.viewer, layer)
+        if shown is None:
+            raise SemanticBlurError("Show one plane: two axes, the last ones.")
+        return iter([shown])
+
+
+def _folder(edit: FileEdit) -> Path | None:
+    """What is chosen; an empty line is nothing."""
+    value = edit.value
+    return Path(value) if isinstance(value, Path) and str(value) not in ("", ".") else None
+
+
+def _row(*widgets: Any) -> Container:  # type: ignore[type-arg]
+    return Container(widgets=list(widgets), layout="horizontal", labels=False, label="")
+
+
+def _timer(parent: Any, callback: Callable[[], None], at_end: Callable[[], None]) -> Any:
+    from qtpy.QtCore import QTimer
+    from qtpy.QtWidgets import QApplication
+
+    timer = QTimer(parent)
+    timer.setInterval(POLL_MS)
+    timer.timeout.connect(callback)
+    timer.start()
+    app = QApplication.instance()
+    if app is not None:
+        app.aboutToQuit.connect(at_end)
+    return timer
+
+
+def _pause(parent: Any, callback: Callable[[], None]) -> Any:
+    """A timer that fires once nobody types any more."""
+    from qtpy.QtCore import QTimer
+
+    timer = QTimer(parent)
+    timer.setSingleShot(True)
+    timer.setInterval(TYPING_MS)
+    timer.timeout.connect(callback)
+    return timer
+
+
+_POLYGON_TIP = "Click the corners; Enter or a double click closes the polygon, Escape drops it."
+_SUPERPIXEL_TIP = "A click labels the region of alike pixels around it; a drag moves the view."
+_WHERE_TIP = "Goes where the model's map is least sure and nothing is labelled yet."

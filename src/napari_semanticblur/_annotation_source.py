@@ -1,0 +1,127 @@
+"""What an annotation needs to know of the image that it is made on."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from napari_semanticblur._layers import METADATA_KEY, Source, read_source, unwrapped
+from semanticblur_core.data.store import read_array
+from semanticblur_core.errors import ImageError, SemanticBlurError
+from semanticblur_core.io import without_alpha
+
+if TYPE_CHECKING:
+    from napari.components import ViewerModel
+    from napari.layers import Image, Labels
+
+Plane = tuple[int, ...]
+# Levels of a multiscale image above that many pixels are not painted on.
+MAX_PIXELS = 2**31
+
+
+def annotated_level(image: Image) -> Source:
+    """The finest level that can be painted on as a whole."""
+    n_levels = len(image.data) if image.multiscale else 1
+    for level in range(n_levels):
+        source = read_source(image, level=level)
+        if np.prod(labels_shape(source), dtype=float) <= MAX_PIXELS:
+            return source
+    return read_source(image, level=n_levels - 1)
+
+
+def find_annotation(viewer: ViewerModel, image: Image) -> Labels | None:
+    """The annotation layer of an image, or None."""
+    for layer in viewer.layers:
+        record = layer.metadata.get(METADATA_KEY)
+        record = record if isinstance(record, dict) else {}
+        ours = record.get("role") == "annotation"
+        if ours and record.get("source_id") == str(image.unique_id):
+            found: Labels = unwrapped(layer)
+            return found
+    return None
+
+
+def shown_plane(viewer: ViewerModel, layer: Labels) -> Plane | None:
+    """Index of the plane of a layer that is shown; None where that is not one plane."""
+    if tuple(viewer.dims.displayed) != (viewer.dims.ndim - 2, viewer.dims.ndim - 1):
+        return None
+    position = layer.world_to_data(viewer.dims.point)[: layer.ndim - 2]
+    lengths = layer.data.shape[:-2]
+    return tuple(
+        min(max(round(float(p)), 0), n - 1) for p, n in zip(position, lengths, strict=True)
+    )
+
+
+def labels_shape(source: Source) -> tuple[int, ...]:
+    """Of the labels: the array's but for the samples of RGB."""
+    return tuple(source.array.shape[: len(source.layer_axes)])
+
+
+def shows(path: Path, source: Source) -> bool:
+    """Whether a file holds the source's image, as far as three of its planes tell."""
+    try:
+        held = read_array(path)
+    except SemanticBlurError:
+        return False
+    shape = source.array.shape
+    if source.axes.endswith("S"):
+        shape = (*shape[:-1], 3)
+    if held.size != np.prod(shape):
+        return False
+    held = held.reshape(shape)
+    return all(np.array_equal(held[index], plane) for index, plane in _sampled_planes(source))
+
+
+def fingerprint(source: Source) -> str:
+    """What tells an image from another of its name: a sum over its shape and three planes."""
+    total = hashlib.sha256(f"{labels_shape(source)} {source.array.dtype}".encode())
+    for _, plane in _sampled_planes(source):
+        total.update(np.ascontiguousarray(plane).data)
+    return total.hexdigest()
+
+
+def _sampled_planes(source: Source) -> Iterator[tuple[Plane, NDArray[Any]]]:
+    """First, middle and last plane of a stack, the plane of an image; alpha is left out."""
+    lengths = labels_shape(source)[:-2]
+    samples = {tuple(int(share * (n - 1)) for n in lengths) for share in (0, 0.5, 1)}
+    for index in sorted(samples):
+        yield index, without_alpha(np.asarray(source.array[index]))
+
+
+def layer_path(image: Image) -> Path | None:
+    path = image.source.path
+    return Path(path) if path else None
+
+
+def placement_as_json(layer: Labels) -> dict[str, Any]:
+    """Transforms that a layer's constructor takes, as JSON values."""
+    return {
+        "scale": np.asarray(layer.scale).tolist(),
+        "translate": np.asarray(layer.translate).tolist(),
+        "rotate": np.asarray(layer.rotate).tolist(),
+        "shear": np.asarray(layer.shear).tolist(),
+        "affine": np.asarray(layer.affine.affine_matrix).tolist(),
+        "units": [str(unit) for unit in layer.units],
+        "axis_labels": list(layer.axis_labels),
+    }
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:40] or "image"
+
+
+def require_memory(shape: tuple[int, ...], name: str) -> None:
+    import psutil
+
+    needed, free = 2 * float(np.prod(shape, dtype=float)), psutil.virtual_memory().available
+    if needed > 0.8 * free:
+        raise ImageError(
+            f"{name}: labels of {' x '.join(map(str, shape))} need {needed / 2**30:.1f} GiB of "
+            f"memory and {free / 2**30:.1f} are free; annotate a part of it, cropped"
+        )

@@ -1,0 +1,63 @@
+"""Labels from maps, superpixels, and where to label next."""
+
+import numpy as np
+import pytest
+
+from semanticblur_core.data.labelling import labels_of_map, most_uncertain, superpixel
+from semanticblur_core.errors import ConfigError
+
+
+def test_only_pixels_that_are_sure_enough_are_labelled() -> None:
+    blur = np.array([0, 0.1, 0.3, 0.5, 0.6, 0.9, 1, np.nan], np.float32)
+    assert labels_of_map(blur, confidence=0.8).tolist() == [1, 1, 0, 0, 0, 2, 2, 0]
+    assert labels_of_map(blur).tolist() == [1, 1, 1, 1, 2, 2, 2, 0]
+    with pytest.raises(ConfigError, match=r"confidence 0\.3"):
+        labels_of_map(blur, confidence=0.3)
+
+
+@pytest.mark.parametrize("kind", ["rgb8", "grey16", "float"])
+def test_a_superpixel_keeps_to_the_edges_of_the_image(kind: str) -> None:
+    image = np.full((200, 300), 50, np.uint8)
+    image[:, 150:] = 200
+    picture = {
+        "rgb8": np.repeat(image[..., None], 3, 2),
+        "grey16": image.astype(np.uint16) * 30,
+        "float": image / 7,
+    }[kind]
+    for column, side in ((145, np.s_[:, :151]), (155, np.s_[:, 149:])):
+        box, mask = superpixel(picture, 100, column, size_px=32)
+        whole = np.zeros(image.shape, bool)
+        whole[box] = mask
+        assert whole[100, column]
+        assert whole[side].sum() == whole.sum()
+        assert 300 < whole.sum() < 4000
+
+
+@pytest.mark.parametrize("point", [(0, 0), (199, 299), (0, 150)])
+def test_superpixels_reach_the_border(point: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (200, 300), np.uint8)
+    (rows, columns), mask = superpixel(image, *point, size_px=20)
+    assert mask.shape == (rows.stop - rows.start, columns.stop - columns.start)
+    assert mask[point[0] - rows.start, point[1] - columns.start]
+
+
+def test_a_constant_image_and_a_tiny_one_have_superpixels() -> None:
+    for shape in ((1, 1), (3, 200), (100, 100)):
+        _, mask = superpixel(np.full(shape, 7.0), 0, 0)
+        assert mask[0, 0]
+
+
+def test_the_next_place_is_the_unsure_one_without_labels() -> None:
+    blur = np.zeros((3, 128, 192), np.float32)
+    blur[0] = np.nan
+    blur[1, 64:, 64:128] = 0.6
+    blur[2, :64, :64] = 0.5
+    labels = np.zeros(blur.shape, np.uint8)
+    assert most_uncertain(blur, labels) == ((2, 32, 32), 1.0)
+    labels[2, :64, :64] = 1
+    place = most_uncertain(blur, labels)
+    assert place is not None
+    assert place[0] == (1, 96, 96)
+    assert place[1] == pytest.approx(0.8)
+    labels[1] = 2
+    assert most_uncertain(blur, labels) is None

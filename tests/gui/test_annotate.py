@@ -1,0 +1,682 @@
+"""The annotate widget in a real viewer, driven as a person would."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from napari_semanticblur import _annotate
+from napari_semanticblur._layers import METADATA_KEY, find_result
+from semanticblur_core import io
+from semanticblur_core.data.journal import find_leftovers, read_leftover, replay
+from semanticblur_core.data.store import AnnotationStore, read_store
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SEMANTICBLUR_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def open_widget(viewer: Any) -> Callable[[], Any]:
+    def opened() -> Any:
+        return viewer.window.add_plugin_dock_widget("napari-semanticblur", "Annotate blur")[1]
+
+    return opened
+
+
+@pytest.fixture
+def widget(open_widget: Any) -> Any:
+    return open_widget()
+
+
+def photo(height: int = 90, width: int = 120) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def stroke(layer: Any, start: tuple[float, ...], end: tuple[float, ...], code: int = 1) -> None:
+    """As napari's own mouse callback paints: one item of history."""
+    layer.selected_label = code
+    layer.brush_size = 7
+    with layer.block_history():
+        layer._draw(code, start, start)
+        layer._draw(code, start, end)
+
+
+def camera(viewer: Any) -> Any:
+    return getattr(viewer, "scene", viewer).camera
+
+
+def journaled(widget: Any, annotation: Any = None) -> np.ndarray:
+    """What a crash now would leave."""
+    annotation = annotation or widget.current
+    while annotation.poll():
+        pass
+    assert annotation.autosave.flush(5)
+    labels = np.zeros(annotation.layer.data.shape, np.uint8)
+    leftover = read_leftover(annotation.autosave.folder)
+    replay(leftover.changes if leftover else [], labels)
+    return labels
+
+
+def saved(qtbot: Any, widget: Any) -> None:
+    widget.save()
+    annotation = widget.current
+    qtbot.waitUntil(lambda: not annotation.is_saving, timeout=10_000)
+    assert "Saved" in widget.status.value
+
+
+def test_strokes_undo_and_redo_are_journaled(qtbot: Any, viewer: Any, widget: Any) -> None:
+    viewer.add_image(photo(), rgb=True, name="photo")
+    widget.start_button.native.click()
+    layer = viewer.layers["photo annotation"]
+    assert (layer.data.shape, layer.data.dtype, layer.mode) == ((90, 120), np.uint8, "paint")
+    assert viewer.layers.selection.active is layer
+    stroke(layer, (20, 20), (20, 80), 1)
+    stroke(layer, (60, 20), (60, 80), 2)
+    both = layer.data.copy()
+    assert set(np.unique(both)) == {0, 1, 2}
+    np.testing.assert_array_equal(journaled(widget), both)
+    layer.undo()
+    assert not (layer.data == 2).any()
+    np.testing.assert_array_equal(journaled(widget), layer.data)
+    layer.redo()
+    np.testing.assert_array_equal(journaled(widget), both)
+
+
+def test_the_timer_journals_without_being_asked(qtbot: Any, viewer: Any, widget: Any) -> None:
+    viewer.add_image(photo(), rgb=True, name="photo")
+    widget.annotate()
+    layer = widget.current.layer
+    folder = widget.current.autosave.folder
+
+    def on_disk() -> np.ndarray:
+        labels = np.zeros(layer.data.shape, np.uint8)
+        leftover = read_leftover(folder)
+        replay(leftover.changes if leftover else [], labels)
+        return labels
+
+    for action in (lambda: stroke(layer, (20, 20), (20, 80), 2), layer.undo, layer.redo):
+        action()
+        start = time.perf_counter()
+        qtbot.waitUntil(lambda: np.array_equal(on_disk(), layer.data), timeout=5000)
+        assert time.perf_counter() - start < 2
+
+
+TRANSFORMS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "scale": {"scale": (2, 0.5, 0.25)},
+    "translate": {"translate": (5, -7, 11)},
+    "rotate": {"rotate": (0, 0, 30)},
+    "shear": {"shear": (0, 0, 0.3)},
+    "affine": {"affine": np.array([[1, 0, 0, 3], [0, 0, 1, 4], [0, -1, 0.2, 5], [0, 0, 0, 1]])},
+    "units": {"units": ("second", "micrometer", "micrometer"), "axis_labels": ("t", "y", "x")},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Non-orthogonal slicing:UserWarning")
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_the_layer_lies_where_its_image_lies(viewer: Any, widget: Any, name: str) -> None:
+    image = viewer.add_image(np.zeros((4, 40, 50, 3), np.uint8), rgb=True, **TRANSFORMS[name])
+    widget.annotate()
+    layer = widget.current.layer
+    assert layer.data.shape == (4, 40, 50)
+    for attribute in ("scale", "translate", "rotate", "shear"):
+        np.testing.assert_allclose(getattr(layer, attribute), getattr(image, attribute))
+    np.testing.assert_allclose(layer.affine.affine_matrix, image.affine.affine_matrix)
+    assert (layer.units, layer.axis_labels) == (image.units, image.axis_labels)
+    record = layer.metadata[METADATA_KEY]
+    assert (record["role"], record["source"], record["store"], record["name"]) == (
+        *("annotation", image.name), None, None,
+    )  # fmt: skip
+
+
+def test_planes_of_a_stack_are_labelled_one_by_one(
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path
+) -> None:
+    stack = np.random.default_rng(2).integers(0, 9999, (5, 64, 80), np.uint16)
+    viewer.add_image(stack, name="stack", scale=(3, 1, 1))
+    widget.store.value = tmp_path / "store"
+    widget.annotate()
+    layer = widget.current.layer
+    for plane, code in ((1, 1), (3, 2)):
+        viewer.dims.set_point(0, plane * 3)
+        stroke(layer, (plane, 20, 20), (plane, 20, 60), code)
+    widget._tick()
+    assert "2 of 5 planes" in widget.progress.value
+    assert layer.data.any(axis=(1, 2)).tolist() == [False, True, False, True, False]
+    # Undo of what is not shown is found too.
+    viewer.dims.set_point(0, 0)
+    layer.undo()
+    np.testing.assert_array_equal(journaled(widget), layer.data)
+    layer.redo()
+    widget.fill_blurred_button.native.click()
+    assert (layer.data[0] == 2).all()
+    assert not layer.data[2].any()
+    saved(qtbot, widget)
+    planes = read_store(tmp_path / "store")
+    assert [plane.name for plane in planes] == ["stack[0]", "stack[1]", "stack[3]"]
+    for plane, index in zip(planes, (0, 1, 3), strict=True):
+        np.testing.assert_array_equal(plane.image, stack[index])
+        np.testing.assert_array_equal(plane.labels, layer.data[index])
+
+
+def test_strokes_through_planes_are_journaled(viewer: Any, widget: Any) -> None:
+    viewer.add_image(np.zeros((60, 40, 50), np.uint8), name="stack")
+    widget.annotate()
+    layer = widget.current.layer
+    layer.n_edit_dimensions = 3
+    stroke(layer, (30, 20, 20), (45, 20, 40), 2)
+    assert layer.data[40].any()
+    np.testing.assert_array_equal(journaled(widget), layer.data)
+    layer.undo()
+    np.testing.assert_array_equal(journaled(widget), layer.data)
+
+
+def test_the_layer_list_and_the_widget_agree(viewer: Any, widget: Any) -> None:
+    images = [viewer.add_image(photo(), rgb=True, name=name) for name in ("a", "b")]
+    annotations = []
+    for image in images:
+        widget.layer.value = image
+        widget.annotate()
+        annotations.append(widget.current)
+    assert widget.current is annotations[1]
+    viewer.layers.selection.active = annotations[0].layer
+    assert widget.layer.value is images[0]
+    widget.fill_rest(1)
+    assert annotations[0].layer.data.all()
+    assert not annotations[1].layer.data.any()
+    widget.layer.value = images[1]
+    assert widget.current is annotations[1]
+    assert viewer.layers.selection.active is annotations[1].layer
+    widget.choose(2)
+    assert [each.layer.selected_label for each in annotations] == [1, 2]
+    # Without its image an annotation can still be painted on and saved.
+    viewer.layers.remove(images[1])
+    viewer.layers.selection.active = annotations[1].layer
+    widget.fill_rest(2)
+    assert (annotations[1].layer.data == 2).all()
+
+
+def test_bulk_edits_are_undone_by_napari(qtbot: Any, viewer: Any, widget: Any) -> None:
+    viewer.add_image(photo(), rgb=True, name="photo")
+    widget.annotate()
+    layer = widget.current.layer
+    stroke(layer, (20, 20), (20, 80), 2)
+    before = layer.data.copy()
+    widget.fill_sharp_button.native.click()
+    np.testing.assert_array_equal(layer.data, np.where(before == 0, 1, before))
+    assert "100.0% labelled" in widget.progress.value
+    np.testing.assert_array_equal(journaled(widget), layer.data)
+    layer.undo()
+    np.testing.assert_array_equal(layer.data, before)
+    np.testing.assert_array_equal(journaled(widget), before)
+
+
+def test_starting_from_the_map_runs_a_detection_if_there_is_none(
+    qtbot: Any, viewer: Any, widget: Any
+) -> None:
+    image = viewer.add_image(photo(), rgb=True, name="photo")
+    widget.annotate()
+    layer = widget.current.layer
+    stroke(layer, (20, 20), (20, 80), 2)
+    painted = layer.data == 2
+    before = layer.data.copy()
+    widget.confidence.value = 0.7
+    widget.map_button.native.click()
+    qtbot.waitUntil(lambda: widget._detection is None, timeout=60_000)
+    blur = find_result(viewer, image, "map").data
+    expected = np.where(blur >= 0.7, 2, np.where(blur <= 1 - 0.7, 1, 0))
+    expected[painted] = 2
+    np.testing.assert_array_equal(layer.data, expected)
+    layer.undo()
+    np.testing.assert_array_equal(layer.data, before)
+    # Now there is a map: all of it.
+    widget.confidence.value = 0.5
+    widget.start_from_map()
+    np.testing.assert_array_equal(layer.data[~painted], np.where(blur > 0.5, 2, 1)[~painted])
+
+
+def test_where_next_goes_to_the_unsure_place(viewer: Any, widget: Any) -> None:
+    image = viewer.add_image(np.zeros((4, 128, 128), np.uint8), name="stack", scale=(5, 2, 2))
+    blur = np.zeros((4, 128, 128), np.float32)
+    blur[2, 64:, :64] = 0.5
+    record = {"kind": "map", "source_id": str(image.unique_id)}
+    viewer.add_image(blur, scale=(5, 2, 2), metadata={METADATA_KEY: record})
+    widget.layer.value = image
+    widget.next_place_button.native.click()
+    assert viewer.dims.current_step[0] == 2
+    np.testing.assert_allclose(camera(viewer).center[-2:], (2 * 96, 2 * 32))
+    assert "100%" in widget.status.value
+    widget.fill_sharp_button.native.click()
+    widget.next_place_button.native.click()
+    assert "sure wherever" in widget.status.value
+
+
+def test_keys_change_the_class_and_the_brush(qtbot: Any, viewer: Any, widget: Any) -> None:
+    from qtpy.QtCore import Qt
+
+    viewer.add_image(photo(), rgb=True, name="photo")
+    widget.annotate()
+    layer = widget.current.layer
+    canvas = viewer.window._qt_viewer.canvas.native
+
+    def press(key: str) -> None:
+        qtbot.keyClick(canvas, getattr(Qt.Key, f"Key_{key}"))
+
+    for key, code in (("D", 2), ("S", 1), ("U", 0)):
+        press(key)
+        assert layer.selected_label == code
+    size = layer.brush_size
+    press("W")
+    assert layer.brush_size > size
+    assert widget.brush.value == layer.brush_size
+    press("Q")
+    press("Q")
+    assert layer.brush_size < size
+    press("G")
+    assert widget.superpixels.value
+    assert layer.mode == "pan_zoom"
+    layer.mode = "paint"
+    assert not widget.superpixels.value
+    # napari's own keys still work: 1 erases, 2 paints.
+    press("1")
+    assert layer.mode == "erase"
+    widget.polygon_button.native.click()
+    assert layer.mode == "polygon"
+    layer.selected_label = 9
+    assert layer.selected_label == 2
+
+
+def click(qtbot: Any, viewer: Any, row: int, column: int) -> None:
+    from qtpy.QtCore import QPoint, Qt
+
+    canvas = viewer.window._qt_viewer.canvas
+    zoom, center = camera(viewer).zoom, camera(viewer).center
+    size = canvas.native.size()
+    x = size.width() / 2 + (column - center[2]) * zoom
+    y = size.height() / 2 + (row - center[1]) * zoom
+    point = QPoint(round(x), round(y))
+    qtbot.mouseMove(canvas.native, point)
+    qtbot.mouseClick(canvas.native, Qt.MouseButton.LeftButton, pos=point)
+
+
+def test_a_click_labels_a_superpixel(qtbot: Any, viewer: Any, widget: Any) -> None:
+    image = np.full((200, 300), 50, np.uint8)
+    image[:, 150:] = 200
+    viewer.add_image(image, name="halves")
+    widget.annotate()
+    viewer.reset_view()
+    layer = widget.current.layer
+    widget.choose(2)
+    widget.superpixels.value = True
+    click(qtbot, viewer, 100, 140)
+    assert layer.data[100, 140] == 2
+    assert 300 < (layer.data == 2).sum() < 4000
+    assert not layer.data[:, 153:].any()
+    layer.undo()
+    assert not layer.data.any()
+
+
+def test_masks_are_imported_with_the_meaning_that_is_said(
+    viewer: Any, widget: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    viewer.add_image(photo(), rgb=True, name="photo")
+    widget.annotate()
+    layer = widget.current.layer
+    mask = np.zeros((90, 120), np.uint8)
+    mask[:, 60:] = 255
+    io.write_png(tmp_path / "mask.png", mask)
+    monkeypatch.setattr(type(widget), "_ask_for_file", lambda self: tmp_path / "mask.png")
+    shown: list[str] = []
+    monkeypatch.setattr("napari.utils.notifications.show_error", shown.append)
+    widget.import_button.native.click()
+    assert "not guessed" in shown[0]
+    blurred_white, sharp_white, codes = _annotate.MEANINGS
+    widget.import_meaning.value = blurred_white
+    widget.import_button.native.click()
+    np.testing.assert_array_equal(layer.data, np.where(mask, 2, 1))
+    widget.import_meaning.value = sharp_white
+    widget.import_button.native.click()
+    np.testing.assert_array_equal(layer.data, np.where(mask, 1, 2))
+    layer.undo()
+    np.testing.assert_array_equal(layer.data, np.where(mask, 2, 1))
+    other = np.zeros((90, 120), np.int32)
+    other[5], other[6] = 1, 2
+    labels = viewer.add_labels(other)
+    widget.import_from.reset_choices()
+    widget.import_from.value = labels
+    widget.import_meaning.value = codes
+    before = layer.data.copy()
+    widget.import_button.native.click()
+    np.testing.assert_array_equal(layer.data, np.where(other, other, before))
+    labels.data = other * 5
+    widget.import_button.native.click()
+    assert "expected codes 0 to 2, got 0 to 10" in shown[1]
+    labels.data = np.zeros((3, 4), np.int32)
+    widget.import_button.native.click()
+    assert "got (3, 4)" in shown[2]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        image = np.random.default_rng(i).integers(0, 256, (60 + i, 80, 3), np.uint8)
+        Image.fromarray(image).save(tmp_path / "images" / f"photo{i}.png")
+    return tmp_path / "images"
+
+
+def test_a_folder_is_walked_and_the_store_remembers(
+    qtbot: Any, viewer: Any, widget: Any, folder: Path, open_widget: Any
+) -> None:
+    widget.folder.value = folder
+    qtbot.waitUntil(lambda: widget.current is not None, timeout=5000)
+    store = folder.parent / "images annotations"
+    assert widget.store.value == store
+    painted = {}
+    for i in range(3):
+        layer = widget.current.layer
+        assert layer.name == f"photo{i} annotation"
+        assert [each.name for each in viewer.layers] == [f"photo{i}", f"photo{i} annotation"]
+        record = layer.metadata[METADATA_KEY]
+        assert (record["store"], record["name"]) == (str(store), f"photo{i}")
+        stroke(layer, (20 + i, 20), (20 + i, 60), 1 + i % 2)
+        painted[f"photo{i}"] = layer.data.copy()
+        widget.next_button.native.click()
+    assert "last image" in widget.status.value
+    widget.previous_button.native.click()
+    qtbot.waitUntil(lambda: not widget._closing, timeout=10_000)
+    np.testing.assert_array_equal(widget.current.layer.data, painted["photo1"])
+    for plane in read_store(store):
+        np.testing.assert_array_equal(plane.labels, painted[plane.name])
+        expected = io.read_image(folder / f"{plane.name}.png")
+        np.testing.assert_array_equal(plane.image, expected)
+    assert not find_leftovers(store / "journal")[0]
+    # A change of what was saved keeps the version before.
+    stroke(widget.current.layer, (50, 20), (50, 60), 1)
+    saved(qtbot, widget)
+    [previous] = AnnotationStore(store).previous("photo1")
+    np.testing.assert_array_equal(io.read_image(previous), painted["photo1"])
+
+
+def test_the_command_line_reads_what_the_widget_wrote(
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path
+) -> None:
+    viewer.add_image(photo(), rgb=True, name="a photo: of/things")
+    widget.annotate()
+    stroke(widget.current.layer, (20, 20), (20, 80), 1)
+    stroke(widget.current.layer, (60, 20), (60, 80), 2)
+    widget.store.value = tmp_path / "store"
+    saved(qtbot, widget)
+    store = str(tmp_path / "store")
+    command = [sys.executable, "-m", "semanticblur_core"]
+    check = [*command, "data", "check", store]
+    done = subprocess.run(check, capture_output=True, text=True, timeout=60, check=True)
+    assert "labelled images: 1" in done.stdout
+    score = [*command, "eval", f"--data={store}", "--device=cpu", f"--json={tmp_path / 'r.json'}"]
+    subprocess.run(score, capture_output=True, timeout=60, check=True)
+    assert json.loads((tmp_path / "r.json").read_text())["n_images"] == 1
+    assert not find_leftovers(tmp_path / "home" / "journal")[0]
+
+
+def test_another_image_of_the_same_name_gets_a_name_of_its_own(
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path
+) -> None:
+    widget.store.value = tmp_path / "store"
+    first = viewer.add_image(photo(), rgb=True, name="image")
+    widget.annotate()
+    stroke(widget.current.layer, (20, 20), (20, 80), 1)
+    journaled(widget)
+    other = viewer.add_image(255 - photo(), rgb=True, name="image")
+    viewer.layers.remove(first)  # its strokes are still only in the journal
+    other.name = "image"
+    widget.layer.value = other
+    widget.annotate()
+    assert not widget.current.layer.data.any()
+    assert widget.current.name == "image 2"
+    stroke(widget.current.layer, (60, 20), (60, 80), 2)
+    saved(qtbot, widget)
+    [plane] = read_store(tmp_path / "store")
+    np.testing.assert_array_equal(plane.image, 255 - photo())
+
+
+def test_a_real_mouse_paints(qtbot: Any, viewer: Any, widget: Any) -> None:
+    viewer.add_image(photo(200, 300), rgb=True, name="photo")
+    widget.annotate()
+    viewer.reset_view()
+    widget.choose(2)
+    click(qtbot, viewer, 100, 140)
+    layer = widget.current.layer
+    assert layer.data[100, 140] == 2
+    assert widget.current.autosave._n_strokes == 1
+    np.testing.assert_array_equal(journaled(widget), layer.data)
+
+
+def test_two_viewers_do_not_write_one_image(
+    qtbot: Any, viewer: Any, widget: Any, make_napari_viewer: Any, tmp_path: Path
+) -> None:
+    image = photo()
+    viewer.add_image(image, rgb=True, name="photo")
+    widget.store.value = tmp_path / "store"
+    widget.annotate()
+    stroke(widget.current.layer, (20, 20), (20, 80), 1)
+    journaled(widget)
+    other = make_napari_viewer(show=True)
+    other.add_image(image, rgb=True, name="photo")
+    _, second = other.window.add_plugin_dock_widget("napari-semanticblur", "Annotate blur")
+    second.store.value = tmp_path / "store"
+    second.annotate()
+    assert "is being annotated by process" in second.status.value
+    assert not second.current.layer.editable
+    with pytest.MonkeyPatch.context() as patch:
+        shown: list[str] = []
+        patch.setattr("napari.utils.notifications.show_error", shown.append)
+        second.fill_sharp_button.native.click()
+    assert "read-only" in shown[0]
+    saved(qtbot, widget)
+    assert len(read_store(tmp_path / "store")) == 1
+
+
+PAINTER = """
+import sys, time
+from pathlib import Path
+import napari, numpy as np
+from qtpy.QtCore import QTimer
+
+viewer = napari.Viewer()
+_, widget = viewer.window.add_plugin_dock_widget("napari-semanticblur", "Annotate blur")
+image = np.random.default_rng(1).integers(0, 256, (400, 500, 3), np.uint8)
+layer = viewer.add_image(image, rgb=True, name="photo", scale=(2, 2))
+if sys.argv[1] != "none":
+    widget.store.value = Path(sys.argv[1])
+widget.annotate()
+labels = widget.current.layer
+n = 0
+
+def paint():
+    global n
+    row, column = 5 + (n * 10) % 390, 5 + 50 * (n * 10 // 390)
+    with labels.block_history():
+        labels._draw(1 + n % 2, (row, column), (row, column + 40))
+    n += 1
+    # The time by which the stroke was made, and where it was.
+    print(time.time(), row, column + 20, 1 + (n - 1) % 2, flush=True)
+
+labels.brush_size = 5
+timer = QTimer()
+timer.timeout.connect(paint)
+timer.start(60)
+napari.run()
+"""
+
+
+@pytest.mark.parametrize("where", ["store", "none"])
+def test_strokes_survive_a_kill(
+    qtbot: Any, viewer: Any, open_widget: Any, tmp_path: Path, where: str
+) -> None:
+    store = tmp_path / "store" if where == "store" else None
+    painter = subprocess.Popen(
+        [sys.executable, "-c", PAINTER, str(store or "none")], stdout=subprocess.PIPE, text=True
+    )
+    assert painter.stdout is not None
+    with painter.stdout:
+        lines = [painter.stdout.readline()]
+        while float(lines[-1].split()[0]) < float(lines[0].split()[0]) + 3.2:
+            lines.append(painter.stdout.readline())
+        os.kill(painter.pid, signal.SIGKILL)
+        killed = time.time()
+        lines += painter.stdout.readlines()
+    painter.wait(10)
+    strokes = [[float(value) for value in line.split()] for line in lines if line.strip()]
+    kept = [each for each in strokes if each[0] < killed - 2]
+    assert len(kept) >= 5
+
+    viewer.add_image(
+        np.random.default_rng(1).integers(0, 256, (400, 500, 3), np.uint8), rgb=True, name="photo"
+    )
+    widget = open_widget()
+    if store is not None:
+        widget.store.value = store
+    qtbot.waitUntil(lambda: widget.found.visible, timeout=5000)
+    offer = widget.found.current_choice
+    assert offer.startswith("Recovered ")
+    assert f" of photo, {time.strftime('%d %b')}" in offer
+    widget.restore_button.native.click()
+    layer = widget.current.layer
+    lost = [each for each in kept if layer.data[int(each[1]), int(each[2])] != each[3]]
+    assert not lost
+    assert not widget.found.visible
+    recovered = layer.data.copy()
+    if store is not None:
+        saved(qtbot, widget)
+        [plane] = read_store(store)
+        np.testing.assert_array_equal(plane.labels, recovered)
+        assert not find_leftovers(store / "journal")[0]
+
+
+def test_what_was_recovered_can_be_discarded(viewer: Any, open_widget: Any, home: Path) -> None:
+    viewer.add_image(photo(), rgb=True, name="photo")
+    widget = open_widget()
+    widget.annotate()
+    stroke(widget.current.layer, (20, 20), (20, 80), 1)
+    journaled(widget)
+    layer = widget.current.layer
+    viewer.layers.remove(layer)
+    assert "1 stroke of photo" in widget.status.value
+    widget.discard_button.native.click()
+    assert not find_leftovers(home / "journal")[0]
+    assert not widget.found.visible
+
+
+def test_without_its_image_the_labels_still_come_back(viewer: Any, open_widget: Any) -> None:
+    image = viewer.add_image(photo(), rgb=True, name="photo", scale=(3, 3))
+    widget = open_widget()
+    widget.annotate()
+    layer = widget.current.layer
+    stroke(layer, (20, 20), (20, 80), 1)
+    painted = layer.data.copy()
+    viewer.layers.remove(layer)
+    viewer.layers.remove(image)
+    widget.restore_button.native.click()
+    recovered = viewer.layers["photo annotation"]
+    np.testing.assert_array_equal(recovered.data, painted)
+    np.testing.assert_allclose(recovered.scale, (3, 3))
+
+
+def test_a_full_disk_is_said_once_and_painting_goes_on(
+    qtbot: Any, viewer: Any, widget: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource = pytest.importorskip("resource", reason="this system limits no file sizes")
+    viewer.add_image(photo(400, 500), rgb=True, name="photo")
+    widget.annotate()
+    layer = widget.current.layer
+    stroke(layer, (20, 20), (20, 80), 1)
+    journaled(widget)
+    shown: list[str] = []
+    monkeypatch.setattr("napari.utils.notifications.show_warning", shown.append)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+        for i in range(12):
+            stroke(layer, (50 + 20 * i, 20 + i), (60 + 20 * i, 300), 1 + i % 2)
+            qtbot.wait(50)
+            widget._tick()
+        qtbot.waitUntil(lambda: bool(shown), timeout=5000)
+        qtbot.wait(1200)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert len(shown) == 1
+    assert "Autosave cannot write to" in shown[0]
+    assert "tries again" in shown[0]
+    painted = layer.data.copy()
+    qtbot.waitUntil(lambda: "works again" in widget.status.value, timeout=5000)
+    np.testing.assert_array_equal(journaled(widget), painted)
+
+
+def test_a_journal_that_cannot_begin_begins_when_it_can(
+    viewer: Any, widget: Any, home: Path
+) -> None:
+    home.mkdir()
+    (home / "journal").write_text("in the way")
+    viewer.add_image(photo(), rgb=True, name="photo")
+    with pytest.MonkeyPatch.context() as patch:
+        shown: list[str] = []
+        patch.setattr("napari.utils.notifications.show_warning", shown.append)
+        widget.annotate()
+        layer = widget.current.layer
+        stroke(layer, (20, 20), (20, 80), 1)
+        widget._tick()
+        assert len(shown) == 1
+        assert "cannot be written" in shown[0]
+    (home / "journal").unlink()
+    widget._tick()
+    np.testing.assert_array_equal(journaled(widget), layer.data)
+
+
+def test_closing_the_viewer_saves_what_was_painted(
+    viewer: Any, widget: Any, tmp_path: Path, qtbot: Any
+) -> None:
+    viewer.add_image(photo(), rgb=True, name="photo")
+    widget.store.value = tmp_path / "store"
+    widget.annotate()
+    annotation = widget.current
+    stroke(annotation.layer, (20, 20), (20, 80), 1)
+    painted = annotation.layer.data.copy()
+    viewer.close()
+    qtbot.waitUntil(lambda: widget.is_closed, timeout=5000)
+    annotation.wait()
+    [plane] = read_store(tmp_path / "store")
+    np.testing.assert_array_equal(plane.labels, painted)
+    assert not find_leftovers(tmp_path / "store" / "journal")[0]
+
+
+def test_the_menu_has_it_and_opening_it_loads_no_torch(viewer: Any) -> None:
+    from napari._app_model import get_app_model
+
+    items = get_app_model().menus.get_menu("napari/layers/annotate")
+    assert "napari-semanticblur.annotate" in {
+        item.command.id for item in items if hasattr(item, "command")
+    }
+    code = (
+        "import sys\n"
+        "from napari.components import ViewerModel\n"
+        "from qtpy.QtWidgets import QApplication\n"
+        "app = QApplication([])\n"
+        "import napari_semanticblur._annotate as a\n"
+        "a.AnnotateWidget(ViewerModel())\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
