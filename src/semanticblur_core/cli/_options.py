@@ -98,6 +98,22 @@ class RangeType(_ParamType):
         return low, high
 
 
+class ScalesType(_ParamType):
+    """Numbers separated by commas."""
+
+    name = "S[,S...]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"expected numbers separated by commas, got {value!r}", param, ctx)
+
+
 class PlanesType(_ParamType):
     """Numbers and ranges, one for each axis: ``0,2:5``."""
 

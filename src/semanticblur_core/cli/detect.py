@@ -14,6 +14,7 @@ from semanticblur_core.cli._options import (
     ListType,
     PlanesType,
     RangeType,
+    ScalesType,
     SizeType,
     backend_option,
     device_option,
@@ -67,6 +68,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="Side of the square the image is squashed to for analysis (320: the paper's protocol), "
     "or native. The map is brought back to the image's size.",
+)
+@click.option(
+    "--scales",
+    type=ScalesType(),
+    default="1",
+    show_default=True,
+    help="Analyse at the size times each of these and average: 1,1.4 is better on photographs, in "
+    "three times the time.",
 )
 @click.option(
     "--upsampling",
@@ -138,6 +147,7 @@ def command(
     backend: str,
     flip: bool,
     size: Any,
+    scales: tuple[float, ...],
     upsampling: str,
     threshold: float,
     formats: tuple[str, ...] | None,
@@ -158,7 +168,7 @@ def command(
     from semanticblur_core.inference.batch import DetectOptions, detect_files, find_jobs
 
     refuse_network_flags(
-        method, "model", "device", "precision", "backend", "flip", "size", "upsampling"
+        method, "model", "device", "precision", "backend", "flip", "size", "scales", "upsampling"
     )
     options = DetectOptions(
         output, size, threshold, formats, overlay, overwrite, resume, value_range, axes, channels,
@@ -180,6 +190,7 @@ def command(
         backend=backend,
         n_images=len(jobs),
         upsampling=upsampling,
+        scales=scales,
     )
     results = []
     try:
@@ -243,6 +254,7 @@ def _write_json(
     if not isinstance(detector, ClassicalDetector):
         protocol |= {
             "size": options.size,
+            "scales": detector.scales,
             "map_resize": detector.upsampling,
             "backend": detector.backend,
             "device": detector.device,

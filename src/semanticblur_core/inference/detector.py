@@ -26,7 +26,7 @@ from semanticblur_core.inference.backends import (
 from semanticblur_core.inference.choice import ensure_exported, pick_backend
 from semanticblur_core.inference.planes import ALL, Channels, DetectUpdate, Planes, Region
 from semanticblur_core.inference.tiling import OVERLAP_PX, TILE_SIZE_PX, Tile, TileGrid
-from semanticblur_core.inference.upsampling import upsample_guided
+from semanticblur_core.inference.upsampling import to_logits, upsample_guided
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +65,9 @@ class Detector:
         How a map is brought to the image's size: ``guided`` by the image's own edges (where the
         image is larger than the square that it was squashed to), ``bilinear``, or
         ``nearest-exact`` as the evaluation protocol wants it. Native maps need none.
+    scales
+        Squashed images are analysed at ``size`` times each of these and the logits averaged:
+        ``(1, 1.4)`` is better on photographs and takes three times as long. Not for native size.
     batch_size
         Planes or tiles computed at once; 0 is 1 on a CPU and 16 on a GPU.
 
@@ -72,7 +75,7 @@ class Detector:
     ----------
     backend, device, precision, reason
         What it computes in and on, and why.
-    flip, upsampling
+    flip, upsampling, scales
         As given.
     name
         The model as it was asked for, or ``"network"``.
@@ -103,11 +106,14 @@ class Detector:
         backend: str = "auto",
         n_images: int = 1,
         upsampling: Upsampling = "guided",
+        scales: Sequence[float] = (1.0,),
         batch_size: int = 0,
     ) -> None:
         if backend not in ("auto", *BACKENDS):
             raise ConfigError(f"backend {backend!r}: expected auto, {', '.join(BACKENDS)}")
-        self.flip, self.upsampling = flip, upsampling
+        if not scales or not all(0.2 <= scale <= 10 for scale in scales):
+            raise ConfigError(f"scales: expected numbers of 0.2 to 10, got {tuple(scales)}")
+        self.flip, self.upsampling, self.scales = flip, upsampling, tuple(scales)
         self.name = model if isinstance(model, str) else "network"
         self.info: weights.WeightsInfo | None = None
         self.sha256: str | None = None
@@ -224,6 +230,7 @@ class Detector:
     ) -> list[NDArray[np.float32]]:
         """Blur maps of several images, as `detect`; one pass unless the size is native."""
         if size == "native":
+            self._require_one_scale()
             return [self._detect_native(image, value_range) for image in images]
         _require_size(size)
         pixels = [_prepare(image, value_range) for image in images]
@@ -297,7 +304,9 @@ class Detector:
         ImageError, ConfigError
             If axes, indices or sizes do not fit.
         """
-        if size != "native":
+        if size == "native":
+            self._require_one_scale()
+        else:
             _require_size(size)
         planes = Planes(array, axes, channels)
         limits = planes.estimate_range() if value_range is None else planes.as_limits(value_range)
@@ -381,6 +390,10 @@ class Detector:
             blur[tile.rows, tile.columns] += part
         return blur
 
+    def _require_one_scale(self) -> None:
+        if self.scales != (1.0,):
+            raise ConfigError(f"scales {self.scales}: only for images squashed to a size")
+
     def _run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """``(N, H, W)`` maps of ``(N, H, W, 3)`` images in 0..1."""
         blur = self._backend.run(images)
@@ -393,18 +406,30 @@ class Detector:
         self, images: Sequence[NDArray[Any]], size: int, upsampling: Upsampling
     ) -> list[NDArray[np.float32]]:
         """Maps of images ``(H, W, 3)``, uint8 or in 0..1, squashed and brought back."""
-        squashed = np.stack([squash(pixels, size, size) for pixels in images])
-        if upsampling != "guided" and not self.flip:
+        if self.scales == (1.0,) and upsampling != "guided" and not self.flip:
+            squashed = np.stack([squash(pixels, size, size) for pixels in images])
             shapes = [pixels.shape for pixels in images]
             return self._backend.run_resized(squashed, shapes, upsampling)
+        sides = sorted({max(MIN_SIZE_PX, round(size * scale)) for scale in self.scales})
+        blurs: NDArray[np.float32]
+        if len(sides) == 1:
+            squashed = np.stack([squash(pixels, sides[0], sides[0]) for pixels in images])
+            blurs = self._run(squashed)
+        else:
+            shape = (sides[-1], sides[-1])
+            logits = np.zeros((len(images), *shape), np.float32)
+            for side in sides:
+                squashed = np.stack([squash(pixels, side, side) for pixels in images])
+                for total, blur in zip(logits, self._run(squashed), strict=True):
+                    total += to_logits(resize_map(blur, shape, "bilinear"))
+            blurs = np.reciprocal(1 + np.exp(logits * np.float32(-1 / len(sides))))
         maps = []
-        for blur, small, pixels in zip(self._run(squashed), squashed, images, strict=True):
-            shape = pixels.shape[:2]
-            if upsampling == "guided" and min(shape) > size:
+        for blur, small, pixels in zip(blurs, squashed, images, strict=True):
+            if upsampling == "guided" and min(pixels.shape[:2]) > sides[-1]:
                 maps.append(upsample_guided(blur, small, pixels))
             else:
                 mode = "bilinear" if upsampling == "guided" else upsampling
-                maps.append(resize_map(blur, shape, mode))
+                maps.append(resize_map(blur, pixels.shape[:2], mode))
         return maps
 
 

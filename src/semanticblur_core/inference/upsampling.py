@@ -65,8 +65,7 @@ def upsample_guided(
     ----------
     He and Sun, Fast Guided Filter, arXiv:1505.00996.
     """
-    inside = np.clip(blur, _MARGIN, 1 - _MARGIN)
-    logits = np.log(inside) - np.log1p(-inside)
+    logits = to_logits(blur)
     grey = _grey(small)
     mean_grey, mean_logits = _window_mean(grey), _window_mean(logits)
     covariance = _window_mean(grey * logits) - mean_grey * mean_logits
@@ -85,6 +84,13 @@ def upsample_guided(
         part += 1
         np.reciprocal(part, out=result[rows])
     return result
+
+
+def to_logits(blur: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logits of a map, kept finite."""
+    inside = np.clip(blur, _MARGIN, 1 - _MARGIN)
+    logits: NDArray[np.float32] = np.log(inside) - np.log1p(-inside)
+    return logits
 
 
 class _Rows:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from semanticblur_core import Detector
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import ConfigError, ImageError
+from semanticblur_core.inference.upsampling import to_logits
 from semanticblur_core.network import SemanticBlur
 
 
@@ -130,3 +131,17 @@ def test_flipping_makes_the_map_of_the_mirrored_image_the_mirrored_map(
     np.testing.assert_allclose(there, back[:, ::-1], atol=1e-5)
     both = plain.detect(image, size=64), plain.detect(image[:, ::-1], size=64)[:, ::-1]
     np.testing.assert_allclose(there, (both[0] + both[1]) / 2, atol=1e-5)
+
+
+def test_scales_average_logits(network: SemanticBlur, rng: np.random.Generator) -> None:
+    image = rng.integers(0, 256, (50, 60, 3), np.uint8)
+    both = Detector(network, device="cpu", precision="float32", scales=(1, 1.5))
+    one = Detector(network, device="cpu", precision="float32")
+    # An image no larger than the square, so that its map is resized bilinearly.
+    parts = [to_logits(one.detect(image, size=size)) for size in (64, 96)]
+    expected = 1 / (1 + np.exp(-np.mean(parts, axis=0)))
+    np.testing.assert_allclose(both.detect(image, size=64), expected, atol=0.02)
+    with pytest.raises(ConfigError, match="only for images squashed"):
+        both.detect(image, size="native")
+    with pytest.raises(ConfigError, match=r"scales: expected numbers"):
+        Detector(network, device="cpu", scales=())
