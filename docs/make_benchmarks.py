@@ -2,8 +2,8 @@
 
     python docs/make_benchmarks.py [RESULTS]
 
-Takes about ten minutes on two cores; nothing else should run. RESULTS is a folder for the JSON files
-that the tables are made of; what is there already is not measured again.
+Takes about ten minutes on two cores; nothing else should run. RESULTS is a folder for the JSON
+files that the tables are made of; what is there already is not measured again.
 """
 
 import json
@@ -43,14 +43,14 @@ def page(results: dict[str, Any]) -> str:
     backends, model = results["backends"], results["model"]
     machine = backends["machine"]
     lines = [
-        f"Measured on {machine['processor']}, {machine['n_cores']} cores, {machine['system']}, torch "
-        f"{machine['torch']}, {backends['n_threads']} threads, medians.",
+        f"Measured on {machine['processor']}, {machine['n_cores']} cores, {machine['system']}, "
+        f"torch {machine['torch']}, {backends['n_threads']} threads, medians.",
         "",
-        f"`bench backends`: one image of {backends['size_px']} x {backends['size_px']}, all in turn; the "
-        f"bare ResNet-50 took {backends['backbone_ms']:.0f} ms in bfloat16, eager. Start-up is from the "
-        "start of a process to its first map.",
+        f"`bench backends`: one image of {backends['size_px']} x {backends['size_px']}, all in "
+        f"turn; the bare ResNet-50 took {backends['backbone_ms']:.0f} ms in bfloat16, eager. "
+        "Start-up is from the start of a process to its first map.",
         "",
-        "| back end | precision | ms | ratio to the backbone | start-up, s | difference from float32 |",
+        "| back end | precision | ms | ratio to the backbone | start-up, s | off float32 by |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     startup = {speed["backend"]: speed["startup_s"] for speed in backends["alone"]}
