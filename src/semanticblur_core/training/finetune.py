@@ -3,12 +3,13 @@
 What the frozen part of the backbone says of each view is computed once; the rest is trained on
 the labelled pixels alone. Beside them stand generated photographs on which the network is held to
 what it said before (Li and Hoiem, Learning without forgetting, TPAMI 2018,
-doi:10.1109/TPAMI.2017.2773081).
+doi:10.1109/TPAMI.2017.2773081). The weights that are kept lie on the line from the base's to those
+that were learned, as far from the base's as other photographs bear (Wortsman and others, Robust
+fine-tuning of zero-shot models, CVPR 2022, doi:10.1109/CVPR52688.2022.00780).
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -23,16 +24,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from semanticblur_core import __version__, io, weights
+from semanticblur_core import __version__, weights
 from semanticblur_core.config import FinetuneConfig
-from semanticblur_core.data.defocus import Example, SharpImages, synthesise
+from semanticblur_core.data.defocus import Example
 from semanticblur_core.data.store import BLURRED, SHARP, LabelledImage
-from semanticblur_core.data.transforms import normalise, squash
+from semanticblur_core.data.transforms import normalise
 from semanticblur_core.device import DeviceChoice, choose_device
 from semanticblur_core.errors import DataError, TrainingError, WeightsError
 from semanticblur_core.inference.detector import Detector
 from semanticblur_core.metrics import BlurScorer, Protocol, Scores
 from semanticblur_core.network import SemanticBlur
+from semanticblur_core.training import photographs
 from semanticblur_core.training.recipes import finetune_budget
 from semanticblur_core.training.strokes import (
     HeldOut,
@@ -49,10 +51,9 @@ PROTOCOL = Protocol(
     analysis="labelled pixels only",
 )
 FORGOTTEN = 0.01
-_REPLAYED = ("astronaut", "brick", "coffee", "grass", "motorcycle_left", "rocket")
-_CHECKED = ("camera", "chelsea", "gravel")
-_N_CHECKED = 6
 _RIM_PX = 2
+# Places on the line from the base's weights (0) to those that were learned (1), see _train.
+_SHARES = (1.0, 0.8, 0.6, 0.45, 0.3, 0.2)
 
 Window = tuple[slice, slice]
 Phase = Literal["preparing", "training", "done"]
@@ -119,7 +120,9 @@ class FinetuneUpdate:
         This step's, on the labels; NaN while preparing.
     held_out_loss
         Mean absolute error on held-out labels at the network's size, both classes counting alike;
-        only after steps at which it was looked at.
+        only after steps at which it was looked at. Step 0 is the base model.
+    photographs
+        Mean absolute error on generated photographs, with ``held_out_loss``.
     is_best
         Whether these are the best weights so far.
     preview
@@ -133,6 +136,7 @@ class FinetuneUpdate:
     total_steps: int
     loss: float = math.nan
     held_out_loss: float | None = None
+    photographs: float | None = None
     is_best: bool = False
     preview: NDArray[np.float32] | None = None
     result: FinetuneResult | None = None
@@ -149,6 +153,7 @@ def finetune(
     device: str = "auto",
     precision: str = "float32",
     preview: NDArray[Any] | None = None,
+    best_so_far: Path | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Generator[FinetuneUpdate]:
     """Teach a model with a few labelled images; close the generator to stop and keep nothing.
@@ -175,6 +180,9 @@ def finetune(
         device and number of threads are to give the same weights.
     preview
         An image whose map is wanted as training goes on.
+    best_so_far
+        File that always holds the best weights so far, from the first that beat the base's on: what
+        is left if the process is killed.
     should_stop
         Asked after each step; True ends the training, and the best weights so far are kept.
 
@@ -211,34 +219,61 @@ def finetune(
         plain, config.n_views, crops=size != "native", rng=np.random.default_rng((config.seed, 1))
     )
     looked_at = [view for view in plain if (view.held_out > 0).any()]
-    replayed = _replayed(config)
-    total = len(made) + len(looked_at) + len(replayed)
+    replayed, watched = photographs.replayed(config), photographs.watched(config)
+    total = len(made) + len(looked_at) + len(replayed) + len(watched)
     n_done = 0
     for kind, pictures in (
         ("user", [view.image for view in made]),
         ("held out", [view.image for view in looked_at]),
         ("replay", replayed),
+        ("watched", [example.image[0] for example in watched]),
     ):
         for picture in pictures:
             tuner.remember(kind, picture)
             n_done += 1
             yield FinetuneUpdate("preparing", n_done, total)
     tuner.keep_answers("replay")
-    updates = _train(tuner, made, looked_at, preview=preview, size=size, should_stop=should_stop)
+
+    def save(path: Path, metrics: dict[str, Any]) -> None:
+        start = {"from": info.path.name, "sha256": info.sha256, "provenance": info.provenance}
+        provenance = {
+            "software": f"napari-semanticblur {__version__}, torch {torch.__version__}",
+            "date": datetime.now(UTC).date().isoformat(),
+            "recipe": {"name": "finetune", "size": size} | config.to_dict(),
+            "n_training_images": len(images),
+            "device": str(chosen.device),
+            "precision": str(chosen.dtype).removeprefix("torch."),
+            "n_threads": torch.get_num_threads(),
+            "start": start,
+        }
+        weights.save(
+            path, tuner.model, provenance=provenance, metrics=metrics, licence=info.licence
+        )
+
     update = None
-    for update in updates:
+    for update in _train(
+        tuner, made, looked_at, watched, preview=preview, size=size, should_stop=should_stop
+    ):
+        if update.is_best and best_so_far is not None:
+            with tuner.best():
+                seen = {
+                    "step": update.step,
+                    "held_out_error": update.held_out_loss,
+                    "photographs": update.photographs,
+                }
+                save(best_so_far, {"finetune": {"stopped": seen, "held_out": split.how}})
         yield update
     assert update is not None
     n_steps = update.step
     tuner.restore_best()
-    checked = _generated(_CHECKED, _N_CHECKED, config, np.random.default_rng(78))
+    checked = photographs.checked(config)
     base_model, _ = weights.load(base)
     detectors = [
         Detector(network, device=str(chosen.device), precision="float32")
         for network in (base_model, model)
     ]
     before, after = (_score(d, images, split, size) for d in detectors)
-    forgetting = [_error_on(detector, checked) for detector in detectors]
+    forgetting = [photographs.error_on(detector, checked) for detector in detectors]
     result = FinetuneResult(
         path=None,
         model=None,
@@ -256,26 +291,9 @@ def finetune(
         assert target is not None
         name = target.stem if target.parent == weights.models_folder() else str(target)
         result = replace(result, path=target, model=name)
-        start = {"from": info.path.name, "sha256": info.sha256, "provenance": info.provenance}
-        provenance = {
-            "software": f"napari-semanticblur {__version__}, torch {torch.__version__}",
-            "date": datetime.now(UTC).date().isoformat(),
-            "recipe": {"name": "finetune", "size": size} | config.to_dict(),
-            "n_training_images": len(images),
-            "device": str(chosen.device),
-            "precision": str(chosen.dtype).removeprefix("torch."),
-            "n_threads": torch.get_num_threads(),
-            "start": start,
-        }
         data = split.how or "the labels that were trained on"
         report = {k: v for k, v in result.to_dict().items() if k not in ("path", "model", "after")}
-        weights.save(
-            target,
-            model,
-            provenance=provenance,
-            metrics=after.to_dict() | {"data": data, "finetune": report},
-            licence=info.licence,
-        )
+        save(target, after.to_dict() | {"data": data, "finetune": report})
     yield FinetuneUpdate("done", n_steps, n_steps, result=result)
 
 
@@ -301,10 +319,11 @@ class _Tuner:
         # and photographs need: at the same gain here it cost three times as much there.
         self.optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
         self._learning = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+        self._base = [p.detach().clone() for p in self._learning]
         self._averaged = [p.detach().clone() for p in self._learning]
         self._n_averaged = 0
         self.best_step = 0
-        self._best = copy.deepcopy(model.state_dict())
+        self._best = self._base
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(
@@ -363,11 +382,17 @@ class _Tuner:
             torch._foreach_lerp_(self._averaged, self._learning, 1 - decay)
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The network with the moving average of its weights, for as long as the block lasts."""
+    def averaged(self, share: float = 1.0) -> Iterator[None]:
+        """The network with the moving average of its weights, for as long as the block lasts.
+
+        Or with weights that are as close to the average as ``share`` says, on the line to the
+        base's.
+        """
         raw = [p.detach().clone() for p in self._learning]
         with torch.no_grad():
-            torch._foreach_copy_(self._learning, self._averaged)
+            torch._foreach_copy_(
+                self._learning, torch._foreach_lerp(self._base, self._averaged, share)
+            )
         try:
             yield
         finally:
@@ -376,16 +401,29 @@ class _Tuner:
 
     def keep_best(self, step: int) -> None:
         self.best_step = step
-        self._best = copy.deepcopy(self.model.state_dict())
+        self._best = [p.detach().clone() for p in self._learning]
+
+    @contextmanager
+    def best(self) -> Iterator[None]:
+        """The network with the best weights so far, for as long as the block lasts."""
+        raw = [p.detach().clone() for p in self._learning]
+        self.restore_best()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self._learning, raw)
 
     def restore_best(self) -> None:
-        self.model.load_state_dict(self._best)
+        with torch.no_grad():
+            torch._foreach_copy_(self._learning, self._best)
 
 
 def _train(
     tuner: _Tuner,
     made: Sequence[View],
     looked_at: Sequence[View],
+    watched: Sequence[Example],
     *,
     preview: NDArray[Any] | None,
     size: Size,
@@ -395,7 +433,33 @@ def _train(
     rng = np.random.default_rng((config.seed, 2))
     targets = [view.training.to(tuner.device)[None] for view in made]
     answers = tuner.answers("replay")
-    best = _held_out_loss(tuner, looked_at) if looked_at else math.inf
+
+    def look(update: FinetuneUpdate, limit: float) -> FinetuneUpdate:
+        """Measure weights that are as far from the base's as photographs bear; they may be kept."""
+        for share in _SHARES:
+            with tuner.averaged(share):
+                error = _photograph_error(tuner, watched)
+                if error > limit and share != _SHARES[-1]:
+                    continue
+                update = replace(update, photographs=error)
+                if looked_at:
+                    held_out = _held_out_loss(tuner, looked_at)
+                    update = replace(update, held_out_loss=held_out, is_best=held_out < best)
+                if update.step and (update.is_best or not looked_at):
+                    tuner.keep_best(update.step)
+                    update = replace(update, is_best=True)
+                if preview is not None:
+                    detector = Detector(tuner.model, device=str(tuner.device), precision="float32")
+                    update = replace(update, preview=detector.detect(preview, size=size))
+                break
+        return update
+
+    best = math.inf
+    first = look(FinetuneUpdate("training", 0, config.n_steps), math.inf)
+    assert first.photographs is not None
+    limit = first.photographs + config.forgetting_limit
+    best = math.inf if first.held_out_loss is None else first.held_out_loss
+    yield replace(first, is_best=False)
     n_without_progress = 0
     for step in range(1, config.n_steps + 1):
         chosen = rng.permutation(len(made))[: config.batch_size].tolist()
@@ -419,20 +483,11 @@ def _train(
         if step % config.validate_every and step < config.n_steps and not stopping:
             yield update
             continue
-        if looked_at:
-            with tuner.averaged():
-                held_out = _held_out_loss(tuner, looked_at)
-            is_best = held_out < best
-            best = min(best, held_out)
-            update = replace(update, held_out_loss=held_out, is_best=is_best)
-            counts = not is_best and 2 * step > config.n_steps
+        update = look(update, limit)
+        if update.held_out_loss is not None:
+            best = min(best, update.held_out_loss)
+            counts = not update.is_best and 2 * step > config.n_steps
             n_without_progress = n_without_progress + 1 if counts else 0
-        with tuner.averaged():
-            if not looked_at or update.is_best:
-                tuner.keep_best(step)
-            if preview is not None:
-                detector = Detector(tuner.model, device=str(tuner.device), precision="float32")
-                update = replace(update, preview=detector.detect(preview, size=size))
         yield update
         if stopping or n_without_progress >= config.patience:
             return
@@ -492,6 +547,19 @@ def _held_out_loss(tuner: _Tuner, looked_at: Sequence[View]) -> float:
     return float(torch.stack(means).mean())
 
 
+@torch.no_grad()
+def _photograph_error(tuner: _Tuner, watched: Sequence[Example]) -> float:
+    """MAE where the truth of generated photographs is known."""
+    errors = []
+    for i, example in enumerate(watched):
+        labelled = example.labelled[0, 0]
+        if labelled.any():
+            blur = torch.sigmoid(tuner.logits("watched", [i]))[0, 0].cpu()
+            gap = (blur - example.blurred[0, 0].float()).abs()
+            errors.append(float(gap[labelled].mean()))
+    return float(np.mean(errors))
+
+
 def _score(
     detector: Detector, images: Sequence[LabelledImage], split: HeldOut, size: Size
 ) -> Scores:
@@ -504,54 +572,6 @@ def _score(
             blur = detector.detect(image.image, size=size, value_range=image.value_range)
             scorer.add(blur[labelled][None], (labels[labelled] == BLURRED)[None], name=image.name)
     return scorer.result()
-
-
-def _replayed(config: FinetuneConfig) -> list[Tensor]:
-    """Photographs ``(3, S, S)``: a third as they are, whole, the rest with generated defocus."""
-    files = _photographs(_REPLAYED)
-    side = config.image_size_px
-    n_whole = config.n_replay // 3
-    whole = []
-    for i in range(n_whole):
-        rgb = squash(io.read_rgb8(files[i % len(files)]), side, side)
-        image = torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
-        whole.append(image.flip(-1) if i // len(files) % 2 else image)
-    rng = np.random.default_rng(77)
-    made = _generated(_REPLAYED, config.n_replay - n_whole, config, rng)
-    return whole + [example.image[0] for example in made]
-
-
-def _generated(
-    names: Sequence[str], n: int, config: FinetuneConfig, rng: np.random.Generator
-) -> list[Example]:
-    """Photographs that ship inside scikit-image, partly out of focus."""
-    if n == 0:
-        return []
-    sources = SharpImages(_photographs(names))
-    return [synthesise(sources, 1, config.image_size_px, rng) for _ in range(n)]
-
-
-def _photographs(names: Sequence[str]) -> list[Path]:
-    import skimage.data
-
-    folder = Path(skimage.data.__file__).parent
-    files = [next(folder.glob(f"{name}.*"), None) for name in names]
-    found = [path for path in files if path is not None and path.is_file()]
-    if not found:
-        raise DataError(f"{folder}: the photographs of scikit-image are missing; reinstall it")
-    return found
-
-
-def _error_on(detector: Detector, examples: Sequence[Example]) -> float:
-    """MAE where the truth of generated photographs is known."""
-    errors = []
-    for example in examples:
-        image = example.image[0].permute(1, 2, 0).numpy()
-        blur = detector.detect(image, size=image.shape[0], value_range=(0.0, 1.0))
-        labelled = example.labelled[0, 0].numpy()
-        if labelled.any():
-            errors.append(float(np.abs(blur - example.blurred[0, 0].numpy())[labelled].mean()))
-    return float(np.mean(errors))
 
 
 def _target(output: str | Path | None) -> Path | None:
