@@ -110,7 +110,7 @@ class BackgroundFinetune:
         self._cancelled = False
 
     def updates(self) -> Iterator[Progress]:
-        """Start, and yield what happens; waits for the process between, so not for a window's thread.
+        """Start, and yield what happens; waits for the process between, so call it in a thread.
 
         Raises
         ------

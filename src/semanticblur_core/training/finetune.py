@@ -439,15 +439,18 @@ def _train(
         for share in _SHARES:
             with tuner.averaged(share):
                 error = _photograph_error(tuner, watched)
-                if error > limit and share != _SHARES[-1]:
+                bears = error <= limit
+                if not bears and share != _SHARES[-1]:
                     continue
                 update = replace(update, photographs=error)
                 if looked_at:
                     held_out = _held_out_loss(tuner, looked_at)
-                    update = replace(update, held_out_loss=held_out, is_best=held_out < best)
-                if update.step and (update.is_best or not looked_at):
+                    is_best = bears and held_out < best
+                    update = replace(update, held_out_loss=held_out, is_best=is_best)
+                else:
+                    update = replace(update, is_best=bears)
+                if update.step and update.is_best:
                     tuner.keep_best(update.step)
-                    update = replace(update, is_best=True)
                 if preview is not None:
                     detector = Detector(tuner.model, device=str(tuner.device), precision="float32")
                     update = replace(update, preview=detector.detect(preview, size=size))
