@@ -111,7 +111,7 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
         self.native.setObjectName("semanticblur-finetune")
         self.plot = LossPlot()
         place = list(self).index(self.table)
-        self.native.layout().insertRow(place, self.plot)
+        self.native.layout().insertWidget(place, self.plot)
         self.layers.native.setMaximumHeight(70)
         for label in (self.status, self.table):
             label.native.setWordWrap(True)

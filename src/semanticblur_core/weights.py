@@ -178,7 +178,7 @@ def read_info(path: Path) -> WeightsInfo:
     WeightsError
         If the file is missing, not safetensors, truncated, or not made by this package.
     """
-    with _open(path) as handle:
+    with _open(path, "np") as handle:  # the metadata alone: no need to load torch
         metadata = handle.metadata() or {}
     if METADATA_KEY not in metadata:
         raise WeightsError(f"{path}: a safetensors file, but not of SemanticBlur weights")
@@ -344,13 +344,13 @@ def _read_tensors(info: WeightsInfo) -> dict[str, Tensor]:
         return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, framework: str = "pt") -> Any:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework=framework)
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(
             f"{path}: not a whole safetensors file ({str(error).splitlines()[0]}); "

@@ -11,6 +11,7 @@ fine-tuning of zero-shot models, CVPR 2022, doi:10.1109/CVPR52688.2022.00780).
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -212,6 +213,8 @@ def finetune(
             raise DataError(f"nothing is labelled {word}: paint some of it")
     chosen = choose_device(device, precision)
     model, info = weights.load(base)
+    if target is not None:
+        _require_space(target.parent, 2 * info.size_bytes)
     tuner = _Tuner(model, config, chosen)
     split = hold_out(images, config.held_out_share, np.random.default_rng((config.seed, 0)))
     plain = plain_views(images, split, size, config)
@@ -575,6 +578,18 @@ def _score(
             blur = detector.detect(image.image, size=size, value_range=image.value_range)
             scorer.add(blur[labelled][None], (labels[labelled] == BLURRED)[None], name=image.name)
     return scorer.result()
+
+
+def _require_space(folder: Path, n_bytes: int) -> None:
+    """Refuse before the training what would fail after it; the best so far needs room too."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise WeightsError(
+            f"{folder}: {free / 1e6:.0f} MB free, and a new model takes {n_bytes / 1e6:.0f} MB "
+            "while it is made; make room, or set SEMANTICBLUR_HOME to another disk"
+        )
 
 
 def _target(output: str | Path | None) -> Path | None:
