@@ -86,18 +86,21 @@ def finish(qtbot: Any, widget: Any, timeout_ms: int = 180_000) -> None:
     qtbot.waitUntil(lambda: not widget.is_running, timeout=timeout_ms)
 
 
-class Gaps:
-    """Times between two turns of the event loop, in seconds."""
+class Turns:
+    """What the window's thread worked in each turn of the event loop, in seconds.
+
+    Not the time on the clock: on a busy machine that is waiting for a processor.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        self._last = time.perf_counter()
+        self._last = time.thread_time()
         self._timer = QTimer()
         self._timer.timeout.connect(self._beat)
         self._timer.start(5)
 
     def _beat(self) -> None:
-        now = time.perf_counter()
+        now = time.thread_time()
         self.seconds.append(now - self._last)
         self._last = now
 
@@ -123,17 +126,17 @@ def paint_five_strokes(labels: Any, stack: FocalStack) -> list[int]:
 
     sharp = {z: np.flatnonzero(~stack.blurred[z, 0]) for z in (2, 4)}
     stroke(2, slice(16, 120), sharp[2][8], 1)
-    stroke(2, slice(120, 240), sharp[2][-8], 1)
-    stroke(2, slice(16, 240), sharp[2][-1] + 12, 2)
-    stroke(4, slice(30, 220), sharp[4][8], 1)
-    stroke(4, slice(16, 240), sharp[4][0] - 12, 2)
+    stroke(2, slice(160, 300), sharp[2][-8], 1)
+    stroke(2, slice(16, 300), sharp[2][-1] + 12, 2)
+    stroke(4, slice(30, 280), sharp[4][8], 1)
+    stroke(4, slice(16, 300), sharp[4][0] - 12, 2)
     labels.refresh()
     return [z for z in range(len(stack.images)) if z not in (2, 4)]
 
 
 def test_the_whole_loop(qtbot: Any, viewer: Any, widget: Any) -> None:
     """Open, detect, paint five strokes, fine-tune, detect again: right on planes never painted."""
-    stack = focal_stack(n_planes=7, size_px=256)
+    stack = focal_stack(n_planes=7, size_px=320, kind="cells", largest_radius_px=5.0)
     layer = viewer.add_image(stack.images, name="stack")
     _, detect = viewer.window.add_plugin_dock_widget("napari-semanticblur", "Detect defocus blur")
     detect.planes.value = _detect.ALL
@@ -146,9 +149,9 @@ def test_the_whole_loop(qtbot: Any, viewer: Any, widget: Any) -> None:
     widget.n_steps.value = 16
     viewer.layers.selection.active = layer
     viewer.dims.set_point(0, 3)
-    gaps = Gaps()
+    turns = Turns()
     finish(qtbot, widget, 280_000)
-    seconds = gaps.stop()
+    seconds = turns.stop()
     assert widget._last_tuning.kept == "my model@1"
     detect.model.value = "my model"
     finish(qtbot, detect)
@@ -156,10 +159,10 @@ def test_the_whole_loop(qtbot: Any, viewer: Any, widget: Any) -> None:
     truth = stack.blurred[untouched]
     scores = [f_beta(codes[untouched] == 2, truth) for codes in (before, after)]
     assert scores[1] - scores[0] >= 0.1, scores
-    # The guide has the figures of a quiet machine; here only that nothing holds the window.
-    assert max(seconds) < 0.5
+    assert len(seconds) > 100
+    assert max(seconds) < 0.15
     preview = next(x for x in viewer.layers if "my model@1" in x.name)
-    assert preview.data.shape == (1, 256, 256)
+    assert preview.data.shape == (1, 320, 320)
     np.testing.assert_allclose(preview.translate, (3, 0, 0))
     shown = preview.data.copy()
     widget.show_before.value = True

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from semanticblur_core.training.finetune import FinetuneUpdate
 
 _PREVIEW, _MAP, _BEST = "preview.npy", "preview_map.npy", "best.safetensors"
+# The window that shows the run comes first where both want the processor.
+_NICENESS = 5
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,6 @@ class BackgroundFinetune:
         try:
             yield from self._run(self._folder)
         finally:
-            self._end()
             if not self._cancelled:
                 self.forget()
 
@@ -147,7 +148,8 @@ class BackgroundFinetune:
                 stderr=subprocess.PIPE,
                 encoding="utf-8",
                 errors="replace",
-                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0)
+                | getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0),
                 env=_environment(),
             )
         assert process.stdout is not None
@@ -156,12 +158,17 @@ class BackgroundFinetune:
         errors = process.stderr
         reader = threading.Thread(target=lambda: complaints.put(errors.read()), daemon=True)
         reader.start()
-        for line in process.stdout:
-            update = _parse(line, folder)
-            if update is not None:
-                yield update
-        code = process.wait()
-        reader.join()
+        try:
+            for line in process.stdout:
+                update = _parse(line, folder)
+                if update is not None:
+                    yield update
+            code = process.wait()
+        finally:
+            self._end()
+            reader.join()
+            process.stdout.close()
+            process.stderr.close()
         if not self._cancelled and code not in (0, 1):
             raise TrainingError(_last_words(complaints.get(), code))
 
@@ -213,9 +220,9 @@ class BackgroundFinetune:
         if process.poll() is None:
             process.kill()
             process.wait()
-        for stream in (process.stdin,):
-            with suppress(OSError, AttributeError):
-                stream.close()  # type: ignore[union-attr]
+        if process.stdin is not None:
+            with suppress(OSError):
+                process.stdin.close()
 
     def _tell(self, word: str) -> None:
         process = self._process
@@ -236,6 +243,8 @@ class Channel:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        if hasattr(os, "nice"):
+            os.nice(_NICENESS)
         self._may_go = threading.Event()
         self._may_go.set()
         self._is_alone = False
