@@ -257,7 +257,7 @@ class FinetuneConfig(_Config):
     n_views: int = 30
     replay_size: int = 4
     n_replay: int = 24
-    replay_weight: float = 1.0
+    replay_weight: float = 4.0
     frozen_stages: int = 4
     learning_rate: float = 0.03
     ema_decay: float = 0.8

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,19 +21,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 from torch.nn import functional as F
 
 from semanticblur_core import __version__, weights
 from semanticblur_core.config import FinetuneConfig
 from semanticblur_core.data.defocus import Example
 from semanticblur_core.data.store import BLURRED, SHARP, LabelledImage
-from semanticblur_core.data.transforms import normalise
-from semanticblur_core.device import DeviceChoice, choose_device
+from semanticblur_core.device import choose_device
 from semanticblur_core.errors import DataError, TrainingError, WeightsError
 from semanticblur_core.inference.detector import Detector
 from semanticblur_core.metrics import BlurScorer, Protocol, Scores
-from semanticblur_core.network import SemanticBlur
 from semanticblur_core.training import photographs
 from semanticblur_core.training.recipes import finetune_budget
 from semanticblur_core.training.strokes import (
@@ -45,6 +41,16 @@ from semanticblur_core.training.strokes import (
     hold_out,
     plain_views,
 )
+from semanticblur_core.training.tuner import (
+    Tuner,
+    cut,
+    held_out_loss,
+    inside,
+    learning_rate,
+    photograph_error,
+    random_window,
+    stroke_loss,
+)
 
 PROTOCOL = Protocol(
     resolution="the labels' own",
@@ -52,11 +58,9 @@ PROTOCOL = Protocol(
     analysis="labelled pixels only",
 )
 FORGOTTEN = 0.01
-_RIM_PX = 2
 # Places on the line from the base's weights (0) to those that were learned (1), see _train.
-_SHARES = (1.0, 0.8, 0.6, 0.45, 0.3, 0.2)
+_SHARES = (1.0, 0.8, 0.6, 0.45, 0.3, 0.2, 0.12)
 
-Window = tuple[slice, slice]
 Phase = Literal["preparing", "training", "done"]
 
 
@@ -215,7 +219,7 @@ def finetune(
     model, info = weights.load(base)
     if target is not None:
         _require_space(target.parent, 2 * info.size_bytes)
-    tuner = _Tuner(model, config, chosen)
+    tuner = Tuner(model, config, chosen)
     split = hold_out(images, config.held_out_share, np.random.default_rng((config.seed, 0)))
     plain = plain_views(images, split, size, config)
     made = augmented_views(
@@ -300,130 +304,8 @@ def finetune(
     yield FinetuneUpdate("done", n_steps, n_steps, result=result)
 
 
-class _Tuner:
-    """A network that learns from remembered features, and the best of it so far."""
-
-    def __init__(self, model: SemanticBlur, config: FinetuneConfig, chosen: DeviceChoice) -> None:
-        self.model = model.to(chosen.device).eval()
-        self.config = config
-        self.device = chosen.device
-        self.dtype = chosen.dtype
-        self._remembered: dict[str, list[list[Tensor]]] = {}
-        self._answers: dict[str, list[Tensor]] = {}
-        frozen = model.backbone.stages[: config.frozen_stages]
-        frozen.requires_grad_(False)
-        live = [p for p in model.backbone.parameters() if p.requires_grad]
-        inside = {id(p) for p in model.backbone.parameters()}
-        rest = [p for p in model.parameters() if id(p) not in inside]
-        groups = [{"params": rest, "rate_factor": 1.0}]
-        if live:
-            groups.append({"params": live, "rate_factor": config.backbone_rate_factor})
-        # Adam moves every weight by about its rate, also those that these images say little about
-        # and photographs need: at the same gain here it cost three times as much there.
-        self.optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
-        self._learning = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
-        self._base = [p.detach().clone() for p in self._learning]
-        self._averaged = [p.detach().clone() for p in self._learning]
-        self._n_averaged = 0
-        self.best_step = 0
-        self._best = self._base
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
-        )
-
-    @torch.no_grad()
-    def remember(self, kind: str, image: Tensor) -> None:
-        """Keep what the frozen stages say of ``(3, S, S)``, as float16 to halve the memory."""
-        x = normalise(image[None].to(self.device)).contiguous(memory_format=torch.channels_last)
-        features = []
-        with self.autocast():
-            for stage in self.model.backbone.stages[: self.config.frozen_stages]:
-                x = stage(x)
-                features.append(x.half())
-        self._remembered.setdefault(kind, []).append(features or [x])
-
-    @torch.no_grad()
-    def keep_answers(self, kind: str) -> None:
-        """Keep the maps of now, ``(1, S, S)`` each, for being held to later."""
-        n = len(self._remembered.get(kind, ()))
-        self._answers[kind] = [torch.sigmoid(self.logits(kind, [i]))[0] for i in range(n)]
-
-    def answers(self, kind: str) -> list[Tensor]:
-        return self._answers[kind]
-
-    def logits(
-        self, kind: str, indices: Sequence[int], windows: Sequence[Window] | None = None
-    ) -> Tensor:
-        """``(N, 1, S, S)`` float32 of remembered views, or of windows of them."""
-        rows = [self._remembered[kind][i] for i in indices]
-        features = [torch.cat(level).float() for level in zip(*rows, strict=True)]
-        stages = self.model.backbone.stages
-        first = self.config.frozen_stages
-        side = self.config.image_size_px
-        with self.autocast():
-            x = features[-1]
-            features = features if first else []
-            for stage in stages[first:]:
-                x = stage(x)
-                features.append(x)
-            logits: Tensor = self.model.head(features, side, side, windows=windows).float()
-        return logits
-
-    def step(self, loss: Tensor, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["rate_factor"]
-        self.optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(self._learning, self.config.gradient_clip_norm)
-        self.optimizer.step()
-        self._n_averaged += 1
-        n = self._n_averaged
-        decay = min(self.config.ema_decay, n / (n + 5))
-        with torch.no_grad():
-            torch._foreach_lerp_(self._averaged, self._learning, 1 - decay)
-
-    @contextmanager
-    def averaged(self, share: float = 1.0) -> Iterator[None]:
-        """The network with the moving average of its weights, for as long as the block lasts.
-
-        Or with weights that are as close to the average as ``share`` says, on the line to the
-        base's.
-        """
-        raw = [p.detach().clone() for p in self._learning]
-        with torch.no_grad():
-            torch._foreach_copy_(
-                self._learning, torch._foreach_lerp(self._base, self._averaged, share)
-            )
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self._learning, raw)
-
-    def keep_best(self, step: int) -> None:
-        self.best_step = step
-        self._best = [p.detach().clone() for p in self._learning]
-
-    @contextmanager
-    def best(self) -> Iterator[None]:
-        """The network with the best weights so far, for as long as the block lasts."""
-        raw = [p.detach().clone() for p in self._learning]
-        self.restore_best()
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self._learning, raw)
-
-    def restore_best(self) -> None:
-        with torch.no_grad():
-            torch._foreach_copy_(self._learning, self._best)
-
-
 def _train(
-    tuner: _Tuner,
+    tuner: Tuner,
     made: Sequence[View],
     looked_at: Sequence[View],
     watched: Sequence[Example],
@@ -437,21 +319,24 @@ def _train(
     targets = [view.training.to(tuner.device)[None] for view in made]
     answers = tuner.answers("replay")
 
-    def look(update: FinetuneUpdate, limit: float) -> FinetuneUpdate:
+    best = limit = math.inf
+    shares = list(_SHARES)
+
+    def look(update: FinetuneUpdate) -> FinetuneUpdate:
         """Measure weights that are as far from the base's as photographs bear; they may be kept."""
-        for share in _SHARES:
+        for share in shares:
             with tuner.averaged(share):
-                error = _photograph_error(tuner, watched)
+                error = photograph_error(tuner, watched)
                 bears = error <= limit
-                if not bears and share != _SHARES[-1]:
+                if not bears and share != shares[-1]:
                     continue
-                update = replace(update, photographs=error)
+                # What photographs bear changes slowly: the next look begins one place before.
+                shares[:] = _SHARES[max(0, _SHARES.index(share) - 1) :]
+                update = replace(update, photographs=error, is_best=bears)
                 if looked_at:
-                    held_out = _held_out_loss(tuner, looked_at)
+                    held_out = held_out_loss(tuner, looked_at)
                     is_best = bears and held_out < best
                     update = replace(update, held_out_loss=held_out, is_best=is_best)
-                else:
-                    update = replace(update, is_best=bears)
                 if update.step and update.is_best:
                     tuner.keep_best(update.step)
                 if preview is not None:
@@ -460,8 +345,7 @@ def _train(
                 break
         return update
 
-    best = math.inf
-    first = look(FinetuneUpdate("training", 0, config.n_steps), math.inf)
+    first = look(FinetuneUpdate("training", 0, config.n_steps))
     assert first.photographs is not None
     limit = first.photographs + config.forgetting_limit
     best = math.inf if first.held_out_loss is None else first.held_out_loss
@@ -469,27 +353,27 @@ def _train(
     n_without_progress = 0
     for step in range(1, config.n_steps + 1):
         chosen = rng.permutation(len(made))[: config.batch_size].tolist()
-        windows = [_window(config, rng, targets[i]) for i in chosen]
-        codes = _cut([targets[i] for i in chosen], windows)
-        loss = _stroke_loss(_inside(tuner.logits("user", chosen, windows)), codes)
+        windows = [random_window(config, rng, targets[i]) for i in chosen]
+        codes = cut([targets[i] for i in chosen], windows)
+        loss = stroke_loss(inside(tuner.logits("user", chosen, windows)), codes)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrainingError(f"the loss became {value} at step {step}; a lower rate would do")
         if answers and config.replay_size and config.replay_weight:
             again = rng.permutation(len(answers))[: config.replay_size].tolist()
-            windows = [_window(config, rng) for _ in again]
+            windows = [random_window(config, rng) for _ in again]
             held_to = F.binary_cross_entropy_with_logits(
-                _inside(tuner.logits("replay", again, windows)),
-                _cut([answers[i] for i in again], windows),
+                inside(tuner.logits("replay", again, windows)),
+                cut([answers[i] for i in again], windows),
             )
             loss = loss + config.replay_weight * held_to
-        tuner.step(loss, _rate(step - 1, config))
+        tuner.step(loss, learning_rate(step - 1, config))
         update = FinetuneUpdate("training", step, config.n_steps, value)
         stopping = should_stop is not None and should_stop()
         if step % config.validate_every and step < config.n_steps and not stopping:
             yield update
             continue
-        update = look(update, limit)
+        update = look(update)
         if update.held_out_loss is not None:
             best = min(best, update.held_out_loss)
             counts = not update.is_best and 2 * step > config.n_steps
@@ -497,73 +381,6 @@ def _train(
         yield update
         if stopping or n_without_progress >= config.patience:
             return
-
-
-def _window(
-    config: FinetuneConfig, rng: np.random.Generator, codes: Tensor | None = None
-) -> Window:
-    """A random window; around a random labelled pixel if codes ``(1, S, S)`` are given."""
-    full = config.image_size_px
-    side = min(full, config.window_px)
-    corner = rng.integers(0, full - side + 1, 2)
-    if codes is not None and bool(codes.any()):
-        places = codes[0].nonzero()
-        place = places[int(rng.integers(len(places)))].cpu().numpy()
-        corner = np.clip(place - rng.integers(side // 4, side - side // 4, 2), 0, full - side)
-    top, left = (int(v) for v in corner)
-    return slice(top, top + side), slice(left, left + side)
-
-
-def _inside(logits: Tensor) -> Tensor:
-    """Without the rim, which in a window is not what it is in the whole."""
-    return logits[..., _RIM_PX:-_RIM_PX, _RIM_PX:-_RIM_PX]
-
-
-def _cut(maps: Sequence[Tensor], windows: Sequence[Window]) -> Tensor:
-    """The inside of a window of each ``(1, S, S)``: ``(N, 1, s, s)``."""
-    return _inside(torch.stack([m[:, w[0], w[1]] for m, w in zip(maps, windows, strict=True)]))
-
-
-def _rate(step: int, config: FinetuneConfig) -> float:
-    """Half a cosine after a short rise."""
-    warm = min(1.0, (step + 1) / 5)
-    return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.n_steps))
-
-
-def _stroke_loss(logits: Tensor, codes: Tensor) -> Tensor:
-    """Cross-entropy where labelled; each class that occurs counts alike, however much of it."""
-    losses = []
-    for code, target in ((SHARP, 0.0), (BLURRED, 1.0)):
-        chosen = logits[codes == code]
-        if chosen.numel():
-            aim = torch.full_like(chosen, target)
-            losses.append(F.binary_cross_entropy_with_logits(chosen, aim))
-    return torch.stack(losses).mean() if losses else logits.sum() * 0
-
-
-@torch.no_grad()
-def _held_out_loss(tuner: _Tuner, looked_at: Sequence[View]) -> float:
-    """Mean absolute error on held-out labels; each class counts alike."""
-    errors: dict[int, list[Tensor]] = {SHARP: [], BLURRED: []}
-    for i, view in enumerate(looked_at):
-        blur = torch.sigmoid(tuner.logits("held out", [i]))[0, 0].cpu()
-        errors[SHARP].append(blur[view.held_out == SHARP])
-        errors[BLURRED].append(1 - blur[view.held_out == BLURRED])
-    means = [torch.cat(parts).mean() for parts in errors.values() if any(len(p) for p in parts)]
-    return float(torch.stack(means).mean())
-
-
-@torch.no_grad()
-def _photograph_error(tuner: _Tuner, watched: Sequence[Example]) -> float:
-    """MAE where the truth of generated photographs is known."""
-    errors = []
-    for i, example in enumerate(watched):
-        labelled = example.labelled[0, 0]
-        if labelled.any():
-            blur = torch.sigmoid(tuner.logits("watched", [i]))[0, 0].cpu()
-            gap = (blur - example.blurred[0, 0].float()).abs()
-            errors.append(float(gap[labelled].mean()))
-    return float(np.mean(errors))
 
 
 def _score(

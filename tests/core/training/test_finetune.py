@@ -162,7 +162,7 @@ def test_a_preview_comes_with_each_look_at_the_held_out_strokes(small_model: str
     [image] = noise_and_smooth(1)
     updates = run(small_model, preview=image.image)
     shown = [update for update in updates if update.preview is not None]
-    assert [update.step for update in shown] == [4, 8, 12]
+    assert [update.step for update in shown] == [0, 4, 8, 12]
     assert all(update.held_out_loss is not None for update in shown)
     assert shown[0].preview is not None
     assert shown[0].preview.shape == (64, 64)
