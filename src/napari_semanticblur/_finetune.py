@@ -82,6 +82,9 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
             value=int(chosen.size) if chosen.size.isdecimal() else 448, min=33, max=4096, step=32,
             label="side (px)",
         )  # fmt: skip
+        self.keep_photographs = CheckBox(
+            value=True, text="keep what it knows of photographs", label="", tooltip=_KEEP_TIP
+        )
         self.start_button = PushButton(text="Fine-tune")
         self.pause_button = PushButton(text="Pause", enabled=False)
         self.cancel_button = PushButton(
@@ -103,6 +106,7 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
             widgets=[
                 self.layers, self.store, self.base, self.output, self.budget, self.n_steps,
                 self.seed, self.device, self.size, self.custom_size,
+                self.keep_photographs,
                 _row(self.start_button, self.pause_button, self.cancel_button),
                 self.progress, self.status, self.table, self.show_before, self.copy_button,
                 *self.actions.widgets,
@@ -149,6 +153,7 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
             seed=int(self.seed.value),
             size=sizes.get(self.size.value, int(self.custom_size.value)),
             device=str(self.device.value),
+            settings=() if self.keep_photographs.value else (("forgetting_limit", "1"),),
         )
 
     def run(self) -> None:
@@ -393,5 +398,9 @@ _LAYERS_TIP = (
 _STORE_TIP = (
     "Annotation store: all of it is learned from. Chosen layers are saved into it first; without "
     "one, into their own, or a new one among your files."
+)
+_KEEP_TIP = (
+    "The weights stay as close to those it starts from as photographs need. Without, it learns "
+    "more about images like yours, and may be no good for others."
 )
 _OUTPUT_TIP = "A name; each run makes the next version of it. Detect and the command line take it."

@@ -38,7 +38,10 @@ def outcome_text(result: dict[str, Any]) -> tuple[str, str]:
     if result["is_better"]:
         verdict = "Better, and chosen in Detect."
     elif result["after"]["mae"] >= result["before"]["mae"]:
-        verdict = "NOT better on the held-out labels, so not chosen in Detect."
+        verdict = (
+            "NOT better on the held-out labels, so not chosen in Detect. More strokes may help, or "
+            "not to keep what it knows of photographs."
+        )
     else:
         verdict = "Better here, but photographs were FORGOTTEN in part: not chosen in Detect."
     return table, f"{verdict} It is {result['model']}."

@@ -401,7 +401,7 @@ def _require_space(folder: Path, n_bytes: int) -> None:
     """Refuse before the training what would fail after it; the best so far needs room too."""
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    _, _, free = shutil.disk_usage(folder)
     if free < n_bytes:
         raise WeightsError(
             f"{folder}: {free / 1e6:.0f} MB free, and a new model takes {n_bytes / 1e6:.0f} MB "
