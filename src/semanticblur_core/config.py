@@ -252,7 +252,7 @@ class FinetuneConfig(_Config):
         Seed of everything drawn.
     """
 
-    n_steps: int = 60
+    n_steps: int = 40
     batch_size: int = 5
     n_views: int = 30
     replay_size: int = 4

@@ -241,7 +241,7 @@ def test_closing_the_viewer_ends_the_process(
     painted(viewer)
     widget.n_steps.value = 100_000
     widget.run()
-    qtbot.waitUntil(lambda: len(widget.plot.loss.points) > 1, timeout=120_000)
+    qtbot.waitUntil(lambda: "Preparing" in widget.status.value, timeout=120_000)
     process = widget._tuning._process._process
     viewer.close()
     qtbot.waitUntil(lambda: process.poll() is not None, timeout=20_000)
