@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,9 @@ from napari_semanticblur._detect import CUSTOM, NATIVE, OTHER_FILE, PAPER
 from napari_semanticblur._layers import METADATA_KEY, is_image, unwrapped
 from napari_semanticblur._models import models
 from napari_semanticblur._outcome import ModelActions, cancelled_text, outcome_text
+from napari_semanticblur._painted import Annotated, annotated_layers, save_layers
 from napari_semanticblur._settings import preferences
-from napari_semanticblur._tuning import Annotated, Tuning, annotated_layers, save_layers
+from napari_semanticblur._tuning import Clock, Tuning
 from napari_semanticblur._worker import Failure, Run
 from semanticblur_core import weights
 from semanticblur_core.errors import SemanticBlurError
@@ -48,6 +48,8 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
     """
 
     def __init__(self, napari_viewer: Viewer) -> None:
+        from qtpy.QtCore import QTimer
+
         from napari_semanticblur._loss_plot import LossPlot
 
         self._viewer = napari_viewer
@@ -119,7 +121,7 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
         self.layers.native.setMaximumHeight(70)
         for label in (self.status, self.table):
             label.native.setWordWrap(True)
-        self._clock = _Clock()
+        self._clock = Clock()
         self.budget.changed.connect(self._show_what_applies)
         self.size.changed.connect(self._show_what_applies)
         self.base.changed.connect(self._base_chosen)
@@ -128,7 +130,12 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
         self.cancel_button.changed.connect(self.cancel)
         self.copy_button.changed.connect(self.copy_command)
         self.show_before.changed.connect(self._before_switched)
-        self._viewer.layers.events.inserted.connect(self._choose_annotations)
+        # Who adds an annotation layer says what it is just afterwards: looked at once more then.
+        self._soon = QTimer(self.native)
+        self._soon.setSingleShot(True)
+        self._soon.setInterval(0)
+        self._soon.timeout.connect(self._choose_annotations)
+        self._viewer.layers.events.inserted.connect(self._layer_inserted)
         models.changed.connect(self._models_changed)
         self.native.destroyed.connect(self._closed)
         self._choose_annotations()
@@ -182,7 +189,7 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
         self.show_before.value = False
         self.progress.max, self.progress.value = 1, 0
         self._say("Starting ...")
-        self._clock = _Clock()
+        self._clock = Clock()
         self._last_tuning = tuning
         self.show_before.enabled = False
         tuning.start()
@@ -193,7 +200,7 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
             return
         if self._tuning.is_paused:
             self._tuning.resume()
-            self._clock = _Clock()
+            self._clock = Clock()
             self._say("Going on ...")
         else:
             self._tuning.pause()
@@ -256,7 +263,12 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
         names = list(self.layers.value or [])
         return [each for each in annotated_layers(self._viewer) if each.labels.name in names]
 
-    def _choose_annotations(self, event: Any = None) -> None:
+    def _layer_inserted(self, event: Any = None) -> None:
+        if not self._is_closed:
+            self._choose_annotations()
+            self._soon.start()
+
+    def _choose_annotations(self, _: Any = None) -> None:
         """Annotation layers are chosen when they first appear."""
         if self._is_closed:
             return
@@ -363,28 +375,6 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
         models.changed.disconnect(self._models_changed, missing_ok=True)
         if self._tuning is not None:
             self._tuning.cancel()
-
-
-class _Clock:
-    """How long the rest of a phase will take, from how long its last steps took."""
-
-    def __init__(self) -> None:
-        self._phase = ""
-        self._times: list[tuple[float, int]] = []
-
-    def left(self, update: Progress) -> str:
-        if update.phase != self._phase:
-            self._phase, self._times = update.phase, []
-        self._times = [*self._times[-20:], (time.monotonic(), update.step)]
-        (first_s, first), (last_s, last) = self._times[0], self._times[-1]
-        if last - first < 2:
-            return ""
-        seconds = (update.total_steps - last) * (last_s - first_s) / (last - first)
-        return (
-            f", about {max(1, round(seconds))} s left"
-            if seconds < 90
-            else (f", about {round(seconds / 60)} min left")
-        )
 
 
 def _row(*widgets: Any) -> Container:  # type: ignore[type-arg]

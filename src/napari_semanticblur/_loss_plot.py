@@ -27,6 +27,9 @@ class Curve:
 class LossPlot(QWidget):
     """Loss, held-out error and error on photographs over the steps; the best step is marked.
 
+    The axis is of the errors. The loss, which may be far above them, is drawn as a share of its
+    highest value.
+
     Attributes
     ----------
     loss, held_out, photographs
@@ -37,7 +40,7 @@ class LossPlot(QWidget):
 
     def __init__(self, parent: QWidget | None = None) -> None:
         super().__init__(parent)
-        self.loss = Curve("loss", "#999999", 1.0)
+        self.loss = Curve("loss (relative)", "#999999", 1.0)
         self.held_out = Curve("held-out strokes", BLURRED_COLOR, 2.0)
         self.photographs = Curve("photographs", SHARP_COLOR, 2.0)
         self.best_step = 0
@@ -84,8 +87,9 @@ class LossPlot(QWidget):
 
     @property
     def top(self) -> float:
-        """Value at the upper end of the axis, a round number."""
-        highest = max((y for curve in self.curves for _, y in curve.points), default=0.0)
+        """Error at the upper end of the axis, a round number."""
+        errors = (*self.held_out.points, *self.photographs.points)
+        highest = max((y for _, y in errors), default=0.0)
         if highest <= 0:
             return 1.0
         unit = 10.0 ** math.floor(math.log10(highest))
@@ -116,9 +120,11 @@ class LossPlot(QWidget):
         painter.drawText(below, Qt.AlignmentFlag.AlignLeft, "step 0")
         painter.drawText(below, Qt.AlignmentFlag.AlignRight, str(self._n_steps))
 
-        def place(point: tuple[float, float]) -> QPointF:
+        def place(point: tuple[float, float], top: float = top) -> QPointF:
             x = area.left() + point[0] / self._n_steps * area.width()
             return QPointF(x, area.bottom() - min(point[1] / top, 1.0) * area.height())
+
+        highest_loss = max((y for _, y in self.loss.points), default=1.0) or 1.0
 
         if self.best_step:
             painter.setPen(QPen(QColor(text), 1, Qt.PenStyle.DashLine))
@@ -127,9 +133,11 @@ class LossPlot(QWidget):
         left = area.left()
         for curve in self.curves:
             painter.setPen(QPen(QColor(curve.color), curve.width))
-            painter.drawPolyline(QPolygonF([place(point) for point in curve.points]))
-            if len(curve.points) == 1:
-                painter.drawEllipse(place(curve.points[0]), 1.5, 1.5)
+            scale = highest_loss if curve is self.loss else top
+            line = [place(point, scale) for point in curve.points]
+            painter.drawPolyline(QPolygonF(line))
+            if len(line) == 1:
+                painter.drawEllipse(line[0], 1.5, 1.5)
             painter.drawLine(QPointF(left, 10), QPointF(left + 12, 10))
             painter.setPen(text)
             painter.drawText(QPointF(left + 15, 14), curve.name)

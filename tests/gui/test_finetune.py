@@ -16,8 +16,8 @@ from qtpy.QtWidgets import QApplication
 
 from napari_semanticblur import _detect, _finetune
 from napari_semanticblur._layers import find_result
+from napari_semanticblur._painted import annotated_layers
 from napari_semanticblur._settings import preferences
-from napari_semanticblur._tuning import annotated_layers
 from semanticblur_core import weights
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.data.focal_stack import FocalStack, focal_stack
@@ -153,6 +153,7 @@ def test_the_whole_loop(qtbot: Any, viewer: Any, widget: Any) -> None:
     finish(qtbot, widget, 280_000)
     seconds = turns.stop()
     assert widget._last_tuning.kept == "my model@1"
+    assert not widget._last_tuning.last.result["has_forgotten"]
     detect.model.value = "my model"
     finish(qtbot, detect)
     after = find_result(viewer, layer, "labels").data
@@ -320,7 +321,7 @@ def test_a_store_of_another_image_is_added_to(
     assert found["stack[2]"].value_range == pytest.approx((low, high))
 
 
-def test_which_labels_can_be_chosen(viewer: Any, widget: Any) -> None:
+def test_which_labels_can_be_chosen(qtbot: Any, viewer: Any, widget: Any) -> None:
     painted(viewer)
     viewer.add_image(np.zeros((3, 20, 30, 3), np.uint8), rgb=True, name="rgb stack")
     viewer.add_labels(np.zeros((3, 20, 30), np.uint8), name="on rgb")
@@ -331,6 +332,9 @@ def test_which_labels_can_be_chosen(viewer: Any, widget: Any) -> None:
     found = {each.labels.name: each.source.layer.name for each in annotated_layers(viewer)}
     assert found == {"image strokes": "image", "on rgb": "rgb stack"}
     assert list(widget.layers.value) == ["image strokes"]
+    late = viewer.add_labels(np.zeros((64, 64), np.uint8), name="image more")
+    late.metadata = ANNOTATION
+    qtbot.waitUntil(lambda: "image more" in widget.layers.value, timeout=5000)
 
 
 def a_model(path: Path, template: Path, **report: Any) -> None:
@@ -424,7 +428,7 @@ def test_curves(qtbot: Any) -> None:
     assert n_pixels(BLURRED_COLOR) > 20
     assert plot.held_out.points == [(0, 0.4), (5, 0.1)]
     assert plot.loss.points == [(5, 0.7)]
-    assert (plot.best_step, plot.top) == (5, 1.0)
+    assert (plot.best_step, plot.top) == (5, 0.5)
     plot.clear()
     assert n_pixels(BLURRED_COLOR) == 0
 
