@@ -100,14 +100,16 @@ def main() -> None:
     widget.output.value = "my microscope"
     viewer.layers.selection.active = layer
     until_idle(0.3)
-    pulse, work = Pulse(), Work()
     started = time.perf_counter()
-    widget.run()
-    until(lambda: widget.plot.best_step >= 10 or not widget.is_running, 1200)
+    widget.run()  # adds the preview's layer, as a click does
+    pulse, work = Pulse(), Work()
+    until(lambda: widget.progress.value >= 16 and "Step" in widget.status.value, 1200)
+    gap_s, work_s = pulse.stop(), work.stop()
     iio.imwrite(IMAGES / "finetune_running.png", shot(viewer))
+    pulse, work = Pulse(), Work()
     until(lambda: not widget.is_running, 1200)
     seconds["fine-tune, budget quick"] = time.perf_counter() - started
-    gap_s, work_s = pulse.stop(), work.stop()
+    gap_s, work_s = max(gap_s, pulse.stop()), max(work_s, work.stop())
     times = os.times()
     cpu_s = times.children_user + times.children_system
     print(widget.status.value, flush=True)

@@ -25,7 +25,7 @@ from napari_semanticblur._models import models
 from napari_semanticblur._outcome import ModelActions, cancelled_text, outcome_text
 from napari_semanticblur._painted import Annotated, annotated_layers, save_layers
 from napari_semanticblur._settings import preferences
-from napari_semanticblur._tuning import Clock, Tuning
+from napari_semanticblur._tuning import Clock, Tuning, require_something
 from napari_semanticblur._worker import Failure, Run
 from semanticblur_core import weights
 from semanticblur_core.errors import SemanticBlurError
@@ -242,8 +242,10 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
                 clipboard.setText(text)
             self._say(f"Copied: {text}")
 
-        if not chosen and store is None:
-            self._fail("choose a layer of labels, or the folder of an annotation store")
+        try:
+            require_something(command, chosen, store)
+        except SemanticBlurError as error:
+            self._fail(str(error))
             return
         self.copy_button.enabled = False
         self._saving = Run(
@@ -338,6 +340,8 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
             self._fail(outcome.text)
         elif outcome == "cancelled":
             self._say(cancelled_text(tuning))
+            if tuning.kept:
+                self.base.value = tuning.kept.partition("@")[0]
         elif tuning.last is not None and tuning.last.result is not None:
             table, verdict = outcome_text(tuning.last.result)
             self.table.value = table

@@ -55,7 +55,7 @@ def cancelled_text(tuning: Tuning) -> str:
     text = f"Stopped; the best so far (step {best.step}) is {tuning.kept}"
     if best.held_out_loss is not None and first is not None and first.held_out_loss is not None:
         text += f": held-out error {first.held_out_loss:.3f} to {best.held_out_loss:.3f}"
-    return f"{text}. Start from it to go on."
+    return f"{text}. Fine-tune goes on from it."
 
 
 def doubts(name: str) -> str:

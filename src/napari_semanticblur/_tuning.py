@@ -37,6 +37,24 @@ if TYPE_CHECKING:
 PREVIEW_SIDE_PX = 1024
 
 
+def require_something(
+    command: FinetuneCommand, chosen: Sequence[Annotated], store: Path | None
+) -> None:
+    """Refuse what cannot be run.
+
+    Raises
+    ------
+    WeightsError
+        If the new model's name cannot be one, or there is no such base.
+    DataError
+        If there is nothing to learn from.
+    """
+    weights.next_version(command.output)
+    weights.resolve(command.base)
+    if not chosen and store is None:
+        raise DataError("choose a layer of labels, or the folder of an annotation store")
+
+
 class Tuning:
     """A fine-tuning, from the click to the model.
 
@@ -77,10 +95,7 @@ class Tuning:
         on_progress: Callable[[Progress], None] = lambda update: None,
         on_end: Callable[[str | Failure], None] = lambda outcome: None,
     ) -> None:
-        weights.next_version(command.output)  # is it a name?
-        weights.resolve(command.base)
-        if not chosen and store is None:
-            raise DataError("choose a layer of labels, or the folder of an annotation store")
+        require_something(command, chosen, store)
         self.viewer, self.command = viewer, command
         self._chosen, self._store = list(chosen), store
         self._on_status, self._on_progress, self._on_end = on_status, on_progress, on_end

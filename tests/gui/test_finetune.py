@@ -211,7 +211,7 @@ def test_cancel_keeps_the_best_within_two_seconds(
     assert weights.own_models() == ["my model"]
     weights.verify("my model")
     assert "my model@1" in widget.status.value
-    assert "my model" in widget.base.choices
+    assert widget.base.value == "my model"
     assert widget.start_button.enabled
     assert [path.name for path in (home / "models").iterdir()] == ["my model@1.safetensors"]
 
@@ -273,6 +273,9 @@ def test_errors_are_lines_a_person_can_act_on(
     widget.output.value = "default"
     widget.run()
     assert "is packaged and cannot be replaced" in errors.pop()
+    widget.output.value = "../elsewhere"
+    widget.copy_command()
+    assert "a name is of letters" in errors.pop()
     assert widget.start_button.enabled
     assert weights.own_models() == []
 
