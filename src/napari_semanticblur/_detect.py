@@ -25,7 +25,9 @@ from napari_semanticblur._layers import (
     read_source,
     unwrapped,
 )
+from napari_semanticblur._models import models
 from napari_semanticblur._settings import preferences
+from semanticblur_core import weights
 from semanticblur_core.errors import ConfigError, SemanticBlurError
 
 if TYPE_CHECKING:
@@ -120,6 +122,8 @@ class DetectWidget(Container):  # type: ignore[type-arg]
         self.run_button.changed.connect(self.run)
         self.cancel_button.changed.connect(self.cancel)
         self.copy_button.changed.connect(self.copy_command)
+        models.changed.connect(self._models_changed)
+        models.recommended.connect(self._model_recommended)
         self._timer = _timer(self.native, self._rethreshold_some)
         self.native.destroyed.connect(self._closed)
         self._layer_chosen(self.layer.value)
@@ -267,6 +271,24 @@ class DetectWidget(Container):  # type: ignore[type-arg]
         done = layer is not None and find_result(self._viewer, layer, "labels") is not None
         self.copy_button.enabled = done
 
+    def _models_changed(self, _: str) -> None:
+        if not self._is_closed:
+            self.model.reset_choices()
+
+    def _model_recommended(self, name: str) -> None:
+        """Choose it; the newest version goes by the model's name."""
+        if self._is_closed:
+            return
+        if name not in _known_models() and name not in self._opened_models:
+            stem = name.partition("@")[0]
+            newest = [path.stem for path in weights.model_versions(stem)[-1:]]
+            if [name] == newest:
+                name = stem
+            else:
+                self._opened_models.append(name)
+        self.model.reset_choices()
+        self.model.value = name
+
     def _model_chosen(self, model: str) -> None:
         if model != OTHER_FILE:
             return
@@ -345,8 +367,6 @@ def detect_now(viewer: Viewer) -> None:
 
 
 def _known_models() -> list[str]:
-    from semanticblur_core import weights
-
     return [*weights.PACKAGED, *weights.own_models()]
 
 

@@ -8,12 +8,27 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from psygnal import Signal
+
 from semanticblur_core import weights
 from semanticblur_core.errors import SemanticBlurError
 
 if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector
 
+
+class _ModelEvents:
+    """Tells open widgets of models.
+
+    ``changed``: one was made, renamed or deleted; ``recommended``: it is to be chosen. Both say its
+    name and version.
+    """
+
+    changed = Signal(str)
+    recommended = Signal(str)
+
+
+models = _ModelEvents()
 _KEPT = 2
 _lock = threading.Lock()
 _detectors: OrderedDict[tuple[str, str, int], Detector] = OrderedDict()

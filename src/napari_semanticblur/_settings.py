@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from semanticblur_core.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Preferences:
@@ -13,6 +15,25 @@ class Preferences:
     device: str = "auto"
     size: str = "320"
     threshold: float = 0.5
+
+
+def set_default_model(name: str) -> None:
+    """Make a model the one that widgets start with, for this user.
+
+    Raises
+    ------
+    ConfigError
+        If this napari keeps no preferences for plugins.
+    """
+    try:
+        from napari.settings import get_plugin_settings
+
+        chosen = get_plugin_settings("napari-semanticblur").detect
+    except (ImportError, KeyError, AttributeError):
+        raise ConfigError(
+            "this napari keeps no preferences for plugins (0.9 does); choose the model in Detect"
+        ) from None
+    chosen.model = name
 
 
 def preferences() -> Preferences:

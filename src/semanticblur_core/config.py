@@ -241,6 +241,9 @@ class FinetuneConfig(_Config):
     validate_every, patience
         Steps between looks at the held-out labels, and how many looks without progress end the run,
         counted from the half of it on: early on, the labels and what is replayed still pull apart.
+    forgetting_limit
+        By how much the error on generated photographs may rise: the weights are drawn back towards
+        the base's until it rises by no more.
     held_out_share
         Share of the strokes of each class that is held out.
     image_size_px
@@ -251,12 +254,12 @@ class FinetuneConfig(_Config):
         Seed of everything drawn.
     """
 
-    n_steps: int = 60
+    n_steps: int = 40
     batch_size: int = 5
     n_views: int = 30
     replay_size: int = 4
     n_replay: int = 24
-    replay_weight: float = 1.0
+    replay_weight: float = 4.0
     frozen_stages: int = 4
     learning_rate: float = 0.03
     ema_decay: float = 0.8
@@ -264,6 +267,7 @@ class FinetuneConfig(_Config):
     gradient_clip_norm: float = 1.0
     validate_every: int = 5
     patience: int = 4
+    forgetting_limit: float = 0.008
     held_out_share: float = 0.25
     image_size_px: int = 320
     window_px: int = 144
@@ -282,7 +286,7 @@ class FinetuneConfig(_Config):
         for name in ("learning_rate", "gradient_clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected above 0, got {getattr(self, name)}")
-        for name in ("replay_weight", "backbone_rate_factor"):
+        for name in ("replay_weight", "backbone_rate_factor", "forgetting_limit"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for name in ("held_out_share", "ema_decay"):

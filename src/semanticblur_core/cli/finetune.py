@@ -17,6 +17,7 @@ from semanticblur_core.cli._options import (
 )
 
 if TYPE_CHECKING:
+    from semanticblur_core.data.store import LabelledImage
     from semanticblur_core.training.finetune import FinetuneResult
 
 _folder = click.Path(path_type=Path, file_okay=False)
@@ -70,6 +71,12 @@ _folder = click.Path(path_type=Path, file_okay=False)
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write the table to this file.",
 )
+@click.option(
+    "--events",
+    type=_folder,
+    help="For programs: what happens as lines of JSON; reads pause and resume, and ends with its "
+    "input; previews and the best weights so far go to this folder.",
+)
 def command(
     data: Path | None,
     images: Path | None,
@@ -84,6 +91,7 @@ def command(
     device: str,
     precision: str,
     json_file: Path | None,
+    events: Path | None,
 ) -> None:
     """Teach a model with a few labelled images.
 
@@ -104,6 +112,18 @@ def command(
     from semanticblur_core.training.finetune import PROTOCOL, finetune
 
     keep_freed_memory()
+    if events is not None:
+        _report(
+            events,
+            labelled,
+            base=base,
+            output=output,
+            budget=config,
+            size=size,
+            device=device,
+            precision=precision,
+        )
+        return
     share = sum(int((image.labels > 0).sum()) for image in labelled)
     share_text = f"{share / sum(image.labels.size for image in labelled):.1%}"
     click.echo(f"{len(labelled)} images, {share_text} of their pixels labelled")
@@ -140,6 +160,19 @@ def command(
         io.write_text(json_file, json.dumps(update.result.to_dict(), indent=1) + "\n")
     if not update.result.is_better:
         raise SystemExit(1)
+
+
+def _report(folder: Path, labelled: list[LabelledImage], **settings: Any) -> None:
+    """Train for another program that shows it."""
+    from semanticblur_core.training.background import Channel
+    from semanticblur_core.training.finetune import finetune
+
+    channel = Channel(folder)
+    for update in finetune(
+        labelled, preview=channel.preview(), best_so_far=channel.best_so_far, **settings
+    ):
+        if not channel.say(update):
+            return
 
 
 def _print(result: FinetuneResult, protocol: str) -> None:

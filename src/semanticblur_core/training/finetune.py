@@ -3,15 +3,16 @@
 What the frozen part of the backbone says of each view is computed once; the rest is trained on
 the labelled pixels alone. Beside them stand generated photographs on which the network is held to
 what it said before (Li and Hoiem, Learning without forgetting, TPAMI 2018,
-doi:10.1109/TPAMI.2017.2773081).
+doi:10.1109/TPAMI.2017.2773081). The weights that are kept lie on the line from the base's to those
+that were learned, as far from the base's as other photographs bear (Wortsman and others, Robust
+fine-tuning of zero-shot models, CVPR 2022, doi:10.1109/CVPR52688.2022.00780).
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import shutil
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,20 +21,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 from torch.nn import functional as F
 
-from semanticblur_core import __version__, io, weights
+from semanticblur_core import __version__, weights
 from semanticblur_core.config import FinetuneConfig
-from semanticblur_core.data.defocus import Example, SharpImages, synthesise
-from semanticblur_core.data.squash import squash
+from semanticblur_core.data.defocus import Example
 from semanticblur_core.data.store import BLURRED, SHARP, LabelledImage
-from semanticblur_core.data.transforms import normalise
-from semanticblur_core.device import DeviceChoice, choose_device
+from semanticblur_core.device import choose_device
 from semanticblur_core.errors import DataError, TrainingError, WeightsError
 from semanticblur_core.inference.detector import Detector
 from semanticblur_core.metrics import BlurScorer, Protocol, Scores
-from semanticblur_core.network import SemanticBlur
+from semanticblur_core.training import photographs
 from semanticblur_core.training.recipes import finetune_budget
 from semanticblur_core.training.strokes import (
     HeldOut,
@@ -43,6 +41,16 @@ from semanticblur_core.training.strokes import (
     hold_out,
     plain_views,
 )
+from semanticblur_core.training.tuner import (
+    Tuner,
+    cut,
+    held_out_loss,
+    inside,
+    learning_rate,
+    photograph_error,
+    random_window,
+    stroke_loss,
+)
 
 PROTOCOL = Protocol(
     resolution="the labels' own",
@@ -50,12 +58,9 @@ PROTOCOL = Protocol(
     analysis="labelled pixels only",
 )
 FORGOTTEN = 0.01
-_REPLAYED = ("astronaut", "brick", "coffee", "grass", "motorcycle_left", "rocket")
-_CHECKED = ("camera", "chelsea", "gravel")
-_N_CHECKED = 6
-_RIM_PX = 2
+# Places on the line from the base's weights (0) to those that were learned (1), see _train.
+_SHARES = (1.0, 0.8, 0.6, 0.45, 0.3, 0.2, 0.12)
 
-Window = tuple[slice, slice]
 Phase = Literal["preparing", "training", "done"]
 
 
@@ -120,7 +125,9 @@ class FinetuneUpdate:
         This step's, on the labels; NaN while preparing.
     held_out_loss
         Mean absolute error on held-out labels at the network's size, both classes counting alike;
-        only after steps at which it was looked at.
+        only after steps at which it was looked at. Step 0 is the base model.
+    photographs
+        Mean absolute error on generated photographs, with ``held_out_loss``.
     is_best
         Whether these are the best weights so far.
     preview
@@ -134,6 +141,7 @@ class FinetuneUpdate:
     total_steps: int
     loss: float = math.nan
     held_out_loss: float | None = None
+    photographs: float | None = None
     is_best: bool = False
     preview: NDArray[np.float32] | None = None
     result: FinetuneResult | None = None
@@ -150,6 +158,7 @@ def finetune(
     device: str = "auto",
     precision: str = "float32",
     preview: NDArray[Any] | None = None,
+    best_so_far: Path | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Generator[FinetuneUpdate]:
     """Teach a model with a few labelled images; close the generator to stop and keep nothing.
@@ -176,6 +185,9 @@ def finetune(
         device and number of threads are to give the same weights.
     preview
         An image whose map is wanted as training goes on.
+    best_so_far
+        File that always holds the best weights so far, from the first that beat the base's on: what
+        is left if the process is killed.
     should_stop
         Asked after each step; True ends the training, and the best weights so far are kept.
 
@@ -205,41 +217,70 @@ def finetune(
             raise DataError(f"nothing is labelled {word}: paint some of it")
     chosen = choose_device(device, precision)
     model, info = weights.load(base)
-    tuner = _Tuner(model, config, chosen)
+    if target is not None:
+        _require_space(target.parent, 2 * info.size_bytes)
+    tuner = Tuner(model, config, chosen)
     split = hold_out(images, config.held_out_share, np.random.default_rng((config.seed, 0)))
     plain = plain_views(images, split, size, config)
     made = augmented_views(
         plain, config.n_views, crops=size != "native", rng=np.random.default_rng((config.seed, 1))
     )
     looked_at = [view for view in plain if (view.held_out > 0).any()]
-    replayed = _replayed(config)
-    total = len(made) + len(looked_at) + len(replayed)
+    replayed, watched = photographs.replayed(config), photographs.watched(config)
+    total = len(made) + len(looked_at) + len(replayed) + len(watched)
     n_done = 0
     for kind, pictures in (
         ("user", [view.image for view in made]),
         ("held out", [view.image for view in looked_at]),
         ("replay", replayed),
+        ("watched", [example.image[0] for example in watched]),
     ):
         for picture in pictures:
             tuner.remember(kind, picture)
             n_done += 1
             yield FinetuneUpdate("preparing", n_done, total)
     tuner.keep_answers("replay")
-    updates = _train(tuner, made, looked_at, preview=preview, size=size, should_stop=should_stop)
+
+    def save(path: Path, metrics: dict[str, Any]) -> None:
+        start = {"from": info.path.name, "sha256": info.sha256, "provenance": info.provenance}
+        provenance = {
+            "software": f"napari-semanticblur {__version__}, torch {torch.__version__}",
+            "date": datetime.now(UTC).date().isoformat(),
+            "recipe": {"name": "finetune", "size": size} | config.to_dict(),
+            "n_training_images": len(images),
+            "device": str(chosen.device),
+            "precision": str(chosen.dtype).removeprefix("torch."),
+            "n_threads": torch.get_num_threads(),
+            "start": start,
+        }
+        weights.save(
+            path, tuner.model, provenance=provenance, metrics=metrics, licence=info.licence
+        )
+
     update = None
-    for update in updates:
+    for update in _train(
+        tuner, made, looked_at, watched, preview=preview, size=size, should_stop=should_stop
+    ):
+        if update.is_best and best_so_far is not None:
+            with tuner.best():
+                seen = {
+                    "step": update.step,
+                    "held_out_error": update.held_out_loss,
+                    "photographs": update.photographs,
+                }
+                save(best_so_far, {"finetune": {"stopped": seen, "held_out": split.how}})
         yield update
     assert update is not None
     n_steps = update.step
     tuner.restore_best()
-    checked = _generated(_CHECKED, _N_CHECKED, config, np.random.default_rng(78))
+    checked = photographs.checked(config)
     base_model, _ = weights.load(base)
     detectors = [
         Detector(network, device=str(chosen.device), precision="float32")
         for network in (base_model, model)
     ]
     before, after = (_score(d, images, split, size) for d in detectors)
-    forgetting = [_error_on(detector, checked) for detector in detectors]
+    forgetting = [photographs.error_on(detector, checked) for detector in detectors]
     result = FinetuneResult(
         path=None,
         model=None,
@@ -257,136 +298,17 @@ def finetune(
         assert target is not None
         name = target.stem if target.parent == weights.models_folder() else str(target)
         result = replace(result, path=target, model=name)
-        start = {"from": info.path.name, "sha256": info.sha256, "provenance": info.provenance}
-        provenance = {
-            "software": f"napari-semanticblur {__version__}, torch {torch.__version__}",
-            "date": datetime.now(UTC).date().isoformat(),
-            "recipe": {"name": "finetune", "size": size} | config.to_dict(),
-            "n_training_images": len(images),
-            "device": str(chosen.device),
-            "precision": str(chosen.dtype).removeprefix("torch."),
-            "n_threads": torch.get_num_threads(),
-            "start": start,
-        }
         data = split.how or "the labels that were trained on"
         report = {k: v for k, v in result.to_dict().items() if k not in ("path", "model", "after")}
-        weights.save(
-            target,
-            model,
-            provenance=provenance,
-            metrics=after.to_dict() | {"data": data, "finetune": report},
-            licence=info.licence,
-        )
+        save(target, after.to_dict() | {"data": data, "finetune": report})
     yield FinetuneUpdate("done", n_steps, n_steps, result=result)
 
 
-class _Tuner:
-    """A network that learns from remembered features, and the best of it so far."""
-
-    def __init__(self, model: SemanticBlur, config: FinetuneConfig, chosen: DeviceChoice) -> None:
-        self.model = model.to(chosen.device).eval()
-        self.config = config
-        self.device = chosen.device
-        self.dtype = chosen.dtype
-        self._remembered: dict[str, list[list[Tensor]]] = {}
-        self._answers: dict[str, list[Tensor]] = {}
-        frozen = model.backbone.stages[: config.frozen_stages]
-        frozen.requires_grad_(False)
-        live = [p for p in model.backbone.parameters() if p.requires_grad]
-        inside = {id(p) for p in model.backbone.parameters()}
-        rest = [p for p in model.parameters() if id(p) not in inside]
-        groups = [{"params": rest, "rate_factor": 1.0}]
-        if live:
-            groups.append({"params": live, "rate_factor": config.backbone_rate_factor})
-        # Adam moves every weight by about its rate, also those that these images say little about
-        # and photographs need: at the same gain here it cost three times as much there.
-        self.optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
-        self._learning = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
-        self._averaged = [p.detach().clone() for p in self._learning]
-        self._n_averaged = 0
-        self.best_step = 0
-        self._best = copy.deepcopy(model.state_dict())
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
-        )
-
-    @torch.no_grad()
-    def remember(self, kind: str, image: Tensor) -> None:
-        """Keep what the frozen stages say of ``(3, S, S)``, as float16 to halve the memory."""
-        x = normalise(image[None].to(self.device)).contiguous(memory_format=torch.channels_last)
-        features = []
-        with self.autocast():
-            for stage in self.model.backbone.stages[: self.config.frozen_stages]:
-                x = stage(x)
-                features.append(x.half())
-        self._remembered.setdefault(kind, []).append(features or [x])
-
-    @torch.no_grad()
-    def keep_answers(self, kind: str) -> None:
-        """Keep the maps of now, ``(1, S, S)`` each, for being held to later."""
-        n = len(self._remembered.get(kind, ()))
-        self._answers[kind] = [torch.sigmoid(self.logits(kind, [i]))[0] for i in range(n)]
-
-    def answers(self, kind: str) -> list[Tensor]:
-        return self._answers[kind]
-
-    def logits(
-        self, kind: str, indices: Sequence[int], windows: Sequence[Window] | None = None
-    ) -> Tensor:
-        """``(N, 1, S, S)`` float32 of remembered views, or of windows of them."""
-        rows = [self._remembered[kind][i] for i in indices]
-        features = [torch.cat(level).float() for level in zip(*rows, strict=True)]
-        stages = self.model.backbone.stages
-        first = self.config.frozen_stages
-        side = self.config.image_size_px
-        with self.autocast():
-            x = features[-1]
-            features = features if first else []
-            for stage in stages[first:]:
-                x = stage(x)
-                features.append(x)
-            logits: Tensor = self.model.head(features, side, side, windows=windows).float()
-        return logits
-
-    def step(self, loss: Tensor, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["rate_factor"]
-        self.optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(self._learning, self.config.gradient_clip_norm)
-        self.optimizer.step()
-        self._n_averaged += 1
-        n = self._n_averaged
-        decay = min(self.config.ema_decay, n / (n + 5))
-        with torch.no_grad():
-            torch._foreach_lerp_(self._averaged, self._learning, 1 - decay)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The network with the moving average of its weights, for as long as the block lasts."""
-        raw = [p.detach().clone() for p in self._learning]
-        with torch.no_grad():
-            torch._foreach_copy_(self._learning, self._averaged)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self._learning, raw)
-
-    def keep_best(self, step: int) -> None:
-        self.best_step = step
-        self._best = copy.deepcopy(self.model.state_dict())
-
-    def restore_best(self) -> None:
-        self.model.load_state_dict(self._best)
-
-
 def _train(
-    tuner: _Tuner,
+    tuner: Tuner,
     made: Sequence[View],
     looked_at: Sequence[View],
+    watched: Sequence[Example],
     *,
     preview: NDArray[Any] | None,
     size: Size,
@@ -396,101 +318,69 @@ def _train(
     rng = np.random.default_rng((config.seed, 2))
     targets = [view.training.to(tuner.device)[None] for view in made]
     answers = tuner.answers("replay")
-    best = _held_out_loss(tuner, looked_at) if looked_at else math.inf
+
+    best = limit = math.inf
+    shares = list(_SHARES)
+
+    def look(update: FinetuneUpdate) -> FinetuneUpdate:
+        """Measure weights that are as far from the base's as photographs bear; they may be kept."""
+        for share in shares:
+            with tuner.averaged(share):
+                error = photograph_error(tuner, watched)
+                bears = error <= limit
+                if not bears and share != shares[-1]:
+                    continue
+                # What photographs bear changes slowly: the next look begins one place before.
+                shares[:] = _SHARES[max(0, _SHARES.index(share) - 1) :]
+                update = replace(update, photographs=error, is_best=bears)
+                if looked_at:
+                    held_out = held_out_loss(tuner, looked_at)
+                    is_best = bears and held_out < best
+                    update = replace(update, held_out_loss=held_out, is_best=is_best)
+                if update.step and update.is_best:
+                    tuner.keep_best(update.step)
+                if preview is not None:
+                    detector = Detector(tuner.model, device=str(tuner.device), precision="float32")
+                    update = replace(update, preview=detector.detect(preview, size=size))
+                break
+        return update
+
+    first = look(FinetuneUpdate("training", 0, config.n_steps))
+    assert first.photographs is not None
+    limit = first.photographs + config.forgetting_limit
+    best = math.inf if first.held_out_loss is None else first.held_out_loss
+    yield replace(first, is_best=False)
     n_without_progress = 0
     for step in range(1, config.n_steps + 1):
         chosen = rng.permutation(len(made))[: config.batch_size].tolist()
-        windows = [_window(config, rng, targets[i]) for i in chosen]
-        codes = _cut([targets[i] for i in chosen], windows)
-        loss = _stroke_loss(_inside(tuner.logits("user", chosen, windows)), codes)
+        windows = [random_window(config, rng, targets[i]) for i in chosen]
+        codes = cut([targets[i] for i in chosen], windows)
+        loss = stroke_loss(inside(tuner.logits("user", chosen, windows)), codes)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrainingError(f"the loss became {value} at step {step}; a lower rate would do")
         if answers and config.replay_size and config.replay_weight:
             again = rng.permutation(len(answers))[: config.replay_size].tolist()
-            windows = [_window(config, rng) for _ in again]
+            windows = [random_window(config, rng) for _ in again]
             held_to = F.binary_cross_entropy_with_logits(
-                _inside(tuner.logits("replay", again, windows)),
-                _cut([answers[i] for i in again], windows),
+                inside(tuner.logits("replay", again, windows)),
+                cut([answers[i] for i in again], windows),
             )
             loss = loss + config.replay_weight * held_to
-        tuner.step(loss, _rate(step - 1, config))
+        tuner.step(loss, learning_rate(step - 1, config))
         update = FinetuneUpdate("training", step, config.n_steps, value)
         stopping = should_stop is not None and should_stop()
         if step % config.validate_every and step < config.n_steps and not stopping:
             yield update
             continue
-        if looked_at:
-            with tuner.averaged():
-                held_out = _held_out_loss(tuner, looked_at)
-            is_best = held_out < best
-            best = min(best, held_out)
-            update = replace(update, held_out_loss=held_out, is_best=is_best)
-            counts = not is_best and 2 * step > config.n_steps
+        update = look(update)
+        if update.held_out_loss is not None:
+            best = min(best, update.held_out_loss)
+            counts = not update.is_best and 2 * step > config.n_steps
             n_without_progress = n_without_progress + 1 if counts else 0
-        with tuner.averaged():
-            if not looked_at or update.is_best:
-                tuner.keep_best(step)
-            if preview is not None:
-                detector = Detector(tuner.model, device=str(tuner.device), precision="float32")
-                update = replace(update, preview=detector.detect(preview, size=size))
         yield update
         if stopping or n_without_progress >= config.patience:
             return
-
-
-def _window(
-    config: FinetuneConfig, rng: np.random.Generator, codes: Tensor | None = None
-) -> Window:
-    """A random window; around a random labelled pixel if codes ``(1, S, S)`` are given."""
-    full = config.image_size_px
-    side = min(full, config.window_px)
-    corner = rng.integers(0, full - side + 1, 2)
-    if codes is not None and bool(codes.any()):
-        places = codes[0].nonzero()
-        place = places[int(rng.integers(len(places)))].cpu().numpy()
-        corner = np.clip(place - rng.integers(side // 4, side - side // 4, 2), 0, full - side)
-    top, left = (int(v) for v in corner)
-    return slice(top, top + side), slice(left, left + side)
-
-
-def _inside(logits: Tensor) -> Tensor:
-    """Without the rim, which in a window is not what it is in the whole."""
-    return logits[..., _RIM_PX:-_RIM_PX, _RIM_PX:-_RIM_PX]
-
-
-def _cut(maps: Sequence[Tensor], windows: Sequence[Window]) -> Tensor:
-    """The inside of a window of each ``(1, S, S)``: ``(N, 1, s, s)``."""
-    return _inside(torch.stack([m[:, w[0], w[1]] for m, w in zip(maps, windows, strict=True)]))
-
-
-def _rate(step: int, config: FinetuneConfig) -> float:
-    """Half a cosine after a short rise."""
-    warm = min(1.0, (step + 1) / 5)
-    return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.n_steps))
-
-
-def _stroke_loss(logits: Tensor, codes: Tensor) -> Tensor:
-    """Cross-entropy where labelled; each class that occurs counts alike, however much of it."""
-    losses = []
-    for code, target in ((SHARP, 0.0), (BLURRED, 1.0)):
-        chosen = logits[codes == code]
-        if chosen.numel():
-            aim = torch.full_like(chosen, target)
-            losses.append(F.binary_cross_entropy_with_logits(chosen, aim))
-    return torch.stack(losses).mean() if losses else logits.sum() * 0
-
-
-@torch.no_grad()
-def _held_out_loss(tuner: _Tuner, looked_at: Sequence[View]) -> float:
-    """Mean absolute error on held-out labels; each class counts alike."""
-    errors: dict[int, list[Tensor]] = {SHARP: [], BLURRED: []}
-    for i, view in enumerate(looked_at):
-        blur = torch.sigmoid(tuner.logits("held out", [i]))[0, 0].cpu()
-        errors[SHARP].append(blur[view.held_out == SHARP])
-        errors[BLURRED].append(1 - blur[view.held_out == BLURRED])
-    means = [torch.cat(parts).mean() for parts in errors.values() if any(len(p) for p in parts)]
-    return float(torch.stack(means).mean())
 
 
 def _score(
@@ -507,52 +397,16 @@ def _score(
     return scorer.result()
 
 
-def _replayed(config: FinetuneConfig) -> list[Tensor]:
-    """Photographs ``(3, S, S)``: a third as they are, whole, the rest with generated defocus."""
-    files = _photographs(_REPLAYED)
-    side = config.image_size_px
-    n_whole = config.n_replay // 3
-    whole = []
-    for i in range(n_whole):
-        rgb = squash(io.read_rgb8(files[i % len(files)]), side, side)
-        image = torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
-        whole.append(image.flip(-1) if i // len(files) % 2 else image)
-    rng = np.random.default_rng(77)
-    made = _generated(_REPLAYED, config.n_replay - n_whole, config, rng)
-    return whole + [example.image[0] for example in made]
-
-
-def _generated(
-    names: Sequence[str], n: int, config: FinetuneConfig, rng: np.random.Generator
-) -> list[Example]:
-    """Photographs that ship inside scikit-image, partly out of focus."""
-    if n == 0:
-        return []
-    sources = SharpImages(_photographs(names))
-    return [synthesise(sources, 1, config.image_size_px, rng) for _ in range(n)]
-
-
-def _photographs(names: Sequence[str]) -> list[Path]:
-    import skimage.data
-
-    folder = Path(skimage.data.__file__).parent
-    files = [next(folder.glob(f"{name}.*"), None) for name in names]
-    found = [path for path in files if path is not None and path.is_file()]
-    if not found:
-        raise DataError(f"{folder}: the photographs of scikit-image are missing; reinstall it")
-    return found
-
-
-def _error_on(detector: Detector, examples: Sequence[Example]) -> float:
-    """MAE where the truth of generated photographs is known."""
-    errors = []
-    for example in examples:
-        image = example.image[0].permute(1, 2, 0).numpy()
-        blur = detector.detect(image, size=image.shape[0], value_range=(0.0, 1.0))
-        labelled = example.labelled[0, 0].numpy()
-        if labelled.any():
-            errors.append(float(np.abs(blur - example.blurred[0, 0].numpy())[labelled].mean()))
-    return float(np.mean(errors))
+def _require_space(folder: Path, n_bytes: int) -> None:
+    """Refuse before the training what would fail after it; the best so far needs room too."""
+    while not folder.exists():
+        folder = folder.parent
+    _, _, free = shutil.disk_usage(folder)
+    if free < n_bytes:
+        raise WeightsError(
+            f"{folder}: {free / 1e6:.0f} MB free, and a new model takes {n_bytes / 1e6:.0f} MB "
+            "while it is made; make room, or set SEMANTICBLUR_HOME to another disk"
+        )
 
 
 def _target(output: str | Path | None) -> Path | None:

@@ -26,6 +26,8 @@ TINY = FinetuneConfig(
     learning_rate=0.03,
     image_size_px=64,
     window_px=40,
+    replay_weight=1.0,
+    forgetting_limit=1.0,
 )
 
 
@@ -162,11 +164,50 @@ def test_a_preview_comes_with_each_look_at_the_held_out_strokes(small_model: str
     [image] = noise_and_smooth(1)
     updates = run(small_model, preview=image.image)
     shown = [update for update in updates if update.preview is not None]
-    assert [update.step for update in shown] == [4, 8, 12]
+    assert [update.step for update in shown] == [0, 4, 8, 12]
     assert all(update.held_out_loss is not None for update in shown)
     assert shown[0].preview is not None
     assert shown[0].preview.shape == (64, 64)
     assert result_of(updates).path is None
+
+
+def test_what_photographs_do_not_bear_is_not_kept() -> None:
+    """The strokes say of noise and smoothness what is wrong in photographs."""
+    images = [swapped(image) for image in noise_and_smooth()]
+    updates = run("default", dataclasses.replace(TINY, forgetting_limit=0.0), images=images)
+    first = next(update for update in updates if update.photographs is not None)
+    assert first.photographs is not None
+    for update in updates:
+        if update.is_best:
+            assert update.photographs is not None
+            assert update.photographs <= first.photographs
+    free = run("default", images=images)
+    assert max(u.photographs for u in free if u.photographs is not None) > first.photographs
+    assert any(update.is_best for update in free)
+
+
+def test_the_best_so_far_is_a_file_at_any_moment(small_model: str, tmp_path: Path) -> None:
+    path = tmp_path / "best.safetensors"
+    best = None
+    for update in finetune(
+        noise_and_smooth(), base=small_model, budget=TINY, size=64, device="cpu", best_so_far=path
+    ):
+        best = update if update.is_best else best
+        assert path.exists() == (best is not None)
+        if best is not None:
+            stopped = weights.verify(str(path)).metrics["finetune"]["stopped"]
+            assert stopped["step"] == best.step
+            assert stopped["held_out_error"] == best.held_out_loss
+    assert best is not None
+
+
+def test_a_full_disk_is_said_before_the_training(
+    small_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: (9, 8, 10**6))
+    generator = finetune(noise_and_smooth(), base=small_model, budget=TINY, size=64, output="m")
+    with pytest.raises(WeightsError, match="1 MB free, and a new model takes"):
+        next(generator)
 
 
 def test_wrong_labels_are_not_called_better() -> None:

@@ -1,0 +1,153 @@
+"""Fine-tuning in a process of its own: watched, paused, killed, left alone."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from semanticblur_core import weights
+from semanticblur_core.config import ModelConfig
+from semanticblur_core.data.store import AnnotationStore
+from semanticblur_core.errors import TrainingError, WeightsError
+from semanticblur_core.network import SemanticBlur
+from semanticblur_core.training.background import BackgroundFinetune, FinetuneCommand, Progress
+
+SMALL = tuple({"n_views": "4", "n_replay": "0", "validate_every": "1"}.items())
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SEMANTICBLUR_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> FinetuneCommand:
+    torch.manual_seed(3)
+    base = tmp_path / "small.safetensors"
+    model = SemanticBlur(ModelConfig(backbone="resnet34")).eval()
+    weights.save(base, model, provenance={}, metrics={}, licence="test")
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (64, 64), np.uint8)
+    image[:, 32:] = 128
+    labels = np.zeros((64, 64), np.uint8)
+    for row in range(6, 60, 14):
+        labels[row : row + 3, 4:28], labels[row : row + 3, 36:60] = 1, 2
+    store = AnnotationStore(tmp_path / "store", create=True)
+    store.write("image", labels, image=image)
+    return FinetuneCommand(
+        store.folder, "mine", base=str(base), n_steps=500, size=64, device="cpu", settings=SMALL
+    )
+
+
+def collect(run: BackgroundFinetune) -> tuple[threading.Thread, list[Progress]]:
+    seen: list[Progress] = []
+
+    def work() -> None:
+        seen.extend([])
+        for update in run.updates():
+            seen.append(update)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread, seen
+
+
+def until(condition: Callable[[], bool], limit_s: float = 60) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_killed_run_keeps_its_best(command: FinetuneCommand, home: Path) -> None:
+    run = BackgroundFinetune(command, preview=np.zeros((40, 50), np.uint8))
+    thread, seen = collect(run)
+    until(lambda: any(update.is_best for update in seen))
+    start = time.monotonic()
+    run.cancel()
+    kept = run.keep_best()
+    thread.join()
+    assert time.monotonic() - start < 2
+    assert kept == "mine@1"
+    info = weights.verify("mine")
+    best = [update for update in seen if update.is_best]
+    stopped = info.metrics["finetune"]["stopped"]
+    assert stopped["held_out_error"] in [update.held_out_loss for update in best]
+    first = next(update for update in seen if update.preview is not None)
+    assert first.step == 0
+    assert first.preview is not None
+    assert first.preview.shape == (40, 50)
+    assert [path.name for path in (home / "models").iterdir()] == ["mine@1.safetensors"]
+
+
+def test_a_run_that_was_no_better_yet_leaves_nothing(command: FinetuneCommand, home: Path) -> None:
+    run = BackgroundFinetune(command)
+    thread, seen = collect(run)
+    until(lambda: bool(seen))
+    run.cancel()
+    thread.join()
+    if not any(update.is_best for update in seen):
+        assert run.keep_best() is None
+        assert list((home / "models").iterdir()) == []
+
+
+def test_it_rests_while_paused(command: FinetuneCommand) -> None:
+    run = BackgroundFinetune(command)
+    thread, seen = collect(run)
+    until(lambda: any(update.phase == "training" for update in seen))
+    run.pause()
+    time.sleep(1.0)
+    n_seen = len(seen)
+    time.sleep(1.0)
+    assert len(seen) == n_seen
+    assert run.is_paused
+    run.resume()
+    until(lambda: len(seen) > n_seen + 2)
+    run.cancel()
+    run.forget()
+    thread.join()
+
+
+def test_it_ends_when_nobody_listens_any_more(command: FinetuneCommand, tmp_path: Path) -> None:
+    arguments = [*command.arguments, f"--events={tmp_path}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "semanticblur_core", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=dict(os.environ),
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdin.close()
+    process.stdout.read()
+    assert process.wait(timeout=30) == 0
+    process.stdout.close()
+    assert weights.own_models() == []
+
+
+def test_errors_are_the_command_s_own_words(command: FinetuneCommand, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"no weights")
+    with pytest.raises(TrainingError, match=r"broken\.safetensors: not a whole safetensors file"):
+        list(BackgroundFinetune(replace(command, base=str(broken))).updates())
+    with pytest.raises(WeightsError, match="is packaged"):
+        list(BackgroundFinetune(replace(command, output="default")).updates())
+
+
+def test_the_command_for_a_shell() -> None:
+    command = FinetuneCommand(Path("my store"), "my model", n_steps=9, seed=3)
+    assert str(command) == (
+        "semanticblur-core finetune '--data=my store' --base=default '--output=my model' "
+        "--budget=quick --seed=3 --size=320 --device=auto --set=n_steps=9"
+    )
