@@ -458,7 +458,11 @@ class _Results:
     def _summary(self) -> dict[str, Any]:
         """What the HTML page shows beside the rows."""
         gates = ", ".join(gate.describe() for gate in self._options.gates) or "none"
-        said = ", ".join(f"{key} {value}" for key, value in self._protocol.items() if value)
+        said = ", ".join(
+            f"{key} {str(value)[:12] if key == 'model_sha256' else value}"
+            for key, value in self._protocol.items()
+            if value is not None
+        )
         summary: dict[str, Any] = {
             "description": f"Gates: {gates}. Measured with: {said}.",
             "gated": self._gated,

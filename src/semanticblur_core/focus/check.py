@@ -37,6 +37,7 @@ _AHEAD = 2
 # Levels of blur in a thumbnail's overlay; few, for small files.
 _OVERLAY_LEVELS = 8
 _OVERLAY_COLOR = (0xE6, 0x9F, 0x00)
+_OVERLAY_ALPHA = 170
 
 
 @dataclass(frozen=True)
@@ -402,7 +403,9 @@ def _pictures(image: NDArray[Any], blur: NDArray[np.float32]) -> tuple[str, str]
     levels = np.rint(coarse * (_OVERLAY_LEVELS - 1)).astype(np.uint8)
     tint = Image.fromarray(levels)
     tint.putpalette(_OVERLAY_COLOR * _OVERLAY_LEVELS)
-    alphas = bytes(round(200 * level / (_OVERLAY_LEVELS - 1)) for level in range(_OVERLAY_LEVELS))
+    alphas = bytes(
+        round(_OVERLAY_ALPHA * level / (_OVERLAY_LEVELS - 1)) for level in range(_OVERLAY_LEVELS)
+    )
     encoded: Sequence[tuple[Image.Image, dict[str, Any]]] = (
         (picture, {"format": "JPEG", "quality": 70}),
         (tint, {"format": "PNG", "transparency": alphas, "bits": 4, "optimize": True}),
