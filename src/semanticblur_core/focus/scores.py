@@ -77,10 +77,12 @@ HIGHER_IS_SHARPER = {
     "blur_effect": False,
 }
 
+MAP_SCORES = ("in_focus_fraction", "mean_blur", "largest_in_focus_fraction", "subject_in_focus")
+
 
 def score_image(
     grey: NDArray[np.float32],
-    blur: NDArray[np.float32],
+    blur: NDArray[np.float32] | None,
     *,
     region: Bools | None = None,
     threshold: float = THRESHOLD,
@@ -93,7 +95,7 @@ def score_image(
     grey
         ``(H, W)`` float32 in 0..1, see `semanticblur_core.focus.classical.grey`.
     blur
-        ``(H, W)`` float32 in 0..1, 1 = out of focus.
+        ``(H, W)`` float32 in 0..1, 1 = out of focus; without it the scores of the map are NaN.
     region
         ``(H, W)`` bool, where to look; None is everywhere.
     threshold
@@ -107,14 +109,21 @@ def score_image(
         If the shapes differ.
     """
     _require_same_shape(grey, blur, region)
-    weights = centre_weights(*blur.shape) if subject == "centre" else saliency(grey)
+    of_map = dict.fromkeys(MAP_SCORES, math.nan)
+    if blur is not None:
+        weights = centre_weights(*blur.shape) if subject == "centre" else saliency(grey)
+        of_map = {
+            "in_focus_fraction": in_focus_fraction(blur, region=region, threshold=threshold),
+            "mean_blur": mean_blur(blur, region=region),
+            "largest_in_focus_fraction": largest_in_focus(blur, region=region, threshold=threshold)[
+                0
+            ],
+            "subject_in_focus": in_focus_fraction(
+                blur, region=region, threshold=threshold, weights=weights
+            ),
+        }
     return FocusScores(
-        in_focus_fraction=in_focus_fraction(blur, region=region, threshold=threshold),
-        mean_blur=mean_blur(blur, region=region),
-        largest_in_focus_fraction=largest_in_focus(blur, region=region, threshold=threshold)[0],
-        subject_in_focus=in_focus_fraction(
-            blur, region=region, threshold=threshold, weights=weights
-        ),
+        **of_map,
         region_fraction=1.0 if region is None else float(region.mean()),
         variance_of_laplacian=variance_of_laplacian(grey),
         tenengrad=tenengrad(grey),

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from semanticblur_core import FocusOptions, focus_report
-from semanticblur_core.errors import ImageError
+from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.focus.calibration import Gate
-from semanticblur_core.focus.check import ImageFocus, Source, colmap_mask, focus_of_image
+from semanticblur_core.focus.check import ImageFocus, Source, colmap_mask, focus_of_image, judge
 from semanticblur_core.focus.report import ranked, to_row, write_csv, write_json
 
 
@@ -108,7 +108,9 @@ def test_the_region_is_a_function_or_the_content() -> None:
         [source("a", half(0))], region="content", gates=(Gate("in_focus_fraction", 0.1),)
     )
     assert not empty.passed
-    assert empty.failed_gates == ("in_focus_fraction >= 0.1, got none, for there is no content",)
+    assert empty.failed_gates == (
+        "in_focus_fraction >= 0.1, got none, for there is no content or no map",
+    )
 
 
 def test_tiles_and_planes_are_measured_on_request() -> None:
@@ -119,6 +121,30 @@ def test_tiles_and_planes_are_measured_on_request() -> None:
     assert blur.shape == (20, 40)
     with pytest.raises(ImageError, match="expected a grey or RGB image"):
         focus_of_image(np.zeros((2, 3, 4, 5)), Dark())
+
+
+def test_classical_scores_need_no_map(tmp_path: Path) -> None:
+    options = FocusOptions(tile_size_px=20, measure="tenengrad", thumbnails=True)
+    (update,) = focus_report([source("a", half(10))], None, options)
+    image = update.image
+    assert image.scores is not None
+    assert image.scores.tenengrad > 0
+    assert math.isnan(image.scores.mean_blur)
+    assert (image.tiles, image.overlay) == (None, None)
+    assert image.plane is not None
+    assert image.plane.tiles.shape == (1, 2)
+    with pytest.raises(ConfigError, match="masks need a blur map"):
+        next(focus_report([source("a", half(10))], None, FocusOptions(mask_folder=tmp_path)))
+
+
+def test_images_are_judged_again_without_measuring() -> None:
+    (image,) = checked([source("a", half(10))])
+    assert image.passed
+    again = judge(image, [Gate("mean_blur", 0.1)])
+    assert (again.passed, again.failed_gates) == (False, ("mean_blur <= 0.1, got 0.25",))
+    assert judge(again, []).passed
+    broken = ImageFocus("b", "b", error="torn")
+    assert judge(broken, []) is broken
 
 
 def test_masks_keep_a_margin() -> None:
