@@ -59,12 +59,15 @@ class ArrayFocus:
         Focus of each plane by its index along `walked_axes`.
     walked_axes, along
         Axes of an index, and the one that focus changes along: Z, or else the last.
+    tile_size_px
+        Side of the tiles, as they were measured.
     """
 
     def __init__(self, name: str, *, path: Path | None = None) -> None:
         self.name, self.path = name, path
         self.images: dict[Index, ImageFocus] = {}
         self.walked_axes = self.along = ""
+        self.tile_size_px = TILE_SIZE_PX
         self._made_with: Any = None
         self._array: Any = None
         self._lengths: tuple[int, ...] = ()
@@ -154,10 +157,11 @@ class ArrayFocus:
         if not wanted:
             return
         limits = self._find_limits(planes, wanted, options)
+        self.tile_size_px = options.tile_size_px or TILE_SIZE_PX
         options = replace(
             options,
             value_range=unit_range(planes, limits),
-            tile_size_px=options.tile_size_px or TILE_SIZE_PX,
+            tile_size_px=self.tile_size_px,
             measure=options.measure or "tenengrad",
         )
         sources = plane_sources(planes, wanted, name=self.name, path=self.path, limits=limits)
@@ -170,6 +174,20 @@ class ArrayFocus:
     def add(self, update: PlaneChecked) -> None:
         """Take in a plane."""
         self.images[update.index] = update.image
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Lengths of the walked axes of the array last adopted."""
+        return self._lengths
+
+    def beyond(self, lengths: Sequence[int]) -> list[Index]:
+        """Planes not known yet that an array of these lengths did not have."""
+        return [
+            index
+            for index in np.ndindex(self._lengths)
+            if index not in self.images
+            and any(i >= length for i, length in zip(index, lengths, strict=True))
+        ]
 
     def missing(self, planes: Planes) -> list[Index]:
         """Planes that are not known yet."""
