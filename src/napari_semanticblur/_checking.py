@@ -171,9 +171,9 @@ class Checking:
 
 def compose(
     source: Source,
-    session: ArrayFocus,
-    at: tuple[int, ...],
     channels: Channels,
+    along: str,
+    at: tuple[int, ...],
     *,
     on_progress: Callable[[int, int], None],
     on_end: Callable[[str | Failure, CompositeUpdate | None], None],
@@ -183,7 +183,7 @@ def compose(
 
     def work() -> Iterator[CompositeUpdate]:
         with closing(
-            all_in_focus(source.array, source.axes, along=session.along, at=at, channels=channels)
+            all_in_focus(source.array, source.axes, along=along, at=at, channels=channels)
         ) as running:
             yield from running
 
@@ -196,7 +196,7 @@ def compose(
     return Run(
         work,
         title=f"All in focus: {source.layer.name}",
-        n_steps=2 * planes.lengths[planes.walked_axes.index(session.along)],
+        n_steps=2 * planes.lengths[planes.walked_axes.index(along)],
         on_update=update,
         on_end=lambda outcome: on_end(outcome, last[0] if last else None),
     )

@@ -20,7 +20,7 @@ from magicgui.widgets import (
 )
 
 from napari_semanticblur._checking import CLASSICAL, NETWORK, Checking, Job, Settings, compose
-from napari_semanticblur._focus_layers import show_composite, show_heat_map
+from napari_semanticblur._focus_layers import look_at_tile, show_composite, show_heat_map
 from napari_semanticblur._focus_plot import FocusPlot
 from napari_semanticblur._focus_rows import (
     PLANE_HEADERS,
@@ -29,7 +29,7 @@ from napari_semanticblur._focus_rows import (
     PlaneRows,
     tile_rows,
 )
-from napari_semanticblur._focus_table import FocusTable
+from napari_semanticblur._focus_table import FocusTable, Row
 from napari_semanticblur._layers import (
     METADATA_KEY,
     Source,
@@ -46,7 +46,7 @@ from semanticblur_core.errors import ImageError, SemanticBlurError
 from semanticblur_core.focus import calibration
 from semanticblur_core.focus.calibration import Gate
 from semanticblur_core.focus.scores import HIGHER_IS_SHARPER, MAP_SCORES
-from semanticblur_core.focus.session import ArrayFocus
+from semanticblur_core.focus.session import ArrayFocus, focus_axis
 
 if TYPE_CHECKING:
     from napari.layers import Image
@@ -60,6 +60,8 @@ METHODS = {
     "spectrum and gradients": "dbdf",
 }
 CURRENT, ALL, LAYERS = "the one shown", "all of this layer", "shown one of every layer"
+# Scores from 0 to 1 whose middle is a limit that makes sense.
+BOUNDED = (*MAP_SCORES, "blur_effect")
 EVERYWHERE, CONTENT = "the whole image", "content only"
 NO_GATE, LIMIT = "none", "limit:"
 PLANES, TILES = "layers and planes", "tiles of the plane shown"
@@ -85,6 +87,7 @@ class FocusWidget(Container):  # type: ignore[type-arg]
         self._changed: set[Any] = set()
         self._rows = PlaneRows()
         self._channels: list[Any] = ["each"]
+        self._limit_for = ""
         self._is_closed = False
         chosen = preferences()
         self.layer = ComboBox(choices=self._images, label="image")
@@ -135,8 +138,9 @@ class FocusWidget(Container):  # type: ignore[type-arg]
         self._refresh_timer = _timer(self.native, self._refresh)
         self.layer.changed.connect(self._layer_chosen)
         self.method.changed.connect(self._show_what_applies)
-        for control in (self.score, self.gate, self.limit):
-            control.changed.connect(self._gate_moved)
+        for control in (self.score, self.gate):
+            control.changed.connect(self._score_chosen)
+        self.limit.changed.connect(self._limit_moved)
         self.show_rows.changed.connect(self._refresh_soon)
         self.check_button.changed.connect(self.check)
         self.again_button.changed.connect(self.check_anew)
@@ -213,7 +217,6 @@ class FocusWidget(Container):  # type: ignore[type-arg]
 
     def cancel(self) -> None:
         """Stop at the next plane; what is done is kept."""
-        self._changed.clear()
         for run in (self._checking, self._composing):
             if run is not None:
                 self._say("Stopping ...")
@@ -221,7 +224,7 @@ class FocusWidget(Container):  # type: ignore[type-arg]
 
     def go_to_best_plane(self) -> None:
         """Move the slider to the sharpest plane by the chosen score."""
-        _, session, at = self._stack_here()
+        _, session, _, at = self._stack_here()
         curve = session.curve(self.score_name, at)
         if curve is None:
             raise ImageError(f"{self.layer.value.name}: check its planes with this score first")
@@ -232,19 +235,19 @@ class FocusWidget(Container):  # type: ignore[type-arg]
         """Show the tiles of all planes known as a layer: share in focus, or Tenengrad."""
         source, session = self._known()
         heat = "in_focus" if self.score_name in MAP_SCORES else "tenengrad"
-        show_heat_map(self._viewer, source, session, cast(Any, heat), self.channels.value)
+        show_heat_map(self._viewer, source, session, cast(Any, heat))
         self._say(f"{'Share in focus' if heat == 'in_focus' else 'Tenengrad'} of tiles")
 
     def make_composite(self) -> None:
         """Make a layer that is in focus everywhere from the stack shown."""
         if self.is_running:
             raise ImageError("cancel what is running first")
-        source = self._source(unwrapped(self.layer.value))
-        session = self._session_for(source)
-        if not session.along:
+        source, channels = self._source(unwrapped(self.layer.value)), self.channels.value
+        planes = source.planes(channels)
+        along = focus_axis(planes.walked_axes)
+        if not along:
             raise ImageError(f"{source.layer.name}: a single plane, no stack")
-        at = self._others(source, session)
-        channels = self.channels.value
+        _, at = _split(plane_index(source, self._viewer, planes), planes.walked_axes, along)
 
         def ended(outcome: str | Failure, last: Any) -> None:
             self._composing = None
@@ -254,13 +257,13 @@ class FocusWidget(Container):  # type: ignore[type-arg]
             if isinstance(outcome, Failure):
                 self._complain(f"{source.layer.name}: {outcome.text}")
             elif last is not None and last.composite is not None:
-                show_composite(self._viewer, source, session, at, channels, last)
+                show_composite(self._viewer, source, channels, along, at, last)
                 self._say("All in focus: done")
             else:
                 self._say("Stopped")
 
         self._composing = compose(
-            source, session, at, channels, on_progress=self._progressed, on_end=ended
+            source, channels, along, at, on_progress=self._progressed, on_end=ended
         )
         self._enable()
         self._say("Composing ...")
@@ -360,17 +363,13 @@ class FocusWidget(Container):  # type: ignore[type-arg]
             raise ImageError(f"{source.layer.name}: check its focus first")
         return source, session
 
-    def _stack_here(self) -> tuple[Source, ArrayFocus, tuple[int, ...]]:
+    def _stack_here(self) -> tuple[Source, ArrayFocus, int, tuple[int, ...]]:
+        """Source and session of the chosen layer, and the plane shown: along focus, and others."""
         source, session = self._known()
         if not session.along:
             raise ImageError(f"{source.layer.name}: a single plane, no stack")
-        return source, session, self._others(source, session)
-
-    def _others(self, source: Source, session: ArrayFocus) -> tuple[int, ...]:
-        """Index shown along the axes that focus does not change along."""
-        shown = plane_index(source, self._viewer, source.planes(self.channels.value))
-        place = session.walked_axes.index(session.along)
-        return (*shown[:place], *shown[place + 1 :])
+        shown = plane_index(source, self._viewer, source.planes(session.channels))
+        return source, session, *_split(shown, session.walked_axes, session.along)
 
     # Runs
 
@@ -401,16 +400,16 @@ class FocusWidget(Container):  # type: ignore[type-arg]
         if self._is_closed:
             return
         self._enable()
+        if self.gate.value == LIMIT and self._limit_for != self.score_name:
+            self._score_chosen()
         self._refresh()
         if isinstance(outcome, Failure):
             self._complain(outcome.text)
-            return
-        if outcome == "cancelled":
+        elif outcome == "cancelled":
             self._say("Stopped")
-            return
         changed, self._changed = self._changed, set()
         for layer in changed:
-            self._take_new_data(layer)
+            self._take_new_data(layer, follow=outcome == "done")
 
     def _progressed(self, n_done: int, n_total: int) -> None:
         if not self._is_closed:
@@ -429,10 +428,10 @@ class FocusWidget(Container):  # type: ignore[type-arg]
         if self.is_running:
             self._changed.add(layer)
         else:
-            self._take_new_data(layer)
+            self._take_new_data(layer, follow=True)
 
-    def _take_new_data(self, layer: Any) -> None:
-        if layer not in self._viewer.layers:
+    def _take_new_data(self, layer: Any, *, follow: bool) -> None:
+        if layer not in self._sessions:
             return
         try:
             source = self._source(layer)
@@ -448,7 +447,7 @@ class FocusWidget(Container):  # type: ignore[type-arg]
             return
         channels = self._channels_of(layer)
         new = session.beyond(before)
-        if new and self.follow.value and not self.is_running:
+        if new and follow and self.follow.value and not self.is_running:
             self._start([Job(source, session, new, channels)])
 
     def _layer_removed(self, event: Any) -> None:
@@ -482,65 +481,64 @@ class FocusWidget(Container):  # type: ignore[type-arg]
             sessions = [(layer, session) for layer, session in known if session is not None]
             self.table.show_rows(PLANE_HEADERS, self._rows.rows(sessions, gates))
         else:
-            session, shown = self.session(), self._shown()
-            image = None if session is None or shown is None else session.images.get(shown)
-            rows = []
-            if image is not None and shown is not None:
-                rows = tile_rows(unwrapped(self.layer.value), shown, image, gates)
-            self.table.show_rows(TILE_HEADERS, rows)
+            self.table.show_rows(TILE_HEADERS, self._tiles_shown(gates))
         self._refresh_plot(gates)
 
     def _refresh_plot(self, gates: list[Gate]) -> None:
-        session, shown = self.session(), self._shown()
         curve, position = None, -1
-        if session is not None and session.along and shown is not None:
-            place = session.walked_axes.index(session.along)
-            if len(shown) == len(session.walked_axes):
-                curve = session.curve(self.score_name, (*shown[:place], *shown[place + 1 :]))
-                position = shown[place]
+        try:
+            _, session, position, at = self._stack_here()
+            curve = session.curve(self.score_name, at)
+        except SemanticBlurError:  # no stack, or nothing known of it yet
+            pass
         if curve is not None and len(curve.positions) < 2:
             curve = None
         limit = next((gate.limit for gate in gates if gate.score == self.score_name), math.nan)
         self.plot.show_curve(curve, title=self.score.value, shown=position, limit=limit)
 
-    def _shown(self) -> tuple[int, ...] | None:
-        layer = unwrapped(self.layer.value)
-        if layer is None or layer not in self._viewer.layers:
-            return None
+    def _tiles_shown(self, gates: list[Gate]) -> list[Row]:
         try:
-            source = self._source(layer)
-            return plane_index(source, self._viewer, source.planes(self.channels.value))
+            source, session = self._known()
+            shown = plane_index(source, self._viewer, source.planes(session.channels))
         except SemanticBlurError:
-            return None
+            return []
+        image = session.images.get(shown)
+        return [] if image is None else tile_rows(source.layer, shown, image, gates)
 
-    def _gate_moved(self) -> None:
+    def _score_chosen(self) -> None:
+        """Another score or kind of gate: a limit amid the values that are known."""
         self.limit.visible = self.gate.value == LIMIT
+        sessions = list(self._sessions.values())
+        values = [value for each in sessions for value in each.values(self.score_name)]
+        if self.score_name in BOUNDED:
+            self.limit.step, self.limit.value = 0.01, 0.5
+        elif values:
+            spread = max(values) - min(values) or abs(values[0]) or 1.0
+            self.limit.step = 10.0 ** (math.floor(math.log10(spread)) - 2)
+            self.limit.value = sum(values) / len(values)
+        self._limit_for = self.score_name if self.score_name in BOUNDED or values else ""
+        self._refresh_soon()
+
+    def _limit_moved(self) -> None:
+        self._limit_for = self.score_name
         self._refresh_soon()
 
     def _plane_chosen(self, position: int) -> None:
-        source, session, at = self._stack_here()
+        source, session, _, at = self._stack_here()
         place = session.walked_axes.index(session.along)
-        planes = source.planes(self.channels.value)
+        planes = source.planes(session.channels)
         show_plane(source, self._viewer, planes, (*at[:place], position, *at[place:]))
 
     def _row_chosen(self, target: Any) -> None:
         layer, index, tile = target
-        if layer not in self._viewer.layers:
+        session = self.session(layer)
+        if layer not in self._viewer.layers or session is None or index not in session.images:
             return
         self.layer.value = layer
         source = self._source(layer)
-        if len(index) != len(source.planes(self._channels_of(layer)).lengths):
-            return
-        show_plane(source, self._viewer, source.planes(self._channels_of(layer)), index)
+        show_plane(source, self._viewer, source.planes(session.channels), index)
         if tile is not None:
-            size = int(self.tile_size_px.value)
-            shape = source.planes(self._channels_of(layer)).plane_shape
-            middle = [min((i + 0.5) * size, n - 1) for i, n in zip(tile, shape, strict=True)]
-            data = [0.0] * (layer.ndim - 2) + [
-                m * f for m, f in zip(middle, source.factors[-2:], strict=True)
-            ]
-            world = layer.data_to_world(data)
-            self._viewer.camera.center = (0.0, *(float(w) for w in world[-2:]))
+            look_at_tile(self._viewer, source, session, tile)
 
     def _layer_chosen(self, layer: Any) -> None:
         if self._is_closed:
@@ -606,6 +604,12 @@ class FocusWidget(Container):  # type: ignore[type-arg]
         for run in (self._checking, self._composing):
             if run is not None:
                 run.cancel()
+
+
+def _split(index: tuple[int, ...], walked_axes: str, along: str) -> tuple[int, tuple[int, ...]]:
+    """Place along one axis, and along the others."""
+    place = walked_axes.index(along)
+    return index[place], (*index[:place], *index[place + 1 :])
 
 
 def _row(*buttons: PushButton) -> Container[Any]:

@@ -25,13 +25,7 @@ if TYPE_CHECKING:
     from napari.components import ViewerModel
 
 
-def show_heat_map(
-    viewer: ViewerModel,
-    source: Source,
-    session: ArrayFocus,
-    heat: Heat,
-    channels: Channels,
-) -> Any:
+def show_heat_map(viewer: ViewerModel, source: Source, session: ArrayFocus, heat: Heat) -> Any:
     """Add or update the layer of a layer's tiles, each where it was measured.
 
     Raises
@@ -40,7 +34,7 @@ def show_heat_map(
         If no plane has such tiles.
     """
     tiles = session.heat_map(heat)
-    height, width = source.planes(channels).plane_shape
+    height, width = source.planes(session.channels).plane_shape
     size_px = session.tile_size_px
     array = in_layer_axes(source, tiles, session.walked_axes + "YX")
     # Tiles at the far edges are smaller, and drawn as large as the others.
@@ -63,15 +57,15 @@ def show_heat_map(
 def show_composite(
     viewer: ViewerModel,
     source: Source,
-    session: ArrayFocus,
-    at: tuple[int, ...],
     channels: Channels,
+    along: str,
+    at: tuple[int, ...],
     made: CompositeUpdate,
 ) -> None:
     """Add or update the composite, and, hidden, the index of the plane it took at each place."""
     assert made.composite is not None
     assert made.depth is not None
-    axes = session.walked_axes.replace(session.along, "")
+    axes = source.planes(channels).walked_axes.replace(along, "")
     start = [0] * source.layer.ndim
     for axis, i in zip(axes, at, strict=True):
         start[source.layer_axes.index(axis)] = i
@@ -80,7 +74,7 @@ def show_composite(
     look: dict[str, Any] = {}
     if not layer.rgb:
         look = {"colormap": layer.colormap, "contrast_limits": tuple(layer.contrast_limits)}
-    record = {"along": session.along, "at": list(at), "channels": channels}
+    record = {"along": along, "at": list(at), "channels": channels}
     one = (np.newaxis,) * len(axes)
     for kind, pixels, name, how in (
         ("depth", made.depth.astype(np.float32), "sharpest plane", _depth_look(made)),
@@ -88,6 +82,20 @@ def show_composite(
     ):
         array = in_layer_axes(source, pixels[one], axes + "YX")
         _show(viewer, source, kind, array, placement, name=name, record=record, **how)
+
+
+def look_at_tile(
+    viewer: ViewerModel, source: Source, session: ArrayFocus, tile: tuple[int, int]
+) -> None:
+    """Move the camera to the middle of a tile."""
+    shape = source.planes(session.channels).plane_shape
+    middle = [
+        min((i + 0.5) * session.tile_size_px, n - 0.5) * factor
+        for i, n, factor in zip(tile, shape, source.factors[-2:], strict=True)
+    ]
+    world = source.layer.data_to_world([0.0] * (source.layer.ndim - 2) + middle)
+    scene = viewer.scene if hasattr(viewer, "scene") else viewer  # before napari 0.9
+    scene.camera.center = (0.0, float(world[-2]), float(world[-1]))
 
 
 def _depth_look(made: CompositeUpdate) -> dict[str, Any]:

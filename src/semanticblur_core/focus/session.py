@@ -58,7 +58,9 @@ class ArrayFocus:
     images
         Focus of each plane by its index along `walked_axes`.
     walked_axes, along
-        Axes of an index, and the one that focus changes along: Z, or else the last.
+        Axes of an index, and the one that focus changes along, see `focus_axis`.
+    channels
+        As last adopted.
     tile_size_px
         Side of the tiles, as they were measured.
     """
@@ -67,6 +69,7 @@ class ArrayFocus:
         self.name, self.path = name, path
         self.images: dict[Index, ImageFocus] = {}
         self.walked_axes = self.along = ""
+        self.channels: Channels = "each"
         self.tile_size_px = TILE_SIZE_PX
         self._made_with: Any = None
         self._array: Any = None
@@ -108,7 +111,7 @@ class ArrayFocus:
             self.forget()
         self._made_with, self._lengths, self._array = made_with, planes.lengths, array
         self.walked_axes = planes.walked_axes
-        self.along = "Z" if "Z" in self.walked_axes else self.walked_axes[-1:]
+        self.along, self.channels = focus_axis(self.walked_axes), channels
         return len(self.images)
 
     def forget(self) -> None:
@@ -198,6 +201,10 @@ class ArrayFocus:
         gates = tuple(gates)
         return [(index, judge(self.images[index], gates)) for index in sorted(self.images)]
 
+    def values(self, score: str) -> list[float]:
+        """A score of all planes that have it."""
+        return [value for _, value in self._values(score)]
+
     def stack(self, score: str) -> StackFocus:
         """The planes by one score; where low is sharp its sign is turned.
 
@@ -281,6 +288,11 @@ class ArrayFocus:
         if isinstance(planes.array, np.ndarray) and self._prints:
             return all(_print(planes, index) == old for index, old in self._prints.items())
         return planes.array is self._array or planes.lengths != self._lengths
+
+
+def focus_axis(walked_axes: str) -> str:
+    """The axis that focus is taken to change along: Z, or else the last; none of a single plane."""
+    return "Z" if "Z" in walked_axes else walked_axes[-1:]
 
 
 def plane_sources(
