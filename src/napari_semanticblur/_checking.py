@@ -56,6 +56,13 @@ class Settings:
         return (self.method, *of_network, self.tile_size_px, self.region)
 
     @property
+    def said(self) -> dict[str, Any]:
+        """For people, by name."""
+        of_network = {"model": self.model} if self.method == NETWORK else {}
+        tiles = {"tiles": f"{self.tile_size_px} px", "region": self.region}
+        return {"method": self.method, **of_network, **tiles}
+
+    @property
     def protocol(self) -> dict[str, Any]:
         """As `semanticblur-core focus calibrate` notes it."""
         options = self.options

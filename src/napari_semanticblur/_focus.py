@@ -23,13 +23,12 @@ from napari_semanticblur._checking import CLASSICAL, NETWORK, Checking, Job, Set
 from napari_semanticblur._focus_layers import look_at_tile, show_composite, show_heat_map
 from napari_semanticblur._focus_plot import FocusPlot
 from napari_semanticblur._focus_rows import (
-    PLANE_HEADERS,
     SCORE_NAMES,
     TILE_HEADERS,
     PlaneRows,
     tile_rows,
 )
-from napari_semanticblur._focus_table import FocusTable, Row
+from napari_semanticblur._focus_table import FocusTable, Row, widen
 from napari_semanticblur._layers import (
     METADATA_KEY,
     Source,
@@ -129,6 +128,7 @@ class FocusWidget(Container):  # type: ignore[type-arg]
         )  # fmt: skip
         self.native.setObjectName("semanticblur-focus")
         self.status.native.setWordWrap(True)
+        widen(self.status.native)
         self.plot, self.table = FocusPlot(), FocusTable()
         layout = self.native.layout()
         layout.insertWidget(layout.count() - 2, self.plot)
@@ -291,7 +291,7 @@ class FocusWidget(Container):  # type: ignore[type-arg]
         if path.suffix.lower() == ".csv":
             write_csv(path, [to_row(image) for image in images])
             return
-        said = ", ".join(str(part) for part in self.settings.key)
+        said = ", ".join(f"{key} {value}" for key, value in self.settings.said.items())
         summary: dict[str, Any] = {
             "description": f"Gates: {', '.join(g.describe() for g in gates) or 'none'}. "
             f"Measured with: {said}.",
@@ -479,7 +479,8 @@ class FocusWidget(Container):  # type: ignore[type-arg]
         if self.show_rows.value == PLANES:
             known = [(each, self.session(each)) for each in self._images(None)]
             sessions = [(layer, session) for layer, session in known if session is not None]
-            self.table.show_rows(PLANE_HEADERS, self._rows.rows(sessions, gates))
+            rows = self._rows.rows(sessions, gates, first=self.score.value)
+            self.table.show_rows(self._rows.headers, rows)
         else:
             self.table.show_rows(TILE_HEADERS, self._tiles_shown(gates))
         self._refresh_plot(gates)
@@ -493,6 +494,8 @@ class FocusWidget(Container):  # type: ignore[type-arg]
             pass
         if curve is not None and len(curve.positions) < 2:
             curve = None
+        layer = self.layer.value
+        self.plot.setVisible(layer is not None and layer.ndim > 2)
         limit = next((gate.limit for gate in gates if gate.score == self.score_name), math.nan)
         self.plot.show_curve(curve, title=self.score.value, shown=position, limit=limit)
 

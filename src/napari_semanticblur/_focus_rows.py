@@ -24,21 +24,35 @@ SCORE_NAMES = {
     "slope of spectrum": "spectrum_slope",
     "blur effect": "blur_effect",
 }
-PLANE_HEADERS = ("layer", "plane", "result", *SCORE_NAMES)
 TILE_HEADERS = ("layer", "row, column", "result", "in focus", "Tenengrad")
 
 
 class PlaneRows:
-    """Lines of planes, made once for each plane and set of gates."""
+    """Lines of planes, made once for each plane and set of gates.
+
+    Attributes
+    ----------
+    headers
+        Of the columns, the chosen score before the others.
+    """
 
     def __init__(self) -> None:
         self._made: dict[tuple[int, tuple[int, ...]], tuple[ImageFocus, Row]] = {}
         self._gates: tuple[Gate, ...] = ()
+        self.headers: tuple[str, ...] = ()
 
-    def rows(self, sessions: Iterable[tuple[Any, ArrayFocus]], gates: Sequence[Gate]) -> list[Row]:
+    def rows(
+        self,
+        sessions: Iterable[tuple[Any, ArrayFocus]],
+        gates: Sequence[Gate],
+        *,
+        first: str = "in focus",
+    ) -> list[Row]:
         """Lines of all planes that are known, in the order that they were checked in."""
-        if tuple(gates) != self._gates:
-            self._gates = tuple(gates)
+        others = (name for name in SCORE_NAMES if name != first)
+        headers = ("layer", "plane", "result", first, *others)
+        if (tuple(gates), headers) != (self._gates, self.headers):
+            self._gates, self.headers = tuple(gates), headers
             self._made.clear()
         rows = []
         for layer, session in sessions:
@@ -64,7 +78,7 @@ class PlaneRows:
                 layer.name,
                 ", ".join(f"{axis} {i}" for axis, i in places),
                 "unreadable" if judged.error else _said(verdict),
-                *(values.get(score, math.nan) for score in SCORE_NAMES.values()),
+                *(values.get(SCORE_NAMES[name], math.nan) for name in self.headers[3:]),
             ),
             passed=verdict,
             why=judged.error or "; ".join(judged.failed_gates),

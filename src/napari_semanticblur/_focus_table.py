@@ -15,7 +15,7 @@ from qtpy.QtCore import (  # type: ignore[attr-defined]
     Signal,
 )
 from qtpy.QtGui import QColor
-from qtpy.QtWidgets import QAbstractItemView, QTableView, QWidget
+from qtpy.QtWidgets import QAbstractItemView, QSizePolicy, QTableView, QWidget
 
 from napari_semanticblur._colors import FAILED_COLOR, PASSED_COLOR
 
@@ -85,7 +85,8 @@ class _Model(QAbstractTableModel):
         """Take other rows; where they only became more, those that are there stay as they are."""
         before = len(self.rows)
         more = len(rows) - before
-        if headers == self.headers and more >= 0 and rows[:before] == self.rows:
+        same = all(a is b for a, b in zip(rows, self.rows, strict=False))
+        if headers == self.headers and more >= 0 and same:
             if more:
                 self.beginInsertRows(_NO_PARENT, before, len(rows) - 1)
                 self.rows = rows
@@ -159,3 +160,8 @@ class FocusTable(QTableView):
 
     def _clicked(self, place: QModelIndex) -> None:
         self.row_chosen.emit(self._model.rows[self._sorted.mapToSource(place).row()].target)
+
+
+def widen(widget: QWidget) -> None:
+    """Let a widget take the width that its neighbours leave."""
+    widget.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Preferred)

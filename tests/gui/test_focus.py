@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -388,6 +389,15 @@ def test_cancel_keeps_what_is_done(qtbot: Any, viewer: Any, widget: Any) -> None
     assert widget.status.value == "Stopped"
     assert widget.check_button.enabled
     assert not widget.cancel_button.enabled
+
+
+def test_planes_that_come_quickly_do_not_pile_up(qtbot: Any, viewer: Any, widget: Any) -> None:
+    """napari's progress bar handles events as it draws; nested, they once ended the process."""
+    viewer.add_image(np.zeros((400, 16, 16), np.uint8), name="many")
+    widget.check()
+    time.sleep(1.5)  # the window is busy elsewhere, and updates gather
+    wait(qtbot, widget)
+    assert len(widget.session().images) == 400
 
 
 def test_a_layer_that_goes_away_stops_its_check(qtbot: Any, viewer: Any, widget: Any) -> None:
