@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -471,6 +472,7 @@ class FocusWidget(Container):  # type: ignore[type-arg]
     def _refresh(self) -> None:
         if self._is_closed:
             return
+        start = time.perf_counter()
         try:
             gates = self.gates()
         except SemanticBlurError as error:
@@ -484,6 +486,9 @@ class FocusWidget(Container):  # type: ignore[type-arg]
         else:
             self.table.show_rows(TILE_HEADERS, self._tiles_shown(gates))
         self._refresh_plot(gates)
+        # Thousands of planes take a while: less often then, so that the window stays alive.
+        took_ms = 1000 * (time.perf_counter() - start)
+        self._refresh_timer.setInterval(max(_REFRESH_MS, round(10 * took_ms)))
 
     def _refresh_plot(self, gates: list[Gate]) -> None:
         curve, position = None, -1
