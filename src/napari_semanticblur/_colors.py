@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 UNLABELLED, SHARP, BLURRED = 0, 1, 2
 SHARP_COLOR, BLURRED_COLOR = "#0072B2", "#E69F00"
 MAP_COLORMAP = "inferno"
+HEAT_COLORMAP = "viridis"
+# Behind black text; a word says the same, so that nobody has to tell the two apart.
+PASSED_COLOR, FAILED_COLOR = "#b7e4c0", "#f7bcb5"
 
 
 def label_colormap() -> DirectLabelColormap:

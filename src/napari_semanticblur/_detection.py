@@ -22,6 +22,7 @@ from napari_semanticblur._colors import (
 from napari_semanticblur._layers import (
     METADATA_KEY,
     find_result,
+    in_layer_axes,
     plane_index,
     read_source,
     result_placement,
@@ -292,7 +293,9 @@ class Detection:
             return
         assert self.pixels is not None
         _results[self.layer] = self.pixels
-        array = self._as_layer_array(self.pixels.blur if kind == "map" else self.pixels.labels)
+        made = self.pixels.blur if kind == "map" else self.pixels.labels
+        # One map stands for all channels of a mean.
+        array = in_layer_axes(self.source, made, self.planes.walked_axes + "YX")
         start = [0] * self.layer.ndim
         for axis, extent in zip(self.planes.walked_axes, self.pixels.box, strict=True):
             start[self.source.layer_axes.index(axis)] = extent.start
@@ -327,19 +330,6 @@ class Detection:
             )
         self._layers[kind] = unwrapped(added)
         self.viewer.layers.selection.active = self.layer
-
-    def _as_layer_array(self, array: NDArray[Any]) -> NDArray[Any]:
-        """Walked axes where the layer has them; one map stands for all channels of a mean."""
-        axes = self.planes.walked_axes + "YX"
-        missing = [axis for axis in self.source.layer_axes if axis not in axes]
-        expanded = array[(np.newaxis,) * len(missing)]
-        order = [(*missing, *axes).index(axis) for axis in self.source.layer_axes]
-        moved = expanded.transpose(order)
-        shape = list(moved.shape)
-        for axis in missing:
-            place = self.source.layer_axes.index(axis)
-            shape[place] = self.source.array.shape[self.source.axes.index(axis)]
-        return np.broadcast_to(moved, shape) if missing else moved
 
     def _record(self, kind: str, *, complete: bool) -> dict[str, Any]:
         return {

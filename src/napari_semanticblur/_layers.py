@@ -180,6 +180,43 @@ def result_placement(source: Source, start: Sequence[int]) -> dict[str, Any]:
     }
 
 
+def in_layer_axes(source: Source, array: NDArray[Any], axes: str) -> NDArray[Any]:
+    """An array of some of the layer's axes with all of them, in the layer's order.
+
+    Parameters
+    ----------
+    source
+        What was analysed.
+    array
+        Axes as ``axes`` says, then, of RGB, samples.
+    axes
+        Letters of the source's axes; along one that is missing, the array stands for every index.
+    """
+    n_samples = array.ndim - len(axes)
+    missing = [axis for axis in source.layer_axes if axis not in axes]
+    order = [(*missing, *axes).index(axis) for axis in source.layer_axes]
+    expanded = array[(np.newaxis,) * len(missing)]
+    moved = expanded.transpose([*order, *range(len(order), len(order) + n_samples)])
+    if not missing:
+        return moved
+    shape = list(moved.shape)
+    for axis in missing:
+        shape[source.layer_axes.index(axis)] = source.array.shape[source.axes.index(axis)]
+    return np.broadcast_to(moved, shape)
+
+
+def show_plane(source: Source, viewer: ViewerModel, planes: Planes, index: Sequence[int]) -> None:
+    """Move the viewer's sliders to a plane, given as `plane_index` gives it."""
+    layer = source.layer
+    data = (np.asarray(source.array.shape[: layer.ndim], dtype=float) - 1) / 2
+    places = [source.layer_axes.index(axis) for axis in planes.walked_axes]
+    data[places] = index
+    factors = np.asarray(source.factors)
+    world = layer.data_to_world(data * factors + (factors - 1) / 2)
+    first = viewer.dims.ndim - layer.ndim
+    viewer.dims.set_point([first + place for place in places], [world[p] for p in places])
+
+
 def find_result(viewer: ViewerModel, layer: Image, kind: str) -> Any:
     """The result layer of that kind ("map" or "labels") made from a layer, or None."""
     layer = unwrapped(layer)

@@ -75,7 +75,7 @@ class Run:
         self._worker.returned.connect(self._returned)
         self._worker.errored.connect(self._errored)
         self._worker.finished.connect(self._finished)
-        self._ended = False
+        self._ended = self._advancing = False
 
     def start(self) -> None:
         """Start the thread."""
@@ -89,8 +89,20 @@ class Run:
         if isinstance(update, Failure):
             self._outcome = update
         elif not self._worker.abort_requested:
-            n_done = self._on_update(update)
+            self._advance(self._on_update(update))
+
+    def _advance(self, n_done: int) -> None:
+        """Move napari's bar, which handles events as it draws: updates that wait come in nested.
+
+        Those must not draw in turn, or quick steps nest until Python gives up.
+        """
+        if self._advancing:
+            return
+        self._advancing = True
+        try:
             self._progress.update(max(0, n_done - self._progress.n))
+        finally:
+            self._advancing = False
 
     def _returned(self, _: Any) -> None:
         if not isinstance(self._outcome, Failure):

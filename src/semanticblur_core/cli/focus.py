@@ -34,7 +34,6 @@ _SCORES = (
     *("variance_of_laplacian", "tenengrad", "normalised_variance", "spectrum_slope"),
     "blur_effect",
 )
-_N_MAP_SCORES = 4
 _WORST_PRINTED = 20
 
 _measuring = (
@@ -458,7 +457,11 @@ class _Results:
     def _summary(self) -> dict[str, Any]:
         """What the HTML page shows beside the rows."""
         gates = ", ".join(gate.describe() for gate in self._options.gates) or "none"
-        said = ", ".join(f"{key} {value}" for key, value in self._protocol.items() if value)
+        said = ", ".join(
+            f"{key} {str(value)[:12] if key == 'model_sha256' else value}"
+            for key, value in self._protocol.items()
+            if value is not None
+        )
         summary: dict[str, Any] = {
             "description": f"Gates: {gates}. Measured with: {said}.",
             "gated": self._gated,
@@ -501,20 +504,9 @@ def _gates(flags: dict[str, Any]) -> list[Gate]:
 
 def _calibrated(name: str, protocol: dict[str, Any]) -> Gate:
     """The gate of a calibration, if it was measured as this run measures."""
-    from semanticblur_core.errors import ConfigError
     from semanticblur_core.focus import calibration
 
-    path = calibration.resolve(name)
-    found = calibration.load(path)
-    # The classical scores do not depend on map, region and subject.
-    of_map = found.score in _SCORES[:_N_MAP_SCORES]
-    for key, value in found.protocol.items():
-        if protocol.get(key) != value and (of_map or key == "value_range"):
-            raise ConfigError(
-                f"{path}: was measured with {key} {value}, this run has {protocol.get(key)}; "
-                "measure alike or calibrate anew"
-            )
-    return found.gate
+    return calibration.load(calibration.resolve(name)).gate_for(protocol)
 
 
 def _prepare(
@@ -641,24 +633,18 @@ def _open_file(
     along: str,
     value_range: tuple[float, float] | None,
 ) -> _StackInput:
-    from semanticblur_core.focus.check import Source
+    from semanticblur_core.focus.session import plane_sources, unit_range
     from semanticblur_core.focus.stack import StackFocus
     from semanticblur_core.inference.planes import Planes
 
     planes = Planes(opened.array, opened.axes, channels)
     limits = planes.as_limits(value_range) if value_range else planes.estimate_range()
 
-    def source(index: tuple[int, ...]) -> Source:
-        places = zip(planes.walked_axes, index, strict=True)
-        name = f"{path.name}[{','.join(f'{axis}={i}' for axis, i in places)}]"
-        return Source(name, path, lambda: planes.view(index).read_unit(limits=limits), index)
-
-    plain = limits is None and channels != "mean"
+    sources = plane_sources(planes, planes.indices(), name=path.name, path=path, limits=limits)
     return _StackInput(
-        sources=[source(index) for index in planes.indices()],
+        sources=sources,
         collected=StackFocus(planes.walked_axes, along=along),
-        # Anything else comes in 0..1 from the reader and must not be stretched plane by plane.
-        value_range=None if plain else (0.0, 1.0),
+        value_range=unit_range(planes, limits),
         array=opened.array,
         axes=opened.axes,
         pixel_size_um=opened.pixel_size_um,

@@ -14,7 +14,7 @@ import numpy as np
 
 from semanticblur_core import io, weights
 from semanticblur_core.errors import ConfigError, DataError
-from semanticblur_core.focus.scores import HIGHER_IS_SHARPER
+from semanticblur_core.focus.scores import HIGHER_IS_SHARPER, MAP_SCORES
 
 FORMAT_VERSION = 1
 
@@ -91,6 +91,24 @@ class Calibration:
         """The gate."""
         return Gate(self.score, self.limit)
 
+    def gate_for(self, protocol: Mapping[str, Any]) -> Gate:
+        """The gate, for scores that are measured so.
+
+        Raises
+        ------
+        ConfigError
+            If the examples were measured otherwise.
+        """
+        for key, value in self.protocol.items():
+            # The classical scores do not depend on map, region and subject.
+            matters = self.score in MAP_SCORES or key == "value_range"
+            if matters and protocol.get(key) != value:
+                raise ConfigError(
+                    f"the calibration on {self.score} was measured with {key} {value}, this run "
+                    f"has {protocol.get(key)}; measure alike or calibrate anew"
+                )
+        return self.gate
+
 
 def calibrate(
     good: Sequence[Mapping[str, float]],
@@ -165,8 +183,8 @@ def resolve(name: str) -> Path:
     stored = calibrations_folder() / f"{name}.json"
     if path.name == name and stored.is_file():
         return stored
-    known = ", ".join(sorted(found.stem for found in calibrations_folder().glob("*.json")))
-    raise ConfigError(f"calibration {name}: neither a file nor a stored one ({known or 'none'})")
+    known = ", ".join(stored_names()) or "none"
+    raise ConfigError(f"calibration {name}: neither a file nor a stored one ({known})")
 
 
 def stored_path(name: str) -> Path:
@@ -182,6 +200,11 @@ def stored_path(name: str) -> Path:
             f"calibration {name!r}: a name is of letters, digits, dashes and underscores"
         )
     return calibrations_folder() / f"{name}.json"
+
+
+def stored_names() -> list[str]:
+    """Names of the stored calibrations."""
+    return sorted(found.stem for found in calibrations_folder().glob("*.json"))
 
 
 def save(calibration: Calibration, path: Path) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from scipy import ndimage
 
 from semanticblur_core import io, stacks
-from semanticblur_core.errors import ImageError, SemanticBlurError
+from semanticblur_core.errors import ConfigError, ImageError, SemanticBlurError
 from semanticblur_core.focus import scores
 from semanticblur_core.focus.calibration import Gate
 from semanticblur_core.focus.classical import as_grey
@@ -37,6 +37,7 @@ _AHEAD = 2
 # Levels of blur in a thumbnail's overlay; few, for small files.
 _OVERLAY_LEVELS = 8
 _OVERLAY_COLOR = (0xE6, 0x9F, 0x00)
+_OVERLAY_ALPHA = 170
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,9 @@ class FocusUpdate:
 
 
 def focus_report(
-    sources: Iterable[Source | str | Path], detector: MapMaker, options: FocusOptions | None = None
+    sources: Iterable[Source | str | Path],
+    detector: MapMaker | None,
+    options: FocusOptions | None = None,
 ) -> Iterator[FocusUpdate]:
     """Check images one after the other, in order and in constant memory; close it to stop.
 
@@ -158,7 +161,8 @@ def focus_report(
     sources
         Files, or `Source` objects for images from elsewhere.
     detector
-        `semanticblur_core.Detector`, or a method of `semanticblur_core.focus.classical`.
+        `semanticblur_core.Detector`, or a method of `semanticblur_core.focus.classical`. None: the
+        classical scores alone, which need no map; those of the map are NaN.
     options
         Gates and the like.
 
@@ -167,6 +171,11 @@ def focus_report(
     FocusUpdate
         One for each image; one that cannot be read has ``image.error``.
 
+    Raises
+    ------
+    ConfigError
+        If masks are wanted without a map.
+
     Examples
     --------
     >>> from semanticblur_core import Detector, FocusOptions, focus_report
@@ -174,6 +183,8 @@ def focus_report(
     ...     print(update.image.name, update.image.scores.in_focus_fraction)
     """
     options = options or FocusOptions()
+    if detector is None and options.mask_folder is not None:
+        raise ConfigError("masks need a blur map: choose the network or another method")
     listed = [
         one if isinstance(one, Source) else Source(Path(one).name, Path(one)) for one in sources
     ]
@@ -294,9 +305,9 @@ def _prepare(source: Source, options: FocusOptions) -> _Prepared:
     return _guarded(work, _Prepared(source))
 
 
-def _detect(prepared: _Prepared, detector: MapMaker, options: FocusOptions) -> _Prepared:
+def _detect(prepared: _Prepared, detector: MapMaker | None, options: FocusOptions) -> _Prepared:
     image = prepared.image
-    if image is None:
+    if image is None or detector is None:
         return prepared
 
     def work() -> _Prepared:
@@ -312,7 +323,7 @@ def _score(prepared: _Prepared, options: FocusOptions) -> ImageFocus:
     failed = ImageFocus(
         source.name, str(source.path), error=prepared.error, elapsed_s=prepared.elapsed_s
     )
-    if prepared.error is not None or image is None or blur is None:
+    if prepared.error is not None or image is None:
         return failed
     start = time.perf_counter()
     try:
@@ -322,44 +333,45 @@ def _score(prepared: _Prepared, options: FocusOptions) -> ImageFocus:
         measured = scores.score_image(
             grey, blur, region=region, threshold=options.threshold, subject=options.subject
         )
-        values = measured.to_dict()
-        kept = [gate.passes(values) for gate in options.gates]
-        missed = tuple(
-            _describe(gate, values[gate.score])
-            for gate, passes in zip(options.gates, kept, strict=True)
-            if not passes
-        )
         tiles = None
-        if options.tile_size_px is not None:
+        if options.tile_size_px is not None and blur is not None:
             tiles = scores.tile_means(blur <= options.threshold, options.tile_size_px)
         plane = None
         if options.measure is not None:
             tile_size_px = options.tile_size_px or TILE_SIZE_PX
             measure = focus_measure(options.measure, blur=blur)
             plane = plane_focus(source.index, image, measure, tile_size_px=tile_size_px)
-        if options.mask_folder is not None:
+        if options.mask_folder is not None and blur is not None:
             _write_mask(source, blur, options)
         thumbnail, overlay = _pictures(image, blur) if options.thumbnails else (None, None)
     except (SemanticBlurError, MemoryError, OSError, ValueError) as error:
         return replace(failed, error=_reason(error, source.name))
-    return ImageFocus(
+    scored = ImageFocus(
         name=source.name,
         source=str(source.path),
-        height=blur.shape[0],
-        width=blur.shape[1],
+        height=grey.shape[0],
+        width=grey.shape[1],
         scores=measured,
-        passed=all(kept),
-        failed_gates=missed,
         tiles=tiles,
         plane=plane,
         thumbnail=thumbnail,
         overlay=overlay,
         elapsed_s=prepared.elapsed_s + time.perf_counter() - start,
     )
+    return judge(scored, options.gates)
+
+
+def judge(image: ImageFocus, gates: Sequence[Gate]) -> ImageFocus:
+    """The same image with the verdict of these gates; an unreadable one stays failed."""
+    if image.scores is None:
+        return image
+    values = image.scores.to_dict()
+    missed = tuple(_describe(gate, values[gate.score]) for gate in gates if not gate.passes(values))
+    return replace(image, passed=not missed, failed_gates=missed)
 
 
 def _describe(gate: Gate, value: float) -> str:
-    found = f"{value:.4g}" if math.isfinite(value) else "none, for there is no content"
+    found = f"{value:.4g}" if math.isfinite(value) else "none, for there is no content or no map"
     return f"{gate.describe()}, got {found}"
 
 
@@ -389,7 +401,7 @@ def _write_mask(source: Source, blur: NDArray[np.float32], options: FocusOptions
     io.write_png(options.mask_folder / f"{source.name}.png", mask)
 
 
-def _pictures(image: NDArray[Any], blur: NDArray[np.float32]) -> tuple[str, str]:
+def _pictures(image: NDArray[Any], blur: NDArray[np.float32] | None) -> tuple[str, str | None]:
     """A thumbnail as JPEG and its blur, orange where blurred, as a small PNG; base64."""
     step = max(1, min(image.shape[:2]) // (2 * THUMBNAIL_PX))
     small = image[::step, ::step]
@@ -397,19 +409,21 @@ def _pictures(image: NDArray[Any], blur: NDArray[np.float32]) -> tuple[str, str]
         small = np.rint(small * 255).astype(np.uint8)
     picture = Image.fromarray(small)
     picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX)
+    thumbnail = _base64(picture, format="JPEG", quality=70)
+    if blur is None:
+        return thumbnail, None
     size = [max(1, round(n * _MAP_PX / max(blur.shape))) for n in blur.shape[::-1]]
     coarse = np.asarray(Image.fromarray(blur).resize((size[0], size[1]), Image.Resampling.BOX))
     levels = np.rint(coarse * (_OVERLAY_LEVELS - 1)).astype(np.uint8)
     tint = Image.fromarray(levels)
     tint.putpalette(_OVERLAY_COLOR * _OVERLAY_LEVELS)
-    alphas = bytes(round(200 * level / (_OVERLAY_LEVELS - 1)) for level in range(_OVERLAY_LEVELS))
-    encoded: Sequence[tuple[Image.Image, dict[str, Any]]] = (
-        (picture, {"format": "JPEG", "quality": 70}),
-        (tint, {"format": "PNG", "transparency": alphas, "bits": 4, "optimize": True}),
+    alphas = bytes(
+        round(_OVERLAY_ALPHA * level / (_OVERLAY_LEVELS - 1)) for level in range(_OVERLAY_LEVELS)
     )
-    texts = []
-    for one, how in encoded:
-        stream = streams.BytesIO()
-        one.save(stream, **how)
-        texts.append(base64.b64encode(stream.getvalue()).decode("ascii"))
-    return texts[0], texts[1]
+    return thumbnail, _base64(tint, format="PNG", transparency=alphas, bits=4, optimize=True)
+
+
+def _base64(picture: Image.Image, **how: Any) -> str:
+    stream = streams.BytesIO()
+    picture.save(stream, **how)
+    return base64.b64encode(stream.getvalue()).decode("ascii")

@@ -74,6 +74,14 @@ class HtmlReport:
         self._resources.close()
 
 
+def write_html(path: Path, images: Iterable[ImageFocus], summary: dict[str, Any]) -> None:
+    """Write the HTML page of images that are checked already."""
+    with HtmlReport(path) as html:
+        for image in images:
+            html.add(image)
+        html.summary = summary
+
+
 def to_row(image: ImageFocus) -> dict[str, Any]:
     """Plain JSON values of one image; scores that are NaN are null."""
     row: dict[str, Any] = {"name": image.name, "source": image.source}

@@ -25,6 +25,7 @@ THRESHOLD = 0.5
 # A content mask is made on an image of about this many pixels along its longer side.
 _CONTENT_SIDE_PX = 256
 _SALIENCY_SIDE_PX = 64
+_SALIENCY_SIGMA_PX = 3
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,12 @@ HIGHER_IS_SHARPER = {
     "blur_effect": False,
 }
 
+MAP_SCORES = ("in_focus_fraction", "mean_blur", "largest_in_focus_fraction", "subject_in_focus")
+
 
 def score_image(
     grey: NDArray[np.float32],
-    blur: NDArray[np.float32],
+    blur: NDArray[np.float32] | None,
     *,
     region: Bools | None = None,
     threshold: float = THRESHOLD,
@@ -92,7 +95,7 @@ def score_image(
     grey
         ``(H, W)`` float32 in 0..1, see `semanticblur_core.focus.classical.grey`.
     blur
-        ``(H, W)`` float32 in 0..1, 1 = out of focus.
+        ``(H, W)`` float32 in 0..1, 1 = out of focus; without it the scores of the map are NaN.
     region
         ``(H, W)`` bool, where to look; None is everywhere.
     threshold
@@ -106,14 +109,21 @@ def score_image(
         If the shapes differ.
     """
     _require_same_shape(grey, blur, region)
-    weights = centre_weights(*blur.shape) if subject == "centre" else saliency(grey)
+    of_map = dict.fromkeys(MAP_SCORES, math.nan)
+    if blur is not None:
+        weights = centre_weights(*blur.shape) if subject == "centre" else saliency(grey)
+        of_map = {
+            "in_focus_fraction": in_focus_fraction(blur, region=region, threshold=threshold),
+            "mean_blur": mean_blur(blur, region=region),
+            "largest_in_focus_fraction": largest_in_focus(blur, region=region, threshold=threshold)[
+                0
+            ],
+            "subject_in_focus": in_focus_fraction(
+                blur, region=region, threshold=threshold, weights=weights
+            ),
+        }
     return FocusScores(
-        in_focus_fraction=in_focus_fraction(blur, region=region, threshold=threshold),
-        mean_blur=mean_blur(blur, region=region),
-        largest_in_focus_fraction=largest_in_focus(blur, region=region, threshold=threshold)[0],
-        subject_in_focus=in_focus_fraction(
-            blur, region=region, threshold=threshold, weights=weights
-        ),
+        **of_map,
         region_fraction=1.0 if region is None else float(region.mean()),
         variance_of_laplacian=variance_of_laplacian(grey),
         tenengrad=tenengrad(grey),
@@ -265,11 +275,12 @@ def centre_weights(height: int, width: int) -> NDArray[np.float32]:
 
 
 def saliency(grey: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What stands out, by the spectral residual: ``(H, W)`` float32 at least 0.
+    """What stands out, by the image signature: ``(H, W)`` float32 at least 0.
 
     References
     ----------
-    Hou and Zhang, CVPR 2007, doi:10.1109/CVPR.2007.383267.
+    Hou, Harel and Koch, IEEE Transactions on Pattern Analysis and Machine Intelligence 34 (2012),
+    doi:10.1109/TPAMI.2011.146.
     """
     from PIL import Image
 
@@ -277,13 +288,12 @@ def saliency(grey: NDArray[np.float32]) -> NDArray[np.float32]:
     factor = _SALIENCY_SIDE_PX / max(height, width)
     small_size = (max(1, round(width * factor)), max(1, round(height * factor)))
     small = np.asarray(Image.fromarray(grey).resize(small_size, Image.Resampling.BOX))
-    spectrum = fft.fft2(small.astype(np.float64))
-    log_amplitude = np.log(np.abs(spectrum) + 1e-9)
-    residual = log_amplitude - ndimage.uniform_filter(log_amplitude, 3, mode="wrap")
-    salient = np.abs(fft.ifft2(np.exp(residual + 1j * np.angle(spectrum)))) ** 2
-    salient = ndimage.gaussian_filter(salient, 2.5, mode="nearest").astype(np.float32)
-    enlarged = Image.fromarray(salient).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(enlarged, np.float32)
+    signature = np.sign(fft.dctn(small - small.mean(), norm="ortho"))
+    salient = ndimage.gaussian_filter(
+        np.square(fft.idctn(signature, norm="ortho")), _SALIENCY_SIGMA_PX, mode="nearest"
+    )
+    enlarged = Image.fromarray(salient.astype(np.float32))
+    return np.asarray(enlarged.resize((width, height), Image.Resampling.BILINEAR), np.float32)
 
 
 def tile_means(values: NDArray[Any], tile_size_px: int) -> NDArray[np.float32]:

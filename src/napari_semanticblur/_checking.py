@@ -1,0 +1,209 @@
+"""Focus checks in the background: jobs in, planes checked out. No widget here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from napari_semanticblur._layers import Source
+from napari_semanticblur._worker import Announcement, Failure, Run
+from semanticblur_core.focus.check import FocusOptions
+from semanticblur_core.focus.session import ArrayFocus, PlaneChecked
+from semanticblur_core.focus.stack import CompositeUpdate, all_in_focus
+from semanticblur_core.inference.planes import Channels
+
+if TYPE_CHECKING:
+    from semanticblur_core.inference.batch import MapMaker
+
+CLASSICAL, NETWORK = "classical", "network"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How focus is measured.
+
+    Attributes
+    ----------
+    method
+        ``network``, a hand-crafted method of `semanticblur_core.focus.classical`, or ``classical``:
+        no map, the classical scores alone.
+    model, device
+        Of the network.
+    tile_size_px
+        Side of the tiles.
+    region
+        ``image``, or ``content`` without empty background.
+    """
+
+    method: str = NETWORK
+    model: str = "default"
+    device: str = "auto"
+    tile_size_px: int = 64
+    region: str = "image"
+
+    @property
+    def options(self) -> FocusOptions:
+        """For the core."""
+        region: Any = self.region
+        return FocusOptions(region=region, tile_size_px=self.tile_size_px, thumbnails=True)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the scores depend on."""
+        of_network = (self.model,) if self.method == NETWORK else ()
+        return (self.method, *of_network, self.tile_size_px, self.region)
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """For people, by name."""
+        of_network = {"model": self.model} if self.method == NETWORK else {}
+        tiles = {"tiles": f"{self.tile_size_px} px", "region": self.region}
+        return {"method": self.method, **of_network, **tiles}
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """As `semanticblur-core focus calibrate` notes it."""
+        options = self.options
+        protocol: dict[str, Any] = {"method": self.method}
+        if self.method == NETWORK:
+            from semanticblur_core import weights
+
+            sha256 = weights.read_info(weights.resolve(self.model)).sha256
+            protocol |= {"model": self.model, "model_sha256": sha256, "size": options.size}
+        return protocol | {
+            "threshold": options.threshold,
+            "region": self.region,
+            "subject": options.subject,
+            "value_range": None,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Planes of one layer, to be measured for the session that knows it."""
+
+    source: Source
+    session: ArrayFocus
+    indices: list[tuple[int, ...]]
+    channels: Channels = "each"
+
+
+class Checking:
+    """One run over some planes of some layers.
+
+    Parameters
+    ----------
+    jobs, settings
+        What is measured, and how.
+    on_status
+        Called in the main thread with a line for people.
+    on_plane
+        Called in the main thread after every plane, with planes done.
+    on_end
+        Called once in the main thread with "done", "cancelled" or a `Failure`.
+    """
+
+    def __init__(
+        self,
+        jobs: list[Job],
+        settings: Settings,
+        *,
+        on_status: Callable[[str], None],
+        on_plane: Callable[[int], None],
+        on_end: Callable[[str | Failure], None],
+    ) -> None:
+        self.jobs, self.settings = jobs, settings
+        self.n_planes = sum(len(job.indices) for job in jobs)
+        self._on_status, self._on_plane = on_status, on_plane
+        self._n_done = 0
+        names = ", ".join(job.source.layer.name for job in jobs[:3])
+        self._run = Run(
+            self._work,
+            title=f"Focus quality: {names}",
+            n_steps=self.n_planes,
+            on_update=self._update,
+            on_end=on_end,
+        )
+
+    def start(self) -> None:
+        """Start in the background."""
+        self._run.start()
+
+    def cancel(self) -> None:
+        """Stop at the next plane; what is done is kept."""
+        self._run.cancel()
+
+    def _work(self) -> Iterator[Any]:
+        settings = self.settings
+        detector: MapMaker | None = None
+        if settings.method == NETWORK:
+            from napari_semanticblur import _models
+
+            if not _models.is_loaded(settings.model, settings.device):
+                yield Announcement(
+                    "Loading PyTorch and the model; the first time takes a moment ..."
+                )
+            detector = _models.detector(settings.model, settings.device)
+        elif settings.method != CLASSICAL:
+            from semanticblur_core.focus.classical import ClassicalDetector
+
+            detector = ClassicalDetector(settings.method)
+        for job in self.jobs:
+            with closing(
+                job.session.check(
+                    job.source.array,
+                    job.source.axes,
+                    detector,
+                    settings.options,
+                    indices=job.indices,
+                    channels=job.channels,
+                )
+            ) as running:
+                for update in running:
+                    yield job, update
+
+    def _update(self, update: Any) -> int:
+        if isinstance(update, Announcement):
+            self._on_status(update.text)
+            return 0
+        job, checked = update
+        assert isinstance(checked, PlaneChecked)
+        job.session.add(checked)
+        self._n_done += 1
+        self._on_plane(self._n_done)
+        return self._n_done
+
+
+def compose(
+    source: Source,
+    channels: Channels,
+    along: str,
+    at: tuple[int, ...],
+    *,
+    on_progress: Callable[[int, int], None],
+    on_end: Callable[[str | Failure, CompositeUpdate | None], None],
+) -> Run:
+    """A run that makes the all-in-focus composite of the stack at an index; not started yet."""
+    last: list[CompositeUpdate] = []
+
+    def work() -> Iterator[CompositeUpdate]:
+        with closing(
+            all_in_focus(source.array, source.axes, along=along, at=at, channels=channels)
+        ) as running:
+            yield from running
+
+    def update(made: CompositeUpdate) -> int:
+        last[:] = [made]
+        on_progress(made.n_done, made.n_total)
+        return made.n_done
+
+    planes = source.planes(channels)
+    return Run(
+        work,
+        title=f"All in focus: {source.layer.name}",
+        n_steps=2 * planes.lengths[planes.walked_axes.index(along)],
+        on_update=update,
+        on_end=lambda outcome: on_end(outcome, last[0] if last else None),
+    )

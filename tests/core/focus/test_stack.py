@@ -1,0 +1,220 @@
+"""Stacks: planes are found where they were made sharp, read once, and composed without loss."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage, stats
+
+from semanticblur_core import io
+from semanticblur_core.data.focal_stack import focal_stack
+from semanticblur_core.errors import ConfigError, ImageError
+from semanticblur_core.focus.stack import (
+    FileStack,
+    PlaneFocus,
+    StackFocus,
+    all_in_focus,
+    focus_measure,
+    in_stack_order,
+    iter_focus,
+    plane_focus,
+)
+
+
+class Counted:
+    """An array that notes which places along its first axis are read."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.read = array, list[int]()
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        self.read.append(key[0])
+        part: np.ndarray = self.array[key]
+        return part
+
+
+def defocused(peaks: list[float], n_planes: int = 9, side: int = 96) -> np.ndarray:
+    """``(T, Z, side, side)``: one texture, sharpest at a peak, as 8 bits."""
+    scene = np.random.default_rng(0).random((side, side)) * 255
+    return np.stack(
+        [
+            [ndimage.gaussian_filter(scene, 0.6 + abs(z - peak) * 0.7) for z in range(n_planes)]
+            for peak in peaks
+        ]
+    ).astype(np.uint8)
+
+
+def measured(array: Any, axes: str, **options: Any) -> StackFocus:
+    result = StackFocus("".join(axis for axis in axes if axis not in "YXS"))
+    for _ in iter_focus(array, axes, result, **options):
+        pass
+    return result
+
+
+@pytest.mark.parametrize("measure", ["tenengrad", "laplacian"])
+@pytest.mark.parametrize("peak", [2.0, 4.0, 5.5])
+def test_the_peak_is_where_it_was_made(peak: float, measure: str) -> None:
+    stack = defocused([peak])[0]
+    curve = measured(stack, "ZYX", measure=focus_measure(measure)).curve()
+    assert abs(curve.best - peak) <= 0.5
+    assert curve.peak == pytest.approx(peak, abs=0.3)
+    assert curve.positions == tuple(range(9))
+
+
+def test_a_parabola_through_three_scores_worked_out_by_hand() -> None:
+    result = StackFocus()
+    # exp(-(z - 1.25)^2): its logarithm is a parabola, so the peak is exact, for uneven steps too.
+    for z in (0, 1, 3):
+        result.add(PlaneFocus((z,), float(np.exp(-((z - 1.25) ** 2))), np.zeros((1, 1))))
+    curve = result.curve()
+    assert curve.best == 1
+    assert curve.peak == pytest.approx(1.25)
+
+
+def test_a_peak_at_the_end_stays_there() -> None:
+    curve = measured(defocused([0.0])[0], "ZYX").curve()
+    assert (curve.best, curve.peak) == (0, 0.0)
+
+
+def test_axes_go_by_name_and_drift_is_found() -> None:
+    stack = defocused([2.0, 2.5, 3.0, 3.5])
+    drift = measured(stack, "TZYX").drift(step_um=2.0)
+    assert drift.planes_per_step == pytest.approx(0.5, abs=0.15)
+    assert drift.um_per_step == pytest.approx(2 * drift.planes_per_step)
+    moved = measured(np.moveaxis(stack, 1, -1), "TYXZ")
+    assert moved.curve((0,)).best == 2
+    colour = measured(np.stack([stack[0]] * 3, axis=-1), "ZYXS")
+    assert colour.curve().best == 2
+
+
+def test_each_tile_has_its_best_plane() -> None:
+    near, far = defocused([1.0, 6.0])
+    stack = np.concatenate([near, far], axis=2)
+    tiles = measured(stack, "ZYX", tile_size_px=48).best_tiles()
+    np.testing.assert_array_equal(tiles, [[1, 1, 6, 6]] * 2)
+
+
+def test_only_new_planes_of_a_grown_stack_are_read() -> None:
+    stack = defocused([4.0])[0]
+    result = StackFocus()
+    first = Counted(stack[:3])
+    list(iter_focus(first, "ZYX", result))
+    assert (first.read, result.curve().best) == ([0, 1, 2], 2)
+    grown = Counted(stack)
+    updates = list(iter_focus(grown, "ZYX", result))
+    assert grown.read == [3, 4, 5, 6, 7, 8]
+    assert [(u.n_done, u.n_total) for u in updates] == [(i, 6) for i in range(1, 7)]
+    assert result.curve().best == 4
+    assert list(iter_focus(Counted(stack), "ZYX", result)) == []
+
+
+def test_planes_are_read_when_they_are_asked_for() -> None:
+    stack = Counted(defocused([4.0])[0])
+    running = iter_focus(stack, "ZYX", StackFocus())
+    next(running)
+    running.close()
+    assert stack.read == [0]
+
+
+def test_sixteen_bits_are_measured_on_one_scale() -> None:
+    """A plane stretched by itself would look as sharp as the one in focus."""
+    stack = defocused([4.0])[0].astype(np.uint16) * 100
+    assert measured(stack, "ZYX").curve().best == 4
+
+
+def compose(stack: np.ndarray, axes: str, **options: Any) -> Any:
+    *_, last = all_in_focus(stack, axes, **options)
+    return last
+
+
+def tile_gradient(image: np.ndarray, side: int = 64) -> np.ndarray:
+    grey = image @ np.array([0.299, 0.587, 0.114]) if image.ndim == 3 else image.astype(float)
+    height, width = (n // side * side for n in grey.shape)
+    gradient = np.hypot(*np.gradient(grey))[:height, :width]
+    tiles: np.ndarray = gradient.reshape(height // side, side, width // side, side).mean((1, 3))
+    return tiles
+
+
+def test_the_composite_is_as_sharp_as_the_best_plane_everywhere() -> None:
+    made = focal_stack(n_planes=11, size_px=256)
+    result = compose(made.images, "ZYX")
+    assert (result.composite.dtype, result.depth.dtype) == (np.uint8, np.int16)
+    best = np.max([tile_gradient(plane) for plane in made.images], axis=0)
+    assert (tile_gradient(result.composite) >= 0.95 * best).all()
+    # The slope is in focus from left to right; noise leaves a plane or so.
+    wanted = np.linspace(0, 10, 256)[None]
+    assert np.mean(np.abs(result.depth - wanted) <= 1.5) > 0.9
+    lone = np.abs(result.depth - ndimage.median_filter(result.depth, 7)) > 1
+    assert lone.mean() < 0.01
+
+
+def test_planes_that_are_alike_compose_to_themselves(rng: np.random.Generator) -> None:
+    for shape, axes in (((40, 50), "ZYX"), ((40, 50, 3), "ZYXS")):
+        plane = rng.integers(0, 60_000, shape, np.uint16)
+        result = compose(np.stack([plane] * 4), axes)
+        assert result.composite.dtype == np.uint16
+        np.testing.assert_allclose(result.composite.astype(int), plane, atol=1)
+        assert not result.depth.any()
+
+
+def test_one_time_and_channel_is_composed() -> None:
+    stack = np.stack([defocused([2.0])[0], defocused([6.0])[0]])[:, None]
+    result = compose(stack, "TCZYX", at=(1, 0))
+    assert np.median(result.depth) == 6
+    with pytest.raises(ImageError, match="expected an index along TC, got"):
+        compose(stack, "TCZYX")
+
+
+def test_files_are_a_stack_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    names = ["z-10.png", "z-09.png", "z-01.png", "z+00.png", "z+02.png", "z+11.png"]
+    for i, name in enumerate(names):
+        Image.fromarray(np.full((6, 7), i, np.uint8)).save(tmp_path / name)
+    ordered = in_stack_order(list(tmp_path.iterdir()))
+    assert [path.name for path in ordered] == names
+    stack = FileStack(ordered)
+    assert (stack.shape, stack.axes) == ((6, 6, 7), "ZYX")
+    assert stack[2, 0, 0] == 2
+    assert [p.name for p in in_stack_order([Path("a-10.png"), Path("a-9.png")])] == [
+        "a-9.png",
+        "a-10.png",
+    ]
+    Image.fromarray(np.zeros((6, 8), np.uint8)).save(ordered[3])
+    with pytest.raises(ImageError, match=re.escape("z+00.png: uint8 (6, 8), but z-10.png is")):
+        stack[3]
+
+
+def test_wrong_input_is_named() -> None:
+    with pytest.raises(ImageError, match="no axis Z to look along: the planes have T"):
+        StackFocus("T")
+    with pytest.raises(ConfigError, match="expected one of tenengrad, laplacian, network"):
+        focus_measure("sobel")
+    with pytest.raises(ConfigError, match="needs a detector"):
+        focus_measure("network")
+    with pytest.raises(ImageError, match="no plane at"):
+        StackFocus().curve()
+    with pytest.raises(ImageError, match="needs two times"):
+        measured(defocused([2.0]), "TZYX").drift()
+
+
+def test_the_best_plane_of_a_stained_smear_is_that_of_its_authors(data_dir: Path) -> None:
+    files = in_stack_order(list((data_dir / "microscopy" / "smear-stack").iterdir()))
+    z = np.array([int(path.stem.split("z")[1]) for path in files])
+    assert z.tolist() == list(range(-9, 10))
+    result = StackFocus()
+    for i, path in enumerate(files):  # they are of slightly different sizes
+        result.add(plane_focus((i,), io.read_image(path), focus_measure()))
+    curve = result.curve()
+    assert z[curve.best] == 0
+    assert stats.spearmanr(curve.scores, -np.abs(z)).statistic >= 0.9
+
+
+def test_the_composite_of_a_real_stack_is_sharp(data_dir: Path) -> None:
+    part = np.s_[:448, 384:960]  # all of it takes a few seconds more
+    planes = [io.read_image(data_dir / "stack-balls" / f"{z:02}.jpg")[part] for z in range(25)]
+    result = compose(np.stack(planes), "ZYXS")
+    best = np.max([tile_gradient(plane) for plane in planes], axis=0)
+    assert (tile_gradient(result.composite) >= 0.95 * best).mean() >= 0.99
