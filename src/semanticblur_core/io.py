@@ -22,6 +22,10 @@ PILLOW_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif"),
     *(".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".gif"),
 )
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm"),
+    *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv"),
+)
 IMAGE_SUFFIXES = (*PILLOW_SUFFIXES, *TIFF_SUFFIXES)
 RAW_SUFFIXES = (
     *(
@@ -44,13 +48,15 @@ MAX_PIXELS = 1_000_000_000
 _pillow_limit = threading.Lock()
 
 
-def read_image(path: Path) -> NDArray[Any]:
+def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
     """Read one photograph or one plane.
 
     Parameters
     ----------
     path
         JPEG, PNG, WebP, BMP, PNM, GIF (first frame) or TIFF.
+    max_pixels
+        Rows times columns (times planes) above which the file is refused unread.
 
     Returns
     -------
@@ -73,7 +79,8 @@ def read_image(path: Path) -> NDArray[Any]:
         raise ImageError(
             f"{path}: camera raw and HEIC files are not read; export it as TIFF or JPEG first"
         )
-    array = _read_tiff(path) if suffix in TIFF_SUFFIXES else _read_pillow(path)
+    read = _read_tiff if suffix in TIFF_SUFFIXES else _read_pillow
+    array = read(path, max_pixels)
     if array.ndim == 3 and array.shape[2] in (2, 4):
         array = array[..., : array.shape[2] - 1]
     if array.ndim == 3 and array.shape[2] == 1:
@@ -337,12 +344,12 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _read_pillow(path: Path) -> NDArray[Any]:
+def _read_pillow(path: Path, max_pixels: int) -> NDArray[Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with _open_pillow(path) as opened:
-                _refuse_bomb(path, opened.width * opened.height)
+                refuse_bomb(path, opened.width * opened.height, max_pixels)
                 return _pillow_array(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
         raise ImageError(f"{path}: not an image that can be read") from None
@@ -373,7 +380,7 @@ def _pillow_array(image: Image.Image) -> NDArray[Any]:
     return np.asarray(image.convert("RGB"))
 
 
-def _read_tiff(path: Path) -> NDArray[Any]:
+def _read_tiff(path: Path, max_pixels: int) -> NDArray[Any]:
     import tifffile
 
     try:
@@ -381,7 +388,7 @@ def _read_tiff(path: Path) -> NDArray[Any]:
             page = tiff.pages.first
             if not _plain_photometric(page):
                 # Palettes, CMYK, Lab: Pillow knows how to turn them into RGB.
-                return _read_pillow(path)
+                return _read_pillow(path, max_pixels)
             whole = [series for series in tiff.series if not series.keyframe.is_reduced]
             if len(whole) > 1:
                 raise ImageError(
@@ -391,7 +398,7 @@ def _read_tiff(path: Path) -> NDArray[Any]:
             series = tiff.series[0]
             axes = series.axes
             samples = series.shape[axes.index("S")] if "S" in axes else 1
-            _refuse_bomb(path, math.prod(series.shape) // max(samples, 1))
+            refuse_bomb(path, math.prod(series.shape) // max(samples, 1), max_pixels)
             array: NDArray[Any] = series.asarray()
             tag = page.tags.get("Orientation")
             orientation = int(tag.value) if tag is not None else 1
@@ -445,9 +452,16 @@ def _orient(array: NDArray[Any], orientation: int) -> NDArray[Any]:
     return np.ascontiguousarray(array)
 
 
-def _refuse_bomb(path: Path, n_pixels: int) -> None:
-    if n_pixels > MAX_PIXELS:
+def refuse_bomb(path: Path, n_pixels: int, max_pixels: int) -> None:
+    """Refuse an image that would fill the memory, by what its header says.
+
+    Raises
+    ------
+    ImageError
+        If it has more pixels than the limit.
+    """
+    if n_pixels > max_pixels:
         raise ImageError(
-            f"{path}: {n_pixels / 1e6:.0f} million pixels, more than the limit of "
-            f"{MAX_PIXELS / 1e6:.0f} million"
+            f"{path}: {n_pixels / 1e6:.4g} million pixels, more than the limit of "
+            f"{max_pixels / 1e6:.4g} million (--max-pixels)"
         )
