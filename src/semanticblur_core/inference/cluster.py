@@ -150,8 +150,11 @@ class DetectionCluster:
                 _remove_parts(jobs, options)
 
     def _detect(self, jobs: list[Job], options: DetectOptions) -> Iterator[FileResult]:
+        import cloudpickle
         from distributed import KilledWorker, as_completed
 
+        # As bytes: what a worker cannot unpickle in its inbox costs it the connection.
+        make = cloudpickle.dumps(self._make)
         waiting, suspects = deque(jobs), deque[_Task]()
         running: dict[Any, _Chunk] = {}
         completed = as_completed(loop=self._client.loop)
@@ -160,7 +163,7 @@ class DetectionCluster:
 
         def submit(chunk: _Chunk) -> None:
             future = self._client.submit(
-                _detect_chunk, self._make, chunk.tasks, distant, self._n_threads, pure=False
+                _detect_chunk, make, chunk.tasks, distant, self._n_threads, pure=False
             )
             running[future] = chunk
             completed.add(future)
@@ -224,6 +227,7 @@ class DetectionCluster:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ConfigError(f"scheduler {address}: cannot be reached: {reason}") from error
         self._resources.callback(_quietly, client.close)
+        _require_package(client)
         return client
 
     def _start(self, n_workers: int) -> Any:
@@ -276,14 +280,13 @@ _lock = threading.Lock()
 _made: dict[bytes, MapMaker] = {}
 
 
-def process_detector(make: MakeDetector) -> MapMaker:
+def process_detector(pickled_make: bytes) -> MapMaker:
     """The detector of this process, made when it is first asked for; the latest one is kept."""
-    key = pickle.dumps(make)
     with _lock:
-        if key not in _made:
+        if pickled_make not in _made:
             _made.clear()
-            _made[key] = make()
-        return _made[key]
+            _made[pickled_make] = pickle.loads(pickled_make)()
+        return _made[pickled_make]
 
 
 def dask_setup(worker: Any) -> None:
@@ -292,13 +295,13 @@ def dask_setup(worker: Any) -> None:
 
 
 def _detect_chunk(
-    make: MakeDetector, tasks: list[_Task], options: DetectOptions, n_threads: int | None
+    pickled_make: bytes, tasks: list[_Task], options: DetectOptions, n_threads: int | None
 ) -> tuple[SimpleNamespace, list[FileResult]]:
     if n_threads is not None:
         import torch
 
         torch.set_num_threads(n_threads)
-    detector = process_detector(make)
+    detector = process_detector(pickled_make)
     results: list[FileResult] = []
     for task in tasks:
         # A result that was not there when the job was handed out is of a worker that died since.
@@ -323,6 +326,23 @@ def _as_asked(
 def _killed(job: Job) -> FileResult:
     reason = "the worker process died each time it was tried, perhaps for want of memory"
     return FileResult(job.source, error=f"{job.source}: {reason}")
+
+
+def _require_package(client: Any) -> None:
+    """Ask the scheduler and the workers that are there; without it they would drop out silently."""
+
+    def has_package() -> bool:  # nested, so that it travels by value
+        from importlib.util import find_spec
+
+        return find_spec("semanticblur_core") is not None
+
+    answers = {"the scheduler": client.run_on_scheduler(has_package), **client.run(has_package)}
+    lacking = [name for name, has in answers.items() if not has]
+    if lacking:
+        raise ConfigError(
+            f"napari-semanticblur is not installed on {lacking[0]} ({len(lacking)} of "
+            f"{len(answers)} lack it): scheduler and workers need the packages of this environment"
+        )
 
 
 def _explained(error: BaseException) -> BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 import string
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -97,7 +98,7 @@ def detect_dask(
         array,
         "".join(letters[axis] for axis in walked + inside),
         limits=limits,
-        make=functools.partial(_make, model, device, precision, flip),
+        make=pickle.dumps(functools.partial(_make, model, device, precision, flip)),
         axes=walked + inside,
         channels=channels,
         size=size,
@@ -123,7 +124,7 @@ def _detect_block(
     block: NDArray[Any],
     *,
     limits: Limits,
-    make: functools.partial[Any],
+    make: bytes,
     axes: str,
     channels: Channels,
     size: int | Literal["native"],
