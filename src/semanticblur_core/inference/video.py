@@ -28,7 +28,7 @@ from semanticblur_core.inference.batch import (
 FORMATS = ("csv", "json", "mp4")
 _COLUMNS = ("frame", "time_s", "mean_blur", "blurred_fraction")
 # A last frame may end this much before the length that the file states.
-_SLACK_S, _SLACK_SHARE = 0.1, 0.01
+_SLACK_S, _SLACK_SHARE, _SLACK_FRAMES = 0.1, 0.01, 2
 
 
 @dataclass(frozen=True)
@@ -229,17 +229,19 @@ def _encoder() -> str:
 
 def _refuse_truncated(path: Path, stream: Any, n_frames: int, end_s: float) -> None:
     """Compare what was read with the length that the file states, if it states one."""
+    stated_s = 0.0
     if stream.duration is not None and stream.time_base is not None:
         stated_s = float(((stream.start_time or 0) + stream.duration) * stream.time_base)
     elif "DURATION" in stream.metadata:  # Matroska, 00:01:02.5
         hours, minutes, seconds = stream.metadata["DURATION"].split(":")
         stated_s = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    else:
-        return
     if end_s + _SLACK_S + _SLACK_SHARE * stated_s < stated_s:
         raise ImageError(
             f"{path}: truncated: ends after {n_frames} frames, {end_s:.2f} of {stated_s:.2f} s"
         )
+    # AVI: FFmpeg takes the length from the size of the file, but not this number.
+    if n_frames + _SLACK_FRAMES + _SLACK_SHARE * stream.frames < stream.frames:
+        raise ImageError(f"{path}: truncated: ends after {n_frames} of {stream.frames} frames")
 
 
 def _import_av(path: Path) -> Any:

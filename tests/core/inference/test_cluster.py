@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-pytest.importorskip("distributed")
-
 from worker_detectors import KillsItsProcess, no_such_model
 
 from semanticblur_core import DetectionCluster, DetectOptions, Detector, detect_files, find_jobs
 from semanticblur_core.errors import ConfigError, WeightsError
 from semanticblur_core.inference.batch import FileResult, Job
+
+pytest.importorskip("distributed")
 
 pytestmark = [
     # Left open by dask's own event loop when processes are killed under it.
