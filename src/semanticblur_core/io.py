@@ -303,7 +303,10 @@ def write_image(path: Path, array: NDArray[Any]) -> None:
 def write_npy(path: Path, array: NDArray[np.float32]) -> None:
     """Write a numpy file."""
     with replacing(path) as temporary, temporary.open("wb") as stream:
-        np.save(stream, array, allow_pickle=False)
+        # Not np.save: on a full disk it does not say that it is full.
+        header = {"descr": "<f4", "fortran_order": False, "shape": array.shape}
+        np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[no-untyped-call]
+        stream.write(np.ascontiguousarray(array, dtype="<f4").data)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -350,6 +353,7 @@ def _read_pillow(path: Path, max_pixels: int) -> NDArray[Any]:
             warnings.simplefilter("ignore")
             with _open_pillow(path) as opened:
                 refuse_bomb(path, opened.width * opened.height, max_pixels)
+                _refuse_lying_jpeg(path, opened)
                 return _pillow_array(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
         raise ImageError(f"{path}: not an image that can be read") from None
@@ -385,6 +389,7 @@ def _read_tiff(path: Path, max_pixels: int) -> NDArray[Any]:
 
     try:
         with tifffile.TiffFile(path) as tiff:
+            refuse_lying_tiff(path, tiff)
             page = tiff.pages.first
             if not _plain_photometric(page):
                 # Palettes, CMYK, Lab: Pillow knows how to turn them into RGB.
@@ -416,6 +421,51 @@ def _read_tiff(path: Path, max_pixels: int) -> NDArray[Any]:
     if inverted:
         array = _invert(array)
     return _orient(array, orientation)
+
+
+def refuse_lying_tiff(path: Path, tiff: Any) -> None:
+    """Refuse an open TIFF whose header promises pixels that it does not hold.
+
+    tifffile would fill them up with zeros, or take a stack that was cut off for one image.
+
+    Raises
+    ------
+    ImageError
+        If it has no pixels, or lacks strips, tiles or planes.
+    """
+    page = tiff.pages.first
+    if page.imagelength == 0 or page.imagewidth == 0:
+        raise ImageError(f"{path}: the image has no pixels, {page.imagelength} x {page.imagewidth}")
+    n_pieces, n_stated = len(page.dataoffsets), math.prod(page.chunked)
+    if n_pieces < n_stated:
+        raise ImageError(
+            f"{path}: truncated: its size needs {n_stated} strips or tiles, {n_pieces} are there"
+        )
+    len(tiff.pages)  # follows the chain of images to its end, where a zero has to be
+    tiff.filehandle.seek(tiff.pages.next_page_offset)
+    if any(tiff.filehandle.read(tiff.tiff.offsetsize)):
+        raise ImageError(f"{path}: truncated: ends after {len(tiff.pages)} images, more are stated")
+    metadata = tiff.imagej_metadata or {}
+    series = tiff.series[0]
+    n_planes = math.prod(
+        n for axis, n in zip(series.axes, series.shape, strict=True) if axis not in "YXS"
+    )
+    n_stated = int(metadata.get("images", 1))
+    if n_planes < n_stated:
+        raise ImageError(f"{path}: truncated: states {n_stated} planes, {n_planes} are there")
+
+
+def _refuse_lying_jpeg(path: Path, image: Image.Image) -> None:
+    """Refuse a JPEG of more blocks than fit in the file; libjpeg would fill them with grey."""
+    if image.format != "JPEG" or "progressive" in image.info:
+        return
+    # Baseline JPEG spends at least two bits on each block of 8 x 8 pixels.
+    n_blocks = (image.width // 8) * (image.height // 8)
+    if n_blocks * 2 > path.stat().st_size * 8:
+        raise ImageError(
+            f"{path}: truncated: {image.width} x {image.height} pixels do not fit in its "
+            f"{path.stat().st_size} bytes"
+        )
 
 
 def _plain_photometric(page: Any) -> bool:

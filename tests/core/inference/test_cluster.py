@@ -144,9 +144,8 @@ def scheduler(tmp_path: Path) -> Iterator[str]:
             time.sleep(0.1)
         yield json.loads(file.read_text())["address"]
     finally:
-        for process in reversed(started):
-            process.terminate()
         for process in started:
+            process.kill()
             process.wait(30)
 
 
