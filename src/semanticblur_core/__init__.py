@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from semanticblur_core.evaluation import evaluate
     from semanticblur_core.focus.check import FocusOptions, focus_report
     from semanticblur_core.focus.stack import StackFocus, all_in_focus
+    from semanticblur_core.inference.batch import DetectOptions, detect_files, find_jobs
+    from semanticblur_core.inference.cluster import DetectionCluster
+    from semanticblur_core.inference.dask_map import detect_dask
     from semanticblur_core.inference.detector import Detector
     from semanticblur_core.losses import blur_loss
     from semanticblur_core.metrics import BlurScorer
@@ -30,6 +33,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlurScorer",
+    "DetectOptions",
+    "DetectionCluster",
     "Detector",
     "FocusOptions",
     "ModelConfig",
@@ -39,7 +44,10 @@ __all__ = [
     "TrainConfig",
     "all_in_focus",
     "blur_loss",
+    "detect_dask",
+    "detect_files",
     "evaluate",
+    "find_jobs",
     "finetune",
     "focus_report",
     "train",
@@ -47,6 +55,8 @@ __all__ = [
 
 _HOMES = {
     "BlurScorer": "semanticblur_core.metrics",
+    "DetectOptions": "semanticblur_core.inference.batch",
+    "DetectionCluster": "semanticblur_core.inference.cluster",
     "Detector": "semanticblur_core.inference.detector",
     "FocusOptions": "semanticblur_core.focus.check",
     "ModelConfig": "semanticblur_core.config",
@@ -56,7 +66,10 @@ _HOMES = {
     "TrainConfig": "semanticblur_core.config",
     "all_in_focus": "semanticblur_core.focus.stack",
     "blur_loss": "semanticblur_core.losses",
+    "detect_dask": "semanticblur_core.inference.dask_map",
+    "detect_files": "semanticblur_core.inference.batch",
     "evaluate": "semanticblur_core.evaluation",
+    "find_jobs": "semanticblur_core.inference.batch",
     "finetune": "semanticblur_core.training.finetune",
     "focus_report": "semanticblur_core.focus.check",
     "train": "semanticblur_core.training.loop",

@@ -23,6 +23,10 @@ PILLOW_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif"),
     *(".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".gif"),
 )
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm"),
+    *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv"),
+)
 IMAGE_SUFFIXES = (*PILLOW_SUFFIXES, *TIFF_SUFFIXES)
 RAW_SUFFIXES = (
     *(
@@ -45,13 +49,15 @@ MAX_PIXELS = 1_000_000_000
 _pillow_limit = threading.Lock()
 
 
-def read_image(path: Path) -> NDArray[Any]:
+def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
     """Read one photograph or one plane.
 
     Parameters
     ----------
     path
         JPEG, PNG, WebP, BMP, PNM, GIF (first frame) or TIFF.
+    max_pixels
+        Rows times columns (times planes) above which the file is refused unread.
 
     Returns
     -------
@@ -74,7 +80,8 @@ def read_image(path: Path) -> NDArray[Any]:
         raise ImageError(
             f"{path}: camera raw and HEIC files are not read; export it as TIFF or JPEG first"
         )
-    array = _read_tiff(path) if suffix in TIFF_SUFFIXES else _read_pillow(path)
+    read = _read_tiff if suffix in TIFF_SUFFIXES else _read_pillow
+    array = read(path, max_pixels)
     if array.ndim == 3 and array.shape[2] in (2, 4):
         array = array[..., : array.shape[2] - 1]
     if array.ndim == 3 and array.shape[2] == 1:
@@ -297,7 +304,10 @@ def write_image(path: Path, array: NDArray[Any]) -> None:
 def write_npy(path: Path, array: NDArray[np.float32]) -> None:
     """Write a numpy file."""
     with replacing(path) as temporary, temporary.open("wb") as stream:
-        np.save(stream, array, allow_pickle=False)
+        # Not np.save: on a full disk it does not say that it is full.
+        header = {"descr": "<f4", "fortran_order": False, "shape": array.shape}
+        np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[no-untyped-call]
+        stream.write(np.ascontiguousarray(array, dtype="<f4").data)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -355,12 +365,13 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _read_pillow(path: Path) -> NDArray[Any]:
+def _read_pillow(path: Path, max_pixels: int) -> NDArray[Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with _open_pillow(path) as opened:
-                _refuse_bomb(path, opened.width * opened.height)
+                refuse_bomb(path, opened.width * opened.height, max_pixels)
+                _refuse_lying_jpeg(path, opened)
                 return _pillow_array(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
         raise ImageError(f"{path}: not an image that can be read") from None
@@ -391,15 +402,16 @@ def _pillow_array(image: Image.Image) -> NDArray[Any]:
     return np.asarray(image.convert("RGB"))
 
 
-def _read_tiff(path: Path) -> NDArray[Any]:
+def _read_tiff(path: Path, max_pixels: int) -> NDArray[Any]:
     import tifffile
 
     try:
         with tifffile.TiffFile(path) as tiff:
+            refuse_lying_tiff(path, tiff)
             page = tiff.pages.first
             if not _plain_photometric(page):
                 # Palettes, CMYK, Lab: Pillow knows how to turn them into RGB.
-                return _read_pillow(path)
+                return _read_pillow(path, max_pixels)
             whole = [series for series in tiff.series if not series.keyframe.is_reduced]
             if len(whole) > 1:
                 raise ImageError(
@@ -409,7 +421,7 @@ def _read_tiff(path: Path) -> NDArray[Any]:
             series = tiff.series[0]
             axes = series.axes
             samples = series.shape[axes.index("S")] if "S" in axes else 1
-            _refuse_bomb(path, math.prod(series.shape) // max(samples, 1))
+            refuse_bomb(path, math.prod(series.shape) // max(samples, 1), max_pixels)
             array: NDArray[Any] = series.asarray()
             tag = page.tags.get("Orientation")
             orientation = int(tag.value) if tag is not None else 1
@@ -427,6 +439,51 @@ def _read_tiff(path: Path) -> NDArray[Any]:
     if inverted:
         array = _invert(array)
     return _orient(array, orientation)
+
+
+def refuse_lying_tiff(path: Path, tiff: Any) -> None:
+    """Refuse an open TIFF whose header promises pixels that it does not hold.
+
+    tifffile would fill them up with zeros, or take a stack that was cut off for one image.
+
+    Raises
+    ------
+    ImageError
+        If it has no pixels, or lacks strips, tiles or planes.
+    """
+    page = tiff.pages.first
+    if page.imagelength == 0 or page.imagewidth == 0:
+        raise ImageError(f"{path}: the image has no pixels, {page.imagelength} x {page.imagewidth}")
+    n_pieces, n_stated = len(page.dataoffsets), math.prod(page.chunked)
+    if n_pieces < n_stated:
+        raise ImageError(
+            f"{path}: truncated: its size needs {n_stated} strips or tiles, {n_pieces} are there"
+        )
+    len(tiff.pages)  # follows the chain of images to its end, where a zero has to be
+    tiff.filehandle.seek(tiff.pages.next_page_offset)
+    if any(tiff.filehandle.read(tiff.tiff.offsetsize)):
+        raise ImageError(f"{path}: truncated: ends after {len(tiff.pages)} images, more are stated")
+    metadata = tiff.imagej_metadata or {}
+    series = tiff.series[0]
+    n_planes = math.prod(
+        n for axis, n in zip(series.axes, series.shape, strict=True) if axis not in "YXS"
+    )
+    n_stated = int(metadata.get("images", 1))
+    if n_planes < n_stated:
+        raise ImageError(f"{path}: truncated: states {n_stated} planes, {n_planes} are there")
+
+
+def _refuse_lying_jpeg(path: Path, image: Image.Image) -> None:
+    """Refuse a JPEG of more blocks than fit in the file; libjpeg would fill them with grey."""
+    if image.format != "JPEG" or "progressive" in image.info:
+        return
+    # Baseline JPEG spends at least two bits on each block of 8 x 8 pixels.
+    n_blocks = (image.width // 8) * (image.height // 8)
+    if n_blocks * 2 > path.stat().st_size * 8:
+        raise ImageError(
+            f"{path}: truncated: {image.width} x {image.height} pixels do not fit in its "
+            f"{path.stat().st_size} bytes"
+        )
 
 
 def _plain_photometric(page: Any) -> bool:
@@ -463,9 +520,16 @@ def _orient(array: NDArray[Any], orientation: int) -> NDArray[Any]:
     return np.ascontiguousarray(array)
 
 
-def _refuse_bomb(path: Path, n_pixels: int) -> None:
-    if n_pixels > MAX_PIXELS:
+def refuse_bomb(path: Path, n_pixels: int, max_pixels: int) -> None:
+    """Refuse an image that would fill the memory, by what its header says.
+
+    Raises
+    ------
+    ImageError
+        If it has more pixels than the limit.
+    """
+    if n_pixels > max_pixels:
         raise ImageError(
-            f"{path}: {n_pixels / 1e6:.0f} million pixels, more than the limit of "
-            f"{MAX_PIXELS / 1e6:.0f} million"
+            f"{path}: {n_pixels / 1e6:.4g} million pixels, more than the limit of "
+            f"{max_pixels / 1e6:.4g} million (--max-pixels)"
         )

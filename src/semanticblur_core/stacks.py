@@ -22,6 +22,7 @@ STACK_SUFFIXES = (*io.TIFF_SUFFIXES, ".npy", ".zarr")
 BLOCK_PX = 512
 LARGE_PLANE_PIXELS = 16_000_000
 COARSEST_SIDE_PX = 2048
+FEWEST_COLUMNS = 16
 # By the number of axes, where a file does not name them.
 _USUAL_AXES = {2: "YX", 3: "ZYX", 4: "TZYX", 5: "TCZYX"}
 _MICROMETRES = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
@@ -87,8 +88,9 @@ def open_stack(path: Path, *, axes: str | None = None, level: int = 0) -> Iterat
             raise ImageError(f"{path}: damaged or unreadable: {reason}") from error
         named = (axes or found).upper()
         if len(named) != len(array.shape):
+            what = f"axes {named!r} do not fit" if named else "the file does not say the axes of"
             raise ImageError(
-                f"{path}: axes {named!r} do not fit an array of shape {tuple(array.shape)}; "
+                f"{path}: {what} an array of shape {tuple(array.shape)}; "
                 f"--axes names them, {len(array.shape)} letters with Y and X among them"
             )
         yield Stack(array, named, sizes)
@@ -303,6 +305,8 @@ def _halved(finer: Any, index: tuple[int, ...], rows: slice) -> NDArray[np.float
 def _guess_axes(shape: tuple[int, ...]) -> str:
     if len(shape) in (3, 4) and shape[-1] in (3, 4):
         return _USUAL_AXES[len(shape) - 1] + "S"
+    if len(shape) > 2 and shape[-1] < FEWEST_COLUMNS <= min(shape[-3:-1]):
+        return ""  # rather channels, of a kind that is not to be guessed
     return _USUAL_AXES.get(len(shape), "")
 
 
@@ -311,6 +315,7 @@ def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, 
     import zarr
 
     tiff = resources.enter_context(tifffile.TiffFile(path))
+    io.refuse_lying_tiff(path, tiff)
     whole = [series for series in tiff.series if not series.keyframe.is_reduced]
     if len(whole) > 1:
         raise ImageError(

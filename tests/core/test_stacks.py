@@ -108,7 +108,7 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
         "empty.npy": "0 bytes",
         "text.npy": "damaged or unreadable",
         "bare.zarr": "without OME multiscales",
-        "six.npy": "do not fit an array of shape",
+        "six.npy": "does not say the axes of an array of shape",
     }.items():
         with (
             pytest.raises(ImageError, match=f"{name}.*{message}") as caught,
@@ -117,8 +117,20 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
             Planes(stack.array, stack.axes).view((0,)).read()
         assert "\n" not in str(caught.value)
     with (
+        pytest.raises(ImageError, match=r"cut\.tif: truncated: ends after 1 images"),
+        stacks.open_stack(tmp_path / "cut.tif"),
+    ):
+        pass
+    data = np.random.default_rng(0).integers(0, 9999, (5, 64, 64), np.uint16)
+    tifffile.imwrite(tmp_path / "rotten.tif", data, photometric="minisblack", compression="zlib")
+    rotten = bytearray((tmp_path / "rotten.tif").read_bytes())
+    with tifffile.TiffFile(tmp_path / "rotten.tif") as tiff:
+        offset = tiff.pages[3].dataoffsets[0]
+    rotten[offset : offset + 50] = bytes(50)
+    (tmp_path / "rotten.tif").write_bytes(rotten)
+    with (
         pytest.raises(ImageError, match="plane \\(3,\\): cannot be read"),
-        stacks.open_stack(tmp_path / "cut.tif") as stack,
+        stacks.open_stack(tmp_path / "rotten.tif") as stack,
     ):
         Planes(stack.array, stack.axes).view((3,)).read()
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,8 +30,13 @@ from semanticblur_core.cli._options import (
 
 if TYPE_CHECKING:
     from semanticblur_core.focus.classical import ClassicalDetector
-    from semanticblur_core.inference.batch import FileResult
+    from semanticblur_core.inference.batch import DetectOptions, FileResult
+    from semanticblur_core.inference.cluster import DetectionCluster
     from semanticblur_core.inference.detector import Detector
+
+
+# A large image is many tiles; how many is not known before it is opened.
+_TILES_OF_AN_IMAGE = 20
 
 
 @click.command(name="detect")
@@ -38,8 +46,8 @@ if TYPE_CHECKING:
     multiple=True,
     required=True,
     metavar="PATH|GLOB|DIR|sample:NAME",
-    help="Image, quoted glob, folder, or sample:cat, sample:coffee, sample:astronaut (photographs "
-    "that ship with scikit-image). May be given several times.",
+    help="Image, video, quoted glob, folder (of images), or sample:cat, sample:coffee, "
+    "sample:astronaut (photographs that ship with scikit-image). May be given several times.",
 )
 @click.option(
     "--output",
@@ -94,9 +102,9 @@ if TYPE_CHECKING:
 @click.option(
     "--format",
     "formats",
-    type=ListType(("png", "tif", "npy", "zarr")),
-    help="png: 8 bits to look at, white = out of focus; tif, npy, zarr: float32 in 0..1. Default: "
-    "png, and tif for stacks.",
+    type=ListType(("png", "tif", "npy", "zarr", "csv", "json", "mp4")),
+    help="png: 8 bits to look at, white = out of focus; tif, npy, zarr: float32 in 0..1. Of videos "
+    "csv, json: a row a frame; mp4: the maps. Default: png, tif for stacks, csv for videos.",
 )
 @click.option(
     "--overlay", is_flag=True, help="Also write the photograph with its blurred part tinted."
@@ -129,6 +137,41 @@ if TYPE_CHECKING:
     help="Resolution level of a pyramid, 0 is full.",
 )
 @click.option(
+    "--every",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Of a video, each N-th frame.",
+    metavar="N",
+)
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    default=1_000_000_000,
+    show_default=True,
+    help="Larger images are refused instead of filling the memory.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Processes on this machine, each with a model of its own.",
+)
+@click.option(
+    "--scheduler",
+    metavar="tcp://HOST:PORT",
+    help="Work on a running dask.distributed cluster instead; it sees the files under the same "
+    "paths.",
+)
+@click.option(
+    "--table",
+    "table_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a summary table, a row a file: .csv or .parquet.",
+)
+@click.option(
     "--json",
     "json_path",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -157,22 +200,33 @@ def command(
     planes: tuple[slice, ...] | None,
     channels: Any,
     level: int,
+    every: int,
+    max_pixels: int,
+    workers: int,
+    scheduler: str | None,
+    table_path: Path | None,
     json_path: Path | None,
 ) -> None:
     """Find what is out of focus in images.
 
     For each image a blur map OUTPUT/<folder>/<name>_blur.png (white = out of focus), and with
-    --overlay a picture <name>_overlay.png. For a stack (TIFF, npy, Zarr) a stack of maps. A file
-    that cannot be read is reported, the rest is done, and the exit code is 2.
+    --overlay a picture <name>_overlay.png. For a stack (TIFF, npy, Zarr) a stack of maps, for a
+    video a table <name>_blur.csv of its frames. A file that cannot be read is reported, the rest
+    is done, and the exit code is 2.
     """
     from semanticblur_core.inference.batch import DetectOptions, detect_files, find_jobs
+    from semanticblur_core.inference.table import require_table_format, summary_table
 
+    if scheduler is not None and workers > 1:
+        raise click.UsageError("--workers is of this machine; --scheduler has workers of its own")
+    if table_path is not None:
+        require_table_format(table_path)
     refuse_network_flags(
         method, "model", "device", "precision", "backend", "flip", "size", "scales", "upsampling"
     )
     options = DetectOptions(
         output, size, threshold, formats, overlay, overwrite, resume, value_range, axes, channels,
-        planes, level,
+        planes, level, every, max_pixels,
     )  # fmt: skip
     jobs, left_out = find_jobs(inputs, output, recursive=recursive)
     if left_out:
@@ -181,36 +235,72 @@ def command(
             f"{left_out[0]}"
         )
 
-    detector = _make_detector(
+    if scheduler is not None and Path(model).is_file():
+        model = str(Path(model).absolute())  # workers are in folders of their own
+    alone = scheduler is None and workers == 1
+    make = functools.partial(
+        _make_detector,
         method,
         model,
         device=device,
         precision=precision,
         flip=flip,
-        backend=backend,
-        n_images=len(jobs),
+        # Workers share the cores by torch's number of threads.
+        backend=backend if alone or backend != "auto" else "torch",
+        n_images=len(jobs) * (_TILES_OF_AN_IMAGE if size == "native" else 1),
         upsampling=upsampling,
         scales=scales,
     )
-    results = []
-    try:
-        with progress_bar() as progress:
-            task = progress.add_task("Detecting", total=len(jobs))
-            for result in detect_files(jobs, detector, options):
-                results.append(result)
+    results, n_failed, n_skipped = [], 0, 0
+    detector: Any = SimpleNamespace(name=model, reason="no worker answered")
+    with ExitStack() as resources:
+        progress = resources.enter_context(progress_bar())
+        table = resources.enter_context(summary_table(table_path)) if table_path else None
+        if alone:
+            cluster, detector = None, make()
+            coming = detect_files(jobs, detector, options)
+        else:
+            cluster = resources.enter_context(_open_cluster(make, workers, scheduler))
+            coming = cluster.detect_files(jobs, options)
+        task = progress.add_task("Detecting", total=len(jobs))
+        try:
+            for result in coming:
+                n_failed += result.error is not None
+                n_skipped += result.skipped
+                if table is not None:
+                    table.add(result)
+                if json_path is not None:
+                    results.append(result)
                 progress.advance(task)
                 _report(result, progress.console.is_terminal and len(jobs) > 1)
-    finally:
-        # Written after an interruption too: it tells what was done.
-        if json_path is not None:
-            _write_json(json_path, results, detector, options)
-    failed = sum(result.error is not None for result in results)
+        finally:
+            if cluster is not None and cluster.detector is not None:
+                detector = cluster.detector
+            # Written after an interruption too: it tells what was done.
+            if json_path is not None:
+                _write_json(json_path, results, detector, options)
     if len(jobs) > 1:
-        skipped = sum(result.skipped for result in results)
-        kept = f", {skipped} of them before" if skipped else ""
-        click.echo(f"{len(jobs) - failed} of {len(jobs)} images done{kept} ({detector.reason})")
-    if failed:
+        kept = f", {n_skipped} of them before" if n_skipped else ""
+        click.echo(f"{len(jobs) - n_failed} of {len(jobs)} images done{kept} ({detector.reason})")
+    if n_failed:
         raise SystemExit(2)
+
+
+def _open_cluster(
+    make: functools.partial[Any], workers: int, scheduler: str | None
+) -> DetectionCluster:
+    from semanticblur_core.inference.cluster import DetectionCluster
+
+    if scheduler is None:
+        return DetectionCluster(make, n_workers=workers)
+    cluster = DetectionCluster(make, scheduler=scheduler)
+    n_threads = cluster.count_threads()
+    click.echo(
+        f"{n_threads} worker threads at {scheduler}"
+        if n_threads
+        else f"no worker at {scheduler} yet, waiting for one"
+    )
+    return cluster
 
 
 def _make_detector(method: str, model: str, **how: Any) -> Detector | ClassicalDetector:
@@ -242,16 +332,16 @@ def _report(result: FileResult, quiet: bool) -> None:
 
 
 def _write_json(
-    path: Path, results: list[FileResult], detector: Detector | ClassicalDetector, options: Any
+    path: Path, results: list[FileResult], detector: Any, options: DetectOptions
 ) -> None:
+    """What was measured; ``detector`` or what is known of the workers' one."""
     from semanticblur_core import __version__, io
-    from semanticblur_core.focus.classical import ClassicalDetector
 
     protocol = {
         "blurred_is": f"map > {options.threshold:g}",
         "value_range": options.value_range,
     }
-    if not isinstance(detector, ClassicalDetector):
+    if hasattr(detector, "backend"):  # hand-crafted methods have none
         protocol |= {
             "size": options.size,
             "scales": detector.scales,
@@ -279,7 +369,7 @@ def _write_json(
     document = {
         "software": f"napari-semanticblur {__version__}",
         "model": detector.name,
-        "model_sha256": None if isinstance(detector, ClassicalDetector) else detector.sha256,
+        "model_sha256": getattr(detector, "sha256", None),
         "protocol": protocol,
         "images": done,
         "skipped": [result.source for result in results if result.skipped],

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector
 
 SAMPLES = {"cat": "chelsea", "coffee": "coffee", "astronaut": "astronaut"}
-_RESULT_NAME = re.compile(r"_blur\.(png|tif|npy|zarr)$|_overlay\.png$")
+_RESULT_NAME = re.compile(r"_blur\.(png|tif|npy|zarr|csv|json|mp4)$|_overlay\.png$")
 _SAMPLE_PREFIX = "sample:"
+_IMAGE_FORMATS = ("png", "tif", "npy", "zarr")
 STREAMED_PIXELS = 64_000_000
 
 
@@ -76,9 +77,11 @@ class Job:
 class DetectOptions:
     """How blur maps are made and which files are written.
 
-    ``formats`` None is png for an image and tif for a stack. ``axes``, ``channels``, ``planes`` and
-    ``level`` say what a stack is and which planes of it are wanted: a slice for each walked axis,
-    for the last ones where there are fewer.
+    ``formats`` None is png for an image, tif for a stack and csv for a video; each takes those that
+    are for its kind. ``axes``, ``channels``, ``planes`` and ``level`` say what a stack is and which
+    planes of it are wanted: a slice for each walked axis, for the last ones where there are fewer.
+    ``every`` is the step between frames of a video. Images, planes and frames of more than
+    ``max_pixels`` are not read into memory.
     """
 
     output: Path
@@ -93,6 +96,8 @@ class DetectOptions:
     channels: Channels = "each"
     planes: tuple[slice, ...] | None = None
     level: int = 0
+    every: int = 1
+    max_pixels: int = io.MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ class FileResult:
     """What became of one input; ``error`` is None where it was done.
 
     ``mean_blur`` and ``blurred_fraction`` are in 0..1; ``elapsed_s`` covers reading, analysis and
-    writing. ``planes`` are those of a stack. ``skipped`` says that all of it was there before.
+    writing. ``planes`` are those of a stack, ``n_frames`` the analysed ones of a video. ``skipped``
+    says that all of it was there before.
     """
 
     source: str
@@ -113,6 +119,7 @@ class FileResult:
     error: str | None = None
     planes: list[PlaneResult] = field(default_factory=list)
     skipped: bool = False
+    n_frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -190,18 +197,21 @@ def detect_files(
 
 def _detect_file(job: Job, detector: MapMaker, options: DetectOptions) -> FileResult:
     path = Path(job.source)
-    if not job.source.startswith(_SAMPLE_PREFIX) and (
+    if path.suffix.lower() in io.VIDEO_SUFFIXES:
+        from semanticblur_core.inference.video import detect_video
+
+        return detect_video(job, detector, options)
+    if not is_sample(job.source) and (
         stacks.is_stack(path, axes=options.axes) or _is_streamed(path, options)
     ):
         return _detect_stack(job, detector, options)
+    targets = result_paths(job, options, "png", _IMAGE_FORMATS)
     base = options.output / job.output_stem
-    formats = options.formats or ("png",)
-    targets = {name: base.with_name(f"{base.name}_blur.{name}") for name in formats}
     overlay_path = base.with_name(f"{base.name}_overlay.png")
     outputs = [*targets.values(), *([overlay_path] if options.overlay else [])]
-    if _is_done(outputs, options):
+    if is_done(outputs, options):
         return FileResult(job.source, outputs, skipped=True)
-    image = load(job.source)
+    image = load(job.source, max_pixels=options.max_pixels)
     try:
         blur = detector.detect(image, size=options.size, value_range=options.value_range)
     except SemanticBlurError as error:
@@ -233,15 +243,13 @@ def _detect_file(job: Job, detector: MapMaker, options: DetectOptions) -> FileRe
 
 def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileResult:
     path = Path(job.source)
-    base = options.output / job.output_stem
-    formats = options.formats or ("tif",)
-    targets = {name: base.with_name(f"{base.name}_blur.{name}") for name in formats}
-    if "png" in formats or options.overlay:
+    targets = result_paths(job, options, "tif", _IMAGE_FORMATS)
+    if "png" in targets or options.overlay:
         raise ImageError(
             f"{path}: a stack or a large image, and pictures hold one plane in memory; use "
             "--format=tif, npy or zarr, without --overlay"
         )
-    if _is_done(list(targets.values()), options):
+    if is_done(list(targets.values()), options):
         return FileResult(job.source, list(targets.values()), skipped=True)
     with stacks.open_stack(path, axes=options.axes, level=options.level) as stack:
         try:
@@ -299,10 +307,11 @@ def _append_planes(
             network = cast("Detector", detector)
             strips = (strip for _, strip in network.iter_strips(read, grid))
         else:
-            if n_pixels > io.MAX_PIXELS:
+            if n_pixels > options.max_pixels:
                 raise ImageError(
                     f"planes of {n_pixels / 1e6:.0f} million pixels are too large to be squashed; "
-                    "--size=native streams them, --level takes a coarser one of a pyramid"
+                    "--size=native streams them, --level takes a coarser one of a pyramid, "
+                    "--max-pixels raises the limit"
                 )
             [update] = detector.iter_planes(
                 planes.array, planes.axes, indices=[index], channels=planes.channels,
@@ -356,7 +365,43 @@ def _box(planes: Planes, wanted: tuple[slice, ...] | None) -> list[range]:
     return box
 
 
-def _is_done(outputs: list[Path], options: DetectOptions) -> bool:
+def is_sample(source: str) -> bool:
+    """Whether a source is ``sample:NAME`` and no file."""
+    return source.startswith(_SAMPLE_PREFIX)
+
+
+def result_paths(
+    job: Job, options: DetectOptions, default: str, possible: tuple[str, ...]
+) -> dict[str, Path]:
+    """Files of maps or tables, by format: the wanted ones that this kind of input can have.
+
+    Raises
+    ------
+    ImageError
+        If it can have none of them.
+    """
+    wanted = options.formats or (default,)
+    base = options.output / job.output_stem
+    paths = {
+        name: base.with_name(f"{base.name}_blur.{name}") for name in wanted if name in possible
+    }
+    if not paths:
+        raise ImageError(
+            f"{job.source}: --format={','.join(wanted)}: expected of {', '.join(possible)} for it"
+        )
+    return paths
+
+
+def possible_outputs(job: Job, options: DetectOptions) -> list[Path]:
+    """All files that a job might write, whatever its source turns out to be."""
+    base = options.output / job.output_stem
+    names = [f"{base.name}_blur.{name}" for name in options.formats or ("png", "tif", "csv")]
+    if options.overlay:
+        names.append(f"{base.name}_overlay.png")
+    return [base.with_name(name) for name in names]
+
+
+def is_done(outputs: list[Path], options: DetectOptions) -> bool:
     """Whether all results are there and are to be kept; results appear whole or not at all.
 
     Raises
@@ -374,14 +419,14 @@ def _is_done(outputs: list[Path], options: DetectOptions) -> bool:
     return False
 
 
-def load(source: str) -> NDArray[Any]:
-    """Image of a path or ``sample:NAME``."""
+def load(source: str, *, max_pixels: int = io.MAX_PIXELS) -> NDArray[Any]:
+    """Image of a path, of at most so many pixels, or ``sample:NAME``."""
     if source.startswith(_SAMPLE_PREFIX):
         from skimage import data
 
         array: NDArray[Any] = getattr(data, SAMPLES[source.removeprefix(_SAMPLE_PREFIX)])()
         return array
-    return io.read_image(Path(source))
+    return io.read_image(Path(source), max_pixels=max_pixels)
 
 
 def expand_input(text: str, recursive: bool) -> Iterator[tuple[str, Path, bool]]:

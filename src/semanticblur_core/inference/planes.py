@@ -172,20 +172,20 @@ class Planes:
         """
         if self.array.dtype in (np.uint8, np.bool_):
             return None
-        if indices is None:
-            spread = np.unique(np.linspace(0, len(self) - 1, RANGE_PLANES).round().astype(int))
-            places = np.stack(np.unravel_index(spread, self.lengths or (1,)), axis=-1)
-            indices = [tuple(place) if self.lengths else () for place in places.tolist()]
-        height, width = self.plane_shape
-        step = max(1, math.ceil(math.sqrt(height * width / RANGE_SAMPLES_PER_PLANE)))
+        spread, step = self.range_samples()
         samples = [
             self.view(index).read(slice(None, None, step), slice(None, None, step))
-            for index in indices
+            for index in (spread if indices is None else indices)
         ]
-        if self.channels == "mean":
-            stacked = np.stack(samples, axis=-1)
-            return [_percentiles(channel) for channel in stacked]
-        return [_percentiles(np.stack(samples))]
+        return range_of_samples(samples, is_mean=self.channels == "mean")
+
+    def range_samples(self) -> tuple[list[tuple[int, ...]], int]:
+        """Planes that an estimate of the range reads, and the step between rows and columns."""
+        spread = np.unique(np.linspace(0, len(self) - 1, RANGE_PLANES).round().astype(int))
+        places = np.stack(np.unravel_index(spread, self.lengths or (1,)), axis=-1)
+        indices = [tuple(place) if self.lengths else () for place in places.tolist()]
+        height, width = self.plane_shape
+        return indices, max(1, math.ceil(math.sqrt(height * width / RANGE_SAMPLES_PER_PLANE)))
 
 
 @dataclass(frozen=True)
@@ -247,6 +247,15 @@ class PlaneView:
         ]
         mean: NDArray[np.float32] = np.asarray(np.mean(each, axis=0, dtype=np.float32))
         return mean / np.float32(255) if each[0].dtype == np.uint8 else mean
+
+
+def range_of_samples(
+    samples: Sequence[NDArray[Any]], *, is_mean: bool
+) -> list[tuple[float, float]]:
+    """One pair of limits of sampled planes, or where a mean is taken one a channel (first axis)."""
+    if is_mean:
+        return [_percentiles(channel) for channel in np.stack(samples, axis=-1)]
+    return [_percentiles(np.stack(samples))]
 
 
 def _percentiles(values: NDArray[Any]) -> tuple[float, float]:

@@ -1,0 +1,399 @@
+"""Many files on many processes: workers of this machine, or those of a dask.distributed cluster.
+
+The work is cut into chunks of a few files. Only a few chunks a worker thread are handed out at a
+time, so that a million files are no burden to the scheduler. A chunk whose worker dies is done
+again by another; since results are renamed into place when they are whole, nothing is lost and
+nothing is half there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import pickle
+import re
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+
+from semanticblur_core.errors import ConfigError
+from semanticblur_core.inference.batch import (
+    DetectOptions,
+    FileResult,
+    Job,
+    MapMaker,
+    detect_files,
+    is_sample,
+    possible_outputs,
+)
+
+MakeDetector = Callable[[], MapMaker]
+
+CHUNK_S = 1.0
+MAX_CHUNK_FILES = 64
+CHUNKS_PER_THREAD = 2
+CENSUS_S = 2.0
+CONNECT_S = 10
+# How often a chunk may lose its worker before its files are tried one at a time.
+ALLOWED_DEATHS = 1
+# What is told of a worker's detector.
+_PUBLIC = (
+    "name", "reason", "backend", "device", "precision", "sha256", "scales", "upsampling", "flip",
+)  # fmt: skip
+_PART = re.compile(r"^\.(.+)\.\d+(\.map)?\.part$")
+
+
+class DetectionCluster:
+    """Worker processes that detect files, one model in each; a context manager.
+
+    Parameters
+    ----------
+    make_detector
+        Called once in each worker process; must be picklable, such as
+        ``functools.partial(Detector, "default")``.
+    n_workers
+        Processes on this machine; the cores are divided among them. Scripts need the usual
+        ``if __name__ == "__main__":``, since processes are spawned.
+    scheduler
+        Address of a running dask.distributed scheduler instead, ``tcp://host:port``. Its workers
+        need this package, and the files under the same absolute paths.
+
+    Attributes
+    ----------
+    detector
+        Public attributes (``name``, ``device`` ...) of the detector of the first worker that
+        answered; None until then.
+
+    Raises
+    ------
+    ConfigError
+        If not exactly one of ``n_workers`` and ``scheduler`` is given, dask.distributed is missing
+        or the scheduler cannot be reached.
+
+    Examples
+    --------
+    >>> make = functools.partial(Detector, "default", device="cpu")
+    >>> jobs, _ = find_jobs(["photos"], Path("maps"))
+    >>> with DetectionCluster(make, n_workers=2) as cluster:
+    ...     for result in cluster.detect_files(jobs, DetectOptions(Path("maps"))):
+    ...         print(result.source, result.error or result.mean_blur)
+    """
+
+    def __init__(
+        self,
+        make_detector: MakeDetector,
+        *,
+        n_workers: int | None = None,
+        scheduler: str | None = None,
+    ) -> None:
+        if (n_workers is None) == (scheduler is None):
+            raise ConfigError("expected either a number of workers or the address of a scheduler")
+        if n_workers is not None and n_workers < 1:
+            raise ConfigError(f"workers: expected at least 1, got {n_workers}")
+        self.detector: Any = None
+        self._make = make_detector
+        self._resources = ExitStack()
+        self._n_threads: int | None = None  # of torch, in each worker process of this machine
+        try:
+            if scheduler is not None:
+                self._client = self._connect(scheduler)
+            else:
+                assert n_workers is not None
+                self._client = self._start(n_workers)
+        except BaseException:
+            self._resources.close()
+            raise
+        self._workers: set[str] = set()
+        self._workers_lost = False
+        self._slots = 1
+        self._counted_at = -math.inf
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the cluster; the processes of this machine end."""
+        self._resources.close()
+
+    def count_threads(self) -> int:
+        """Threads of all workers that are connected now."""
+        return sum(self._client.nthreads().values())
+
+    def detect_files(self, jobs: Iterable[Job], options: DetectOptions) -> Iterator[FileResult]:
+        """As `semanticblur_core.detect_files`, in the order in which files are finished.
+
+        Files whose worker process died each time they were tried, even alone, are reported as
+        failed. Close the iterator to stop: files that a worker of a running cluster has begun are
+        still finished there.
+
+        Raises
+        ------
+        ConfigError, WeightsError
+            If the workers cannot make the detector, or the scheduler is lost.
+        """
+        jobs = list(jobs)
+        whole = False
+        try:
+            yield from self._detect(jobs, options)
+            whole = True
+        finally:
+            if self._n_threads is not None and not whole:
+                self.close()  # ends what is still being written
+            if not whole or self._workers_lost:
+                _remove_parts(jobs, options)
+
+    def _detect(self, jobs: list[Job], options: DetectOptions) -> Iterator[FileResult]:
+        import cloudpickle
+        from distributed import KilledWorker, as_completed
+
+        # As bytes: what a worker cannot unpickle in its inbox costs it the connection.
+        make = cloudpickle.dumps(self._make)
+        waiting, suspects = deque(jobs), deque[_Task]()
+        running: dict[Any, _Chunk] = {}
+        completed = as_completed(loop=self._client.loop)
+        n_done, seconds = 0, 0.0
+        distant = replace(options, output=options.output.absolute())
+
+        def submit(chunk: _Chunk) -> None:
+            future = self._client.submit(
+                _detect_chunk, make, chunk.tasks, distant, self._n_threads, pure=False
+            )
+            running[future] = chunk
+            completed.add(future)
+
+        try:
+            while waiting or suspects or running:
+                self._census()
+                if suspects:  # alone, so that no other file pays for the one that kills workers
+                    if not running:
+                        submit(_Chunk([suspects.popleft()], alone=True))
+                else:
+                    while waiting and len(running) < self._slots * CHUNKS_PER_THREAD:
+                        wanted = CHUNK_S * n_done / seconds if seconds else 1
+                        share = math.ceil(len(waiting) / (self._slots * CHUNKS_PER_THREAD))
+                        n_files = max(1, min(round(wanted), share, MAX_CHUNK_FILES))
+                        n_files = min(n_files, len(waiting))
+                        taken = [_Task.of(waiting.popleft(), options) for _ in range(n_files)]
+                        submit(_Chunk(taken))
+                future = next(completed)
+                chunk = running.pop(future)
+                if future.status == "cancelled":
+                    raise ConfigError("the connection to the scheduler was lost; --resume goes on")
+                error = future.exception()
+                if isinstance(error, KilledWorker):
+                    self._workers_lost = True
+                    if chunk.alone:
+                        yield _killed(chunk.tasks[0].job)
+                    else:
+                        suspects.extend(chunk.tasks)
+                    continue
+                if error is not None:
+                    raise _explained(error)
+                self.detector, results = future.result()
+                for task, result in zip(chunk.tasks, results, strict=True):
+                    n_done, seconds = n_done + 1, seconds + result.elapsed_s
+                    yield _as_asked(result, task, options, distant)
+            self._census(now=True)
+        finally:
+            if running:
+                with suppress(Exception):
+                    self._client.cancel(list(running))
+
+    def _census(self, *, now: bool = False) -> None:
+        """Look now and then which workers there are; they may come and go."""
+        if not now and time.monotonic() - self._counted_at < CENSUS_S:
+            return
+        try:
+            threads: dict[str, int] = self._client.nthreads()
+        except OSError as error:
+            raise ConfigError(f"the scheduler was lost: {error}; --resume goes on") from error
+        self._counted_at = time.monotonic()
+        self._slots = max(1, sum(threads.values()))
+        self._workers_lost |= not self._workers <= set(threads)
+        self._workers = set(threads)
+
+    def _connect(self, address: str) -> Any:
+        distributed = _import_distributed()
+        try:
+            client = distributed.Client(address, timeout=CONNECT_S, set_as_default=False)
+        except (OSError, ValueError, TypeError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"scheduler {address}: cannot be reached: {reason}") from error
+        self._resources.callback(_quietly, client.close)
+        _require_package(client)
+        return client
+
+    def _start(self, n_workers: int) -> Any:
+        distributed = _import_distributed()
+        import logging
+
+        import dask
+
+        self._n_threads = max(1, _count_cores() // n_workers)
+        with dask.config.set({"distributed.scheduler.allowed-failures": ALLOWED_DEATHS}):
+            cluster = distributed.LocalCluster(
+                n_workers=n_workers,
+                threads_per_worker=1,
+                processes=True,
+                host="127.0.0.1",
+                dashboard_address=None,
+                memory_limit=0,  # images come in all sizes: leave it to the operating system
+                silence_logs=logging.CRITICAL,
+                env={"OMP_NUM_THREADS": str(self._n_threads)},
+                preload=[__name__],
+            )
+        self._resources.callback(_quietly, cluster.close)
+        client = distributed.Client(cluster, set_as_default=False)
+        self._resources.callback(_quietly, client.close)
+        return client
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A job under absolute paths, and whether it had no result when it was handed out."""
+
+    job: Job
+    distant: Job
+    fresh: bool
+
+    @classmethod
+    def of(cls, job: Job, options: DetectOptions) -> _Task:
+        fresh = not any(path.exists() for path in possible_outputs(job, options))
+        source = job.source if is_sample(job.source) else str(Path(job.source).absolute())
+        return cls(job, Job(source, job.output_stem), fresh)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    tasks: list[_Task]
+    alone: bool = False
+
+
+_lock = threading.Lock()
+_made: dict[bytes, MapMaker] = {}
+
+
+def process_detector(pickled_make: bytes) -> MapMaker:
+    """The detector of this process, made when it is first asked for; the latest one is kept."""
+    with _lock:
+        if pickled_make not in _made:
+            _made.clear()
+            _made[pickled_make] = pickle.loads(pickled_make)()
+        return _made[pickled_make]
+
+
+def dask_setup(worker: Any) -> None:
+    """Called by dask in each process of this machine: Ctrl+C is the main process's affair."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _detect_chunk(
+    pickled_make: bytes, tasks: list[_Task], options: DetectOptions, n_threads: int | None
+) -> tuple[SimpleNamespace, list[FileResult]]:
+    if n_threads is not None:
+        import torch
+
+        torch.set_num_threads(n_threads)
+    detector = process_detector(pickled_make)
+    results: list[FileResult] = []
+    for task in tasks:
+        # A result that was not there when the job was handed out is of a worker that died since.
+        own = replace(options, overwrite=True) if task.fresh else options
+        results.extend(detect_files([task.distant], detector, own))
+    public = {name: getattr(detector, name) for name in _PUBLIC if hasattr(detector, name)}
+    return SimpleNamespace(**public), results
+
+
+def _as_asked(
+    result: FileResult, task: _Task, options: DetectOptions, distant: DetectOptions
+) -> FileResult:
+    """With the paths as they were given."""
+    outputs = [options.output / path.relative_to(distant.output) for path in result.outputs]
+    error = result.error
+    if error is not None:
+        error = error.replace(task.distant.source, task.job.source)
+        error = error.replace(str(distant.output), str(options.output))
+    return replace(result, source=task.job.source, outputs=outputs, error=error)
+
+
+def _killed(job: Job) -> FileResult:
+    reason = "the worker process died each time it was tried, perhaps for want of memory"
+    return FileResult(job.source, error=f"{job.source}: {reason}")
+
+
+def _require_package(client: Any) -> None:
+    """Ask the scheduler and the workers that are there; without it they would drop out silently."""
+
+    def has_package() -> bool:  # nested, so that it travels by value
+        from importlib.util import find_spec
+
+        return find_spec("semanticblur_core") is not None
+
+    answers = {"the scheduler": client.run_on_scheduler(has_package), **client.run(has_package)}
+    lacking = [name for name, has in answers.items() if not has]
+    if lacking:
+        raise ConfigError(
+            f"napari-semanticblur is not installed on {lacking[0]} ({len(lacking)} of "
+            f"{len(answers)} lack it): scheduler and workers need the packages of this environment"
+        )
+
+
+def _explained(error: BaseException) -> BaseException:
+    if isinstance(error, ModuleNotFoundError):
+        return ConfigError(
+            f"a worker has no module {error.name}: install the same packages on all of the cluster"
+        )
+    if type(error).__name__ in ("FutureCancelledError", "CommClosedError", "CancelledError"):
+        return ConfigError("the connection to the scheduler was lost; --resume goes on")
+    return error
+
+
+def _remove_parts(jobs: list[Job], options: DetectOptions) -> None:
+    """Delete what processes that were killed had begun to write."""
+    names: dict[Path, set[str]] = {}
+    for path in itertools.chain.from_iterable(possible_outputs(job, options) for job in jobs):
+        names.setdefault(path.parent, set()).add(path.name)
+    import shutil
+
+    for folder, wanted in names.items():
+        with suppress(OSError):
+            for entry in os.scandir(folder):
+                match = _PART.match(entry.name)
+                if match is None or match[1] not in wanted:
+                    continue
+                if entry.is_dir():
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    Path(entry.path).unlink(missing_ok=True)
+
+
+def _import_distributed() -> Any:
+    try:
+        import distributed
+    except ImportError:
+        raise ConfigError(
+            "several workers need dask.distributed: pip install 'napari-semanticblur[cluster]'"
+        ) from None
+    return distributed
+
+
+def _count_cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # not on all systems
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def _quietly(close: Callable[[], object]) -> None:
+    """Close; what fails then has no consequence."""
+    with suppress(Exception):
+        close()

@@ -1,0 +1,254 @@
+"""Videos, frame by frame in constant memory: a row of a table each, and a video of maps."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semanticblur_core import io
+from semanticblur_core.errors import ImageError, SemanticBlurError
+from semanticblur_core.inference.batch import (
+    DetectOptions,
+    FileResult,
+    Job,
+    MapMaker,
+    is_done,
+    result_paths,
+)
+
+FORMATS = ("csv", "json", "mp4")
+_COLUMNS = ("frame", "time_s", "mean_blur", "blurred_fraction")
+# A last frame may end this much before the length that the file states.
+_SLACK_S, _SLACK_SHARE, _SLACK_FRAMES = 0.1, 0.01, 2
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame of a video.
+
+    Attributes
+    ----------
+    number
+        From 0, of all frames.
+    time_s
+        When it is shown, in seconds from the start of the file's clock.
+    pixels
+        ``(H, W, 3)`` uint8, turned upright where the file says so.
+    """
+
+    number: int
+    time_s: float
+    pixels: NDArray[np.uint8]
+
+
+def iter_frames(
+    path: Path, *, every: int = 1, max_pixels: int = io.MAX_PIXELS
+) -> Iterator[tuple[Frame, Fraction]]:
+    """Frames of a video's first picture track, each with the frame rate; none is kept.
+
+    Parameters
+    ----------
+    path
+        Any container and codec that FFmpeg reads.
+    every
+        Step between frames: 10 gives frames 0, 10, 20 ...
+    max_pixels
+        Rows times columns above which it is refused.
+
+    Raises
+    ------
+    ImageError
+        If it is missing, no video, damaged, or ends before the length that it states.
+    """
+    av = _import_av(path)
+    if not path.is_file():
+        raise ImageError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise ImageError(f"{path}: the file is empty (0 bytes)")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ImageError(f"{path}: holds no pictures (no video track)")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            io.refuse_bomb(
+                path, stream.codec_context.width * stream.codec_context.height, max_pixels
+            )
+            rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
+            number, time_s = -1, 0.0
+            for number, frame in enumerate(container.decode(stream)):
+                time_s = float(number / rate) if frame.time is None else float(frame.time)
+                if number % every == 0:
+                    io.refuse_bomb(path, frame.width * frame.height, max_pixels)
+                    pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                    yield Frame(number, time_s, np.ascontiguousarray(pixels)), rate
+            if number < 0:
+                raise ImageError(f"{path}: no frame of it can be read")
+            _refuse_truncated(path, stream, number + 1, time_s + float(1 / rate))
+    except av.error.FFmpegError as error:
+        raise ImageError(f"{path}: damaged or unreadable: {error.strerror}") from error
+
+
+def detect_video(job: Job, detector: MapMaker, options: DetectOptions) -> FileResult:
+    """Table of a video's frames, and where asked for a grey video of their maps.
+
+    Raises
+    ------
+    ImageError
+        If it cannot be read to its end, or the results cannot be written; then there are none.
+    """
+    path = Path(job.source)
+    targets = result_paths(job, options, "csv", FORMATS)
+    if options.overlay:
+        raise ImageError(f"{path}: --overlay is for photographs; --format=mp4 gives the maps")
+    if is_done(list(targets.values()), options):
+        return FileResult(job.source, list(targets.values()), skipped=True)
+    n_frames, blurred, total, shape = 0, 0.0, 0.0, (0, 0)
+    with ExitStack() as resources:
+        writers = [
+            resources.enter_context(_WRITERS[name](target)) for name, target in targets.items()
+        ]
+        for frame, rate in iter_frames(path, every=options.every, max_pixels=options.max_pixels):
+            try:
+                blur = detector.detect(
+                    frame.pixels, size=options.size, value_range=options.value_range
+                )
+            except SemanticBlurError as error:
+                raise ImageError(f"{path}: frame {frame.number}: {error}") from error
+            mean = float(blur.mean(dtype=np.float64))
+            fraction = float((blur > options.threshold).mean())
+            row = (frame.number, round(frame.time_s, 6), mean, fraction)
+            for writer in writers:
+                writer.add(dict(zip(_COLUMNS, row, strict=True)), blur, rate / options.every)
+            n_frames, blurred, total = n_frames + 1, blurred + fraction, total + mean
+            shape = blur.shape
+    return FileResult(
+        source=job.source,
+        outputs=list(targets.values()),
+        height=shape[0],
+        width=shape[1],
+        blurred_fraction=blurred / n_frames,
+        mean_blur=total / n_frames,
+        n_frames=n_frames,
+    )
+
+
+class _Writer(Protocol):
+    def add(self, row: dict[str, Any], blur: NDArray[np.float32], rate: Fraction) -> None: ...
+
+
+class _CsvWriter:
+    def __init__(self, stream: Any) -> None:
+        self._rows = csv.DictWriter(stream, _COLUMNS)
+        self._rows.writeheader()
+
+    def add(self, row: dict[str, Any], blur: NDArray[np.float32], rate: Fraction) -> None:
+        self._rows.writerow(row)
+
+
+class _JsonWriter:
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._separator = "[\n"
+
+    def add(self, row: dict[str, Any], blur: NDArray[np.float32], rate: Fraction) -> None:
+        self._stream.write(self._separator + json.dumps(row))
+        self._separator = ",\n"
+
+
+class _VideoWriter:
+    def __init__(self, container: Any, path: Path) -> None:
+        self._container, self._path = container, path
+        self._stream: Any = None
+        self._shape: tuple[int, ...] = ()
+
+    def add(self, row: dict[str, Any], blur: NDArray[np.float32], rate: Fraction) -> None:
+        import av
+
+        # Half-resolution colour needs an even number of rows and columns.
+        grey = np.round(blur * 255).astype(np.uint8)
+        grey = np.pad(grey, [(0, n % 2) for n in grey.shape], mode="edge")
+        if self._stream is None:
+            self._shape = grey.shape
+            # As a multiple of 1/1000: MP4 has no room for long fractions.
+            self._stream = self._container.add_stream(_encoder(), rate=rate.limit_denominator(1001))
+            self._stream.height, self._stream.width = grey.shape
+            self._stream.pix_fmt = "yuv420p"
+        if grey.shape != self._shape:
+            raise ImageError(
+                f"{self._path}: the frames change their size at frame {row['frame']}; a map video "
+                "needs one size"
+            )
+        for packet in self._stream.encode(av.VideoFrame.from_ndarray(grey, format="gray")):
+            self._container.mux(packet)
+
+    def finish(self) -> None:
+        for packet in self._stream.encode() if self._stream is not None else ():
+            self._container.mux(packet)
+
+
+@contextmanager
+def _csv_file(path: Path) -> Iterator[_Writer]:
+    with io.replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        yield _CsvWriter(file)
+
+
+@contextmanager
+def _json_file(path: Path) -> Iterator[_Writer]:
+    with io.replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        yield _JsonWriter(file)
+        file.write("\n]\n")
+
+
+@contextmanager
+def _video_file(path: Path) -> Iterator[_Writer]:
+    av = _import_av(path)
+    with io.replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        writer = _VideoWriter(container, path)
+        yield writer
+        writer.finish()
+
+
+_WRITERS = {"csv": _csv_file, "json": _json_file, "mp4": _video_file}
+
+
+def _encoder() -> str:
+    import av
+
+    return "libx264" if "libx264" in av.codecs_available else "mpeg4"
+
+
+def _refuse_truncated(path: Path, stream: Any, n_frames: int, end_s: float) -> None:
+    """Compare what was read with the length that the file states, if it states one."""
+    stated_s = 0.0
+    if stream.duration is not None and stream.time_base is not None:
+        stated_s = float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+    elif "DURATION" in stream.metadata:  # Matroska, 00:01:02.5
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        stated_s = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    if end_s + _SLACK_S + _SLACK_SHARE * stated_s < stated_s:
+        raise ImageError(
+            f"{path}: truncated: ends after {n_frames} frames, {end_s:.2f} of {stated_s:.2f} s"
+        )
+    # AVI: FFmpeg takes the length from the size of the file, but not this number.
+    if n_frames + _SLACK_FRAMES + _SLACK_SHARE * stream.frames < stream.frames:
+        raise ImageError(f"{path}: truncated: ends after {n_frames} of {stream.frames} frames")
+
+
+def _import_av(path: Path) -> Any:
+    try:
+        import av
+    except ImportError:
+        raise ImageError(
+            f"{path}: videos need PyAV: pip install 'napari-semanticblur[video]'"
+        ) from None
+    return av

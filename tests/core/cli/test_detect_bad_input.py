@@ -1,0 +1,195 @@
+"""Bad input on the command line: one line each, exit code 2, the rest done."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import zarr
+from PIL import Image
+
+COMMAND = [sys.executable, "-m", "semanticblur_core", "detect", "--device=cpu"]
+
+
+def detect(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, "--precision=float32", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        check=False,
+    )
+
+
+def png_header_of(width: int, height: int) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        crc = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 999))
+    return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
+
+
+def with_tag(source: Path, target: Path, tag: str, value: int) -> None:
+    data = bytearray(source.read_bytes())
+    with tifffile.TiffFile(source) as tiff:
+        found = tiff.pages.first.tags[tag]
+    struct.pack_into({3: "<H", 4: "<I"}[int(found.dtype)], data, found.valueoffset, value)
+    target.write_bytes(data)
+
+
+def cut(source: Path, target: Path, share: float = 0.6) -> None:
+    data = source.read_bytes()
+    target.write_bytes(data[: int(len(data) * share)])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, rng: np.random.Generator) -> Path:
+    root = tmp_path / "in"
+    root.mkdir()
+    Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(root / "good.png")
+    return root
+
+
+def test_each_kind_is_one_line_and_the_rest_is_done(
+    tmp_path: Path, folder: Path, rng: np.random.Generator
+) -> None:
+    photo = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    stack = rng.integers(0, 60_000, (4, 48, 64), np.uint16)
+    (folder / "bomb.png").write_bytes(png_header_of(40_000, 40_000))
+    (folder / "liar.png").write_bytes(png_header_of(3000, 3000))
+    (folder / "zero.png").write_bytes(png_header_of(0, 20))
+    (folder / "liar.pgm").write_bytes(b"P5 3000 3000 255\nabc")
+    Image.fromarray(photo).save(folder / "liar.jpg")
+    jpeg = bytearray((folder / "liar.jpg").read_bytes())
+    struct.pack_into(">HH", jpeg, jpeg.index(b"\xff\xc0") + 5, 6000, 6000)
+    (folder / "liar.jpg").write_bytes(jpeg)
+    tifffile.imwrite(tmp_path / "photo.tif", photo, photometric="rgb", compression="zlib")
+    cut(tmp_path / "photo.tif", folder / "cut.tif")
+    with_tag(tmp_path / "photo.tif", folder / "tall.tif", "ImageLength", 60_000)
+    with_tag(tmp_path / "photo.tif", folder / "zero.tif", "ImageLength", 0)
+    tifffile.imwrite(tmp_path / "s.tif", stack, imagej=True, metadata={"axes": "ZYX"})
+    cut(tmp_path / "s.tif", folder / "cut_imagej.tif")
+    tifffile.imwrite(tmp_path / "s.ome.tif", stack, ome=True, metadata={"axes": "ZYX"})
+    cut(tmp_path / "s.ome.tif", folder / "cut_ome.ome.tif")
+    tifffile.imwrite(
+        folder / "five.tif", np.zeros((48, 64, 5), np.uint8), photometric="minisblack",
+        planarconfig="contig", extrasamples=[0] * 4,
+    )  # fmt: skip
+    tifffile.imwrite(folder / "nan.tif", np.full((48, 64), np.nan, np.float32))
+    half = rng.normal(size=(48, 64)).astype(np.float32)
+    half[:20] = np.nan
+    tifffile.imwrite(folder / "half_nan.tif", half)
+    np.save(folder / "five.npy", np.zeros((48, 64, 5), np.uint8))
+    np.save(folder / "zero.npy", np.zeros((0, 7), np.uint8))
+    np.save(folder / "short.npy", np.zeros((48, 64), np.uint8))
+    short = (folder / "short.npy").read_bytes()
+    (folder / "short.npy").write_bytes(short.replace(b"(48, 64)", b"(99, 99)"))
+    zarr.open_array(folder / "vast.zarr", mode="w", shape=(9, 9), dtype="u1")
+    described = json.loads((folder / "vast.zarr" / "zarr.json").read_text())
+    described["shape"] = [40_000_000, 50_000_000]
+    (folder / "vast.zarr" / "zarr.json").write_text(json.dumps(described))
+
+    done = detect(
+        "--input=in", "--input=in/*.npy", "--input=in/vast.zarr", "--output=out", "--size=64",
+        "--table=out/t.csv", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    expected = {
+        "bomb.png": "1600 million pixels, more than the limit of 1000 million (--max-pixels)",
+        "liar.png": "truncated",
+        "zero.png": "not an image that can be read",
+        "liar.pgm": "truncated",
+        "liar.jpg": "truncated: 6000 x 6000 pixels do not fit in its",
+        "cut.tif": "damaged or unreadable",
+        "tall.tif": "truncated: its size needs 1250 strips or tiles, 1 are there",
+        "zero.tif": "the image has no pixels, 0 x 64",
+        "cut_imagej.tif": "truncated",
+        "cut_ome.ome.tif": "truncated: ends after 1 images",
+        "five.tif": "expected one grey or RGB image, got an array of shape (48, 64, 5)",
+        "nan.tif": "no finite value (all NaN or infinite)",
+        "five.npy": "does not say the axes of an array of shape (48, 64, 5); --axes names them",
+        "zero.npy": "the image has no pixels, shape (0, 7)",
+        "short.npy": "damaged or unreadable",
+        "vast_blur.tif": "does not fit on the disk",
+    }
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(expected), done.stderr
+    for name, message in expected.items():
+        [line] = [line for line in lines if f"/{name}: " in line]
+        assert message in line
+    written = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert written == ["good_blur.png", "half_nan_blur.png", "t.csv"]
+    assert "2 of 18 images done" in done.stdout
+    assert (tmp_path / "out" / "t.csv").read_text().count(",failed,") == len(expected)
+
+
+def test_max_pixels_lowers_and_raises_the_limit(tmp_path: Path, folder: Path) -> None:
+    common = ("--input=in", "--output=out", "--size=64")
+    low = detect(*common, "--max-pixels=3071", cwd=tmp_path)
+    assert low.returncode == 2
+    assert low.stderr.count("\n") == 1
+    assert "0.003072 million pixels, more than the limit of 0.003071" in low.stderr
+    assert detect(*common, "--max-pixels=3072", cwd=tmp_path).returncode == 0
+    # Above the default limit, the header alone decides; the truncated data is met after it.
+    (folder / "bomb.png").write_bytes(png_header_of(40_000, 30_000))
+    high = detect("--input=in/bomb.png", "--output=out", "--max-pixels=1200000000", cwd=tmp_path)
+    assert high.returncode == 2
+    assert "limit" not in high.stderr
+    assert high.stderr.count("\n") == 1
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    done = detect("--input=in", "--output=file/below", "--size=64", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "cannot be written" in done.stderr
+
+
+@pytest.fixture
+def full_folder(tmp_path: Path, folder: Path) -> Iterator[Path]:
+    """A folder on a disk of its own with no room for a map."""
+    out = tmp_path / "out"
+    out.mkdir()
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(out)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("no small disk can be mounted here")
+    try:
+        yield out
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+
+
+def test_a_full_disk_is_one_line_for_each_file_that_does_not_fit(
+    tmp_path: Path, folder: Path, full_folder: Path, rng: np.random.Generator
+) -> None:
+    large = rng.integers(0, 256, (300, 400), dtype=np.uint8)
+    Image.fromarray(large).save(folder / "a_large.png")
+    np.save(folder / "stack.npy", rng.integers(0, 256, (4, 100, 100), np.uint8))
+    done = detect(
+        "--input=in", "--input=in/stack.npy", "--output=out", "--size=64", "--format=npy",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2, done.stderr
+    assert "a_large_blur.npy: cannot be written: No space left on device" in lines[0]
+    assert "stack_blur.npy: a map of" in lines[1]
+    assert sorted(p.name for p in full_folder.iterdir()) == ["good_blur.npy"]
+    for form in ("png", "tif", "zarr"):
+        again = detect(
+            "--input=in/a_large.png", "--output=out", f"--format={form}", "--overlay", cwd=tmp_path
+        )
+        assert (again.returncode, again.stderr.count("\n")) == (2, 1), again.stderr
+        assert sorted(p.name for p in full_folder.iterdir())[-1] == "good_blur.npy"

@@ -1,0 +1,200 @@
+"""Several worker processes: nothing lost when one is killed, nothing half there, one line each."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from worker_detectors import KillsItsProcess, no_such_model
+
+from semanticblur_core import DetectionCluster, DetectOptions, Detector, detect_files, find_jobs
+from semanticblur_core.errors import ConfigError, WeightsError
+from semanticblur_core.inference.batch import FileResult, Job
+
+pytest.importorskip("distributed")
+
+pytestmark = [
+    # Left open by dask's own event loop when processes are killed under it.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.timeout(120),
+]
+
+N_IMAGES = 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(3)
+    for i in range(N_IMAGES):
+        pixels = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"photo{i:02}.png")
+    (root / "broken.png").write_bytes(b"no image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def make(random_weights: Path) -> functools.partial[Detector]:
+    return functools.partial(Detector, str(random_weights), device="cpu", precision="float32")
+
+
+def options(output: Path) -> DetectOptions:
+    return DetectOptions(output, size=96, formats=("npy",))
+
+
+@pytest.fixture(scope="module")
+def serial(
+    folder: Path, make: functools.partial[Detector], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, FileResult]:
+    out = tmp_path_factory.mktemp("serial")
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the workers of two cores
+    try:
+        jobs, _ = find_jobs([str(folder)], out)
+        return {r.source: r for r in detect_files(jobs, make(), options(out))}
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("semanticblur_core.inference.cluster._count_cores", lambda: 2)
+
+
+def assert_same(results: list[FileResult], serial: dict[str, FileResult]) -> None:
+    assert sorted(r.source for r in results) == sorted(serial)
+    for result in results:
+        expected = serial[result.source]
+        assert result.error == expected.error
+        assert replace(result, outputs=[], elapsed_s=0) == replace(
+            expected, outputs=[], elapsed_s=0
+        )
+        for path, other in zip(result.outputs, expected.outputs, strict=True):
+            np.testing.assert_array_equal(np.load(path), np.load(other))
+
+
+def test_killing_one_of_two_workers_half_way_loses_no_image(
+    folder: Path,
+    make: functools.partial[Detector],
+    serial: dict[str, FileResult],
+    tmp_path: Path,
+    one_thread: None,
+) -> None:
+    jobs, _ = find_jobs([str(folder)], tmp_path)
+    results, killed = [], None
+    with DetectionCluster(make, n_workers=2) as cluster:
+        for result in cluster.detect_files(jobs, options(tmp_path)):
+            results.append(result)
+            if killed is None and len(results) >= N_IMAGES // 2:
+                pids = cluster._client.run(os.getpid)
+                assert len(pids) == 2
+                killed = next(iter(pids.values()))
+                os.kill(killed, signal.SIGKILL)
+        assert cluster._workers_lost
+        assert cluster.detector.name == str(make.args[0])
+        assert str(cluster.detector.device) == "cpu"
+    assert killed is not None
+    assert_same(results, serial)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"photo{i:02}_blur.npy" for i in range(N_IMAGES)}  # no .part is left
+
+
+def test_a_file_that_kills_its_worker_costs_no_other_one(folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (50, 41)).save(tmp_path / "killer.png")
+    jobs, _ = find_jobs([str(folder / "photo0*.png"), str(tmp_path / "killer.png")], tmp_path)
+    jobs.insert(3, jobs.pop())
+    with DetectionCluster(KillsItsProcess, n_workers=1) as cluster:
+        results = list(cluster.detect_files(jobs, DetectOptions(tmp_path / "out")))
+    [failed] = [r for r in results if r.error is not None]
+    assert failed.source == str(tmp_path / "killer.png")
+    assert "killer.png: the worker process died each time" in str(failed.error)
+    assert len(results) == 11
+    assert len(list((tmp_path / "out").iterdir())) == 10
+
+
+@pytest.fixture
+def scheduler(tmp_path: Path) -> Iterator[str]:
+    """A running cluster with a worker whose working folder is another one."""
+    (tmp_path / "elsewhere").mkdir()
+    file = tmp_path / "scheduler.json"
+    started = []
+    try:
+        for name, *flags in (
+            ("scheduler", "--host=127.0.0.1", "--port=0", "--no-dashboard"),
+            ("worker", "--nthreads=2", "--no-nanny", "--no-dashboard"),
+        ):
+            command = [sys.executable, "-m", f"distributed.cli.dask_{name}"]
+            command += [f"--scheduler-file={file}", *flags]
+            started.append(
+                subprocess.Popen(command, cwd=tmp_path / "elsewhere", stderr=subprocess.DEVNULL)
+            )
+        deadline = time.monotonic() + 60
+        while not file.exists():
+            assert time.monotonic() < deadline, "no scheduler"
+            time.sleep(0.1)
+        yield json.loads(file.read_text())["address"]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait(30)
+
+
+def test_a_running_cluster_works_on_relative_paths(
+    folder: Path,
+    make: functools.partial[Detector],
+    serial: dict[str, FileResult],
+    tmp_path: Path,
+    scheduler: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(folder)
+    names = ["photo00.png", "photo01.png", "broken.png", "missing.png"]
+    jobs = [Job(name, Path(name).stem) for name in names]
+    out = Path(os.path.relpath(tmp_path / "out"))
+    with DetectionCluster(make, scheduler=scheduler) as cluster:
+        results = {r.source: r for r in cluster.detect_files(jobs, options(out))}
+        again = list(cluster.detect_files(jobs[:1], options(out)))
+        kept = list(cluster.detect_files(jobs[:1], replace(options(out), resume=True)))
+    assert set(results) == set(names)
+    assert results["broken.png"].error == "broken.png: not an image that can be read"
+    assert results["missing.png"].error == "missing.png: no such file"
+    for name in names[:2]:
+        assert results[name].outputs == [out / f"{Path(name).stem}_blur.npy"]
+        expected = serial[str(folder / name)]
+        np.testing.assert_allclose(
+            np.load(results[name].outputs[0]), np.load(expected.outputs[0]), atol=1e-4
+        )
+    assert (
+        again[0].error == f"{out}/photo00_blur.npy: exists already; --overwrite replaces it, "
+        "--resume keeps it"
+    )
+    assert kept[0].skipped
+
+
+def test_what_cannot_be_had_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tcp://127\.0\.0\.1:1: cannot be reached") as caught:
+        DetectionCluster(KillsItsProcess, scheduler="tcp://127.0.0.1:1")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="either a number of workers or"):
+        DetectionCluster(KillsItsProcess)
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_run(folder: Path, tmp_path: Path) -> None:
+    jobs, _ = find_jobs([str(folder)], tmp_path / "out")
+    make = functools.partial(no_such_model, "mine")
+    with (
+        DetectionCluster(make, n_workers=1) as cluster,
+        pytest.raises(WeightsError, match="mine: no such model"),
+    ):
+        list(cluster.detect_files(jobs, options(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
