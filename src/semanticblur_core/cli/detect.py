@@ -337,7 +337,7 @@ def _write_json(
     """What was measured; ``detector`` or what is known of the workers' one."""
     from semanticblur_core import __version__, io
 
-    protocol = {
+    protocol: dict[str, Any] = {
         "blurred_is": f"map > {options.threshold:g}",
         "value_range": options.value_range,
     }

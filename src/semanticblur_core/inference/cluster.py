@@ -247,7 +247,7 @@ class DetectionCluster:
                 threads_per_worker=1,
                 processes=True,
                 host="127.0.0.1",
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",  # any free port: 8787 may be taken
                 memory_limit=0,  # images come in all sizes: leave it to the operating system
                 silence_logs=logging.CRITICAL,
                 env={"OMP_NUM_THREADS": str(self._n_threads)},
