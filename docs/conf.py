@@ -9,3 +9,4 @@ autodoc_typehints = "none"
 html_theme = "furo"
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 2

@@ -254,12 +254,12 @@ class FinetuneConfig(_Config):
         Seed of everything drawn.
     """
 
-    n_steps: int = 40
+    n_steps: int = 60
     batch_size: int = 5
     n_views: int = 30
     replay_size: int = 4
     n_replay: int = 24
-    replay_weight: float = 4.0
+    replay_weight: float = 1.0
     frozen_stages: int = 4
     learning_rate: float = 0.03
     ema_decay: float = 0.8
