@@ -128,6 +128,7 @@ class FocusWidget(Container):  # type: ignore[type-arg]
             ]
         )  # fmt: skip
         self.native.setObjectName("semanticblur-focus")
+        self.progress.visible = False
         self.status.native.setWordWrap(True)
         widen(self.status.native)
         self.plot, self.table = FocusPlot(), FocusTable()
@@ -419,7 +420,7 @@ class FocusWidget(Container):  # type: ignore[type-arg]
     def _enable(self) -> None:
         for button in (self.check_button, self.again_button, self.composite_button):
             button.enabled = not self.is_running
-        self.cancel_button.enabled = self.is_running
+        self.cancel_button.enabled = self.progress.visible = self.is_running
 
     def _data_changed(self, event: Any) -> None:
         """A layer has other data: new planes of a stack that grew, or another image."""
