@@ -200,6 +200,8 @@ class FocusWidget(Container):  # type: ignore[type-arg]
 
     def check(self) -> None:
         """Measure the planes asked for that are not known yet."""
+        if self.is_running:
+            return
         layers: list[Any] = [self.layer.value]
         if self.planes.value == LAYERS:
             layers = self._images(None)
@@ -306,7 +308,8 @@ class FocusWidget(Container):  # type: ignore[type-arg]
             stack = session.stack(self.score_name)
             if stack.planes:
                 names = {index: image.name for index, image in session.images.items()}
-                summary |= stack_rows(stack, names)
+                low_is_sharp = not HIGHER_IS_SHARPER[self.score_name]
+                summary |= stack_rows(stack, names, low_is_sharp=low_is_sharp)
         write_html(path, images, summary)
 
     # Choices
