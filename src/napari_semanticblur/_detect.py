@@ -25,7 +25,7 @@ from napari_semanticblur._layers import (
     read_source,
     unwrapped,
 )
-from napari_semanticblur._models import models
+from napari_semanticblur._models import METHODS, models
 from napari_semanticblur._settings import preferences
 from semanticblur_core import weights
 from semanticblur_core.errors import ConfigError, SemanticBlurError
@@ -56,7 +56,9 @@ class DetectWidget(Container):  # type: ignore[type-arg]
         self._rethresholding: Iterator[None] | None = None
         chosen = preferences()
         self.layer = ComboBox(choices=self._images, label="image")
-        self._opened_models = [] if chosen.model in _known_models() else [chosen.model]
+        self._opened_models = []
+        if chosen.model not in (*_known_models(), *METHODS):
+            self._opened_models.append(chosen.model)
         self.model = ComboBox(
             choices=self._models, value=chosen.model, label="model", tooltip=_MODEL_TIP
         )
@@ -137,8 +139,8 @@ class DetectWidget(Container):  # type: ignore[type-arg]
         ]
 
     def _models(self, _: Any) -> list[str]:
-        """Packaged models, those fine-tuned here, files opened before, and the way to others."""
-        return [*_known_models(), *self._opened_models, OTHER_FILE]
+        """Packaged models, those made here, methods, files opened before, and the way to others."""
+        return [*_known_models(), *METHODS, *self._opened_models, OTHER_FILE]
 
     @property
     def settings(self) -> Settings:
@@ -260,7 +262,9 @@ class DetectWidget(Container):  # type: ignore[type-arg]
     def _show_what_applies(self) -> None:
         layer = self.layer.value
         n_walked = 0 if layer is None else layer.ndim - 2
-        self.custom_size.visible = self.size.value == CUSTOM
+        of_network = self.model.value not in METHODS
+        self.device.visible = self.size.visible = of_network
+        self.custom_size.visible = of_network and self.size.value == CUSTOM
         self.level.visible = layer is not None and bool(layer.multiscale)
         self.planes.visible = n_walked > 0
         self.first.visible = self.last.visible = n_walked > 0 and self.planes.value == RANGE
@@ -291,6 +295,7 @@ class DetectWidget(Container):  # type: ignore[type-arg]
 
     def _model_chosen(self, model: str) -> None:
         if model != OTHER_FILE:
+            self._show_what_applies()
             return
         from qtpy.QtWidgets import QFileDialog
 
@@ -379,7 +384,10 @@ def _timer(parent: Any, callback: Any) -> Any:
     return timer
 
 
-_MODEL_TIP = "The packaged model, one fine-tuned here, or a file of weights."
+_MODEL_TIP = (
+    "The packaged model, one fine-tuned here, a file of weights, or a method without any: HiFST, "
+    "local binary patterns (lbp), spectrum and gradients (dbdf), at the image's own pixels."
+)
 _SIZE_TIP = (
     "Squashed: the whole plane is brought to a square of that side (320 is the paper's protocol, "
     "best for photographs). Native: tiles of 512 px at the image's own pixels, for microscopy."

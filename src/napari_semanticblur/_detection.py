@@ -29,6 +29,7 @@ from napari_semanticblur._layers import (
     unwrapped,
     visible_region,
 )
+from napari_semanticblur._models import METHODS
 from napari_semanticblur._worker import Announcement, Failure, Run
 from semanticblur_core import __version__
 from semanticblur_core.errors import ImageError
@@ -147,7 +148,7 @@ class Detection:
         self.indices = _nearest_first(self.box, shown)
         self.visible = visible_region(self.source, viewer)
         pieces = 1
-        if settings.size == "native":
+        if settings.size == "native" and settings.model not in METHODS:
             pieces = len(TileGrid(*self.planes.plane_shape, TILE_SIZE_PX, OVERLAP_PX))
         self.n_steps = len(self.indices) * pieces
         self._made_with = (
@@ -204,8 +205,12 @@ class Detection:
         settings = self.settings
         path = self.layer.source.path
         parts = ["semanticblur-core", "detect", f"--input={path or 'FILE'}", "--output=result"]
-        parts += [f"--model={settings.model}", f"--device={settings.device}"]
-        parts += [f"--size={settings.size}", f"--threshold={settings.threshold:g}"]
+        if settings.model in METHODS:
+            parts.append(f"--method={settings.model}")
+        else:
+            parts += [f"--model={settings.model}", f"--device={settings.device}"]
+            parts.append(f"--size={settings.size}")
+        parts.append(f"--threshold={settings.threshold:g}")
         if len(self.source.axes.replace("S", "")) > 2 or self.source.axes != self.planes.axes:
             parts.append(f"--axes={self.source.axes}")
         if settings.channels != "each":
@@ -231,7 +236,7 @@ class Detection:
         detector = _models.detector(settings.model, settings.device)
         self._reason = detector.reason
         self._sha256 = detector.info.sha256 if detector.info else None
-        yield Announcement(f"Detecting on {detector.device} ({detector.reason}) ...")
+        yield Announcement(f"Detecting ({detector.reason}) ...")
         if self.pixels is None:
             blur = np.full(self._shape, np.nan, np.float32)  # NaN: not analysed yet
             labels = np.zeros(self._shape, np.uint8)

@@ -128,6 +128,7 @@ class FocusWidget(Container):  # type: ignore[type-arg]
             ]
         )  # fmt: skip
         self.native.setObjectName("semanticblur-focus")
+        self.progress.visible = False
         self.status.native.setWordWrap(True)
         widen(self.status.native)
         self.plot, self.table = FocusPlot(), FocusTable()
@@ -199,6 +200,8 @@ class FocusWidget(Container):  # type: ignore[type-arg]
 
     def check(self) -> None:
         """Measure the planes asked for that are not known yet."""
+        if self.is_running:
+            return
         layers: list[Any] = [self.layer.value]
         if self.planes.value == LAYERS:
             layers = self._images(None)
@@ -305,7 +308,8 @@ class FocusWidget(Container):  # type: ignore[type-arg]
             stack = session.stack(self.score_name)
             if stack.planes:
                 names = {index: image.name for index, image in session.images.items()}
-                summary |= stack_rows(stack, names)
+                low_is_sharp = not HIGHER_IS_SHARPER[self.score_name]
+                summary |= stack_rows(stack, names, low_is_sharp=low_is_sharp)
         write_html(path, images, summary)
 
     # Choices
@@ -419,7 +423,7 @@ class FocusWidget(Container):  # type: ignore[type-arg]
     def _enable(self) -> None:
         for button in (self.check_button, self.again_button, self.composite_button):
             button.enabled = not self.is_running
-        self.cancel_button.enabled = self.is_running
+        self.cancel_button.enabled = self.progress.visible = self.is_running
 
     def _data_changed(self, event: Any) -> None:
         """A layer has other data: new planes of a stack that grew, or another image."""

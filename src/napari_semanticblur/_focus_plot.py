@@ -38,8 +38,8 @@ class FocusPlot(QWidget):
         super().__init__(parent)
         self.curve: FocusCurve | None = None
         self._title, self._shown, self._limit = "", -1, math.nan
-        self.setMinimumHeight(130)
-        self.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
+        self.setMinimumHeight(90)
+        self.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Preferred)
         self.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
         self.setAccessibleName("Focus against plane")
         self.setToolTip("A click goes to the plane. Dashed: the gate. Filled: the sharpest plane.")

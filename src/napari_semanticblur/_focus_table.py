@@ -136,7 +136,7 @@ class FocusTable(QTableView):
         self.setSelectionMode(QAbstractItemView.SelectionMode.SingleSelection)
         self.setEditTriggers(QAbstractItemView.EditTrigger.NoEditTriggers)
         self.setAlternatingRowColors(False)
-        self.setMinimumHeight(150)
+        self.setMinimumHeight(96)
         self.setAccessibleName("Focus of layers, planes and tiles")
         header = self.verticalHeader()
         if header is not None:

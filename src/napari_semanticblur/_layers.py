@@ -207,6 +207,8 @@ def in_layer_axes(source: Source, array: NDArray[Any], axes: str) -> NDArray[Any
 
 def show_plane(source: Source, viewer: ViewerModel, planes: Planes, index: Sequence[int]) -> None:
     """Move the viewer's sliders to a plane, given as `plane_index` gives it."""
+    if not index:
+        return
     layer = source.layer
     data = (np.asarray(source.array.shape[: layer.ndim], dtype=float) - 1) / 2
     places = [source.layer_axes.index(axis) for axis in planes.walked_axes]

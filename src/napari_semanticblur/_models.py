@@ -6,15 +6,19 @@ import sys
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from psygnal import Signal
 
 from semanticblur_core import weights
 from semanticblur_core.errors import SemanticBlurError
+from semanticblur_core.focus.classical import ClassicalDetector, Method
 
 if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector
+
+# Hand-crafted methods stand among the models: they need no weights and no torch.
+METHODS: tuple[str, ...] = get_args(Method)
 
 
 class _ModelEvents:
@@ -34,8 +38,10 @@ _lock = threading.Lock()
 _detectors: OrderedDict[tuple[str, str, int], Detector] = OrderedDict()
 
 
-def detector(model: str, device: str) -> Detector:
+def detector(model: str, device: str) -> Detector | ClassicalDetector:
     """Detector for a model and a device; called off the main thread, the first call is slow."""
+    if model in METHODS:
+        return ClassicalDetector(model)
     _keep_triton_out()
     from semanticblur_core.inference.detector import Detector
 
@@ -51,6 +57,8 @@ def detector(model: str, device: str) -> Detector:
 
 def is_loaded(model: str, device: str) -> bool:
     """Whether `detector` will answer at once."""
+    if model in METHODS:
+        return True
     try:
         return _key(model, device) in _detectors
     except SemanticBlurError:

@@ -17,6 +17,7 @@ from napari_semanticblur import _detect, _detection
 from napari_semanticblur._layers import find_result
 from napari_semanticblur._settings import Preferences, preferences
 from semanticblur_core import Detector
+from semanticblur_core.focus.classical import ClassicalDetector
 
 ANGLE_DEG = 25
 
@@ -341,6 +342,19 @@ def test_a_model_of_one_s_own_can_be_chosen(
     (tmp_path / "models" / "mine@1.safetensors").unlink()
     widget.model.reset_choices()
     assert "mine" not in widget.model.choices
+
+
+def test_a_method_without_weights_stands_among_the_models(
+    qtbot: Any, viewer: Any, widget: Any
+) -> None:
+    layer = viewer.add_image(photo(), rgb=True, name="photo")
+    widget.model.value = "lbp"
+    assert not widget.size.visible
+    finish(qtbot, widget)
+    blur, labels = results(viewer, layer)
+    np.testing.assert_array_equal(blur.data, ClassicalDetector("lbp").detect(layer.data))
+    command = labels.metadata["semanticblur"]["command"]
+    assert "detect --input=FILE --output=result --method=lbp --threshold=0.5" in command
 
 
 def test_opening_the_widget_loads_no_torch() -> None:

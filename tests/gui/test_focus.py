@@ -272,6 +272,10 @@ def test_the_heat_map_of_a_method_is_the_share_in_focus(
     assert heat.data.shape == (2, 2)
     assert heat.data[0, 0] > heat.data[0, 1] + 0.3
     assert tuple(heat.contrast_limits) == (0, 1)
+    widget.show_rows.value = _focus.TILES
+    wait(qtbot, widget)
+    widget._row_chosen(widget.table.rows[-1].target)
+    np.testing.assert_allclose(viewer.scene.camera.center[-2:], (95.5, 96))
 
 
 @pytest.mark.parametrize("rgb", [False, True])
@@ -373,9 +377,12 @@ def test_the_report_of_a_stack_has_its_curve(
     qtbot: Any, viewer: Any, widget: Any, tmp_path: Path
 ) -> None:
     viewer.add_image(stack(), name="s")
+    widget.score.value = "blur effect"  # low is sharp
     check(qtbot, widget)
     widget.export(tmp_path / "focus.html")
     page = (tmp_path / "focus.html").read_text()
+    assert '"descending":true' in page
+    assert '"score":[0.' in page
     assert f'"best_plane":{{"index":{PEAK},"name":"s[Z={PEAK}]"}}' in page
 
 

@@ -27,7 +27,7 @@ from scipy import fft, ndimage
 
 from semanticblur_core import io
 from semanticblur_core.errors import ConfigError, ImageError
-from semanticblur_core.inference.planes import ALL, Channels, DetectUpdate, Planes
+from semanticblur_core.inference.planes import ALL, Channels, DetectUpdate, Planes, Region
 
 Method = Literal["hifst", "lbp", "dbdf"]
 Floats = NDArray[np.float32]
@@ -129,8 +129,11 @@ class ClassicalDetector:
         channels: Channels = "each",
         size: int | Literal["native"] = "native",
         value_range: tuple[float, float] | Sequence[tuple[float, float]] | None = None,
+        visible: Region | None = None,
     ) -> Iterator[DetectUpdate]:
         """Detect an array of any axes plane by plane, as `semanticblur_core.Detector` does.
+
+        ``size`` and ``visible`` are without effect: a plane is analysed in one piece.
 
         Yields
         ------

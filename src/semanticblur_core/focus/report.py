@@ -103,7 +103,11 @@ def to_row(image: ImageFocus) -> dict[str, Any]:
 
 
 def stack_rows(
-    stack: StackFocus, names: dict[tuple[int, ...], str], *, step_um: float | None = None
+    stack: StackFocus,
+    names: dict[tuple[int, ...], str],
+    *,
+    step_um: float | None = None,
+    low_is_sharp: bool = False,
 ) -> dict[str, Any]:
     """Plain JSON values of a stack: best plane, curve and best tiles at each time and channel.
 
@@ -115,7 +119,10 @@ def stack_rows(
         Name of each plane, by its index.
     step_um
         Distance of planes in micrometres, where it is known.
+    low_is_sharp
+        Whether the stack holds scores whose sign was turned, to be turned back.
     """
+    sign = -1 if low_is_sharp else 1
     place = stack.walked_axes.index(stack.along)
     series: list[dict[str, Any]] = []
     for at in stack.series():
@@ -133,12 +140,12 @@ def stack_rows(
                 "peak": curve.peak,
                 "curve": {
                     "index": list(curve.positions),
-                    "score": [_number(score) for score in curve.scores],
+                    "score": [_number(sign * score) for score in curve.scores],
                 },
                 "best_tiles": stack.best_tiles(at).tolist() if len(shapes) == 1 else None,
             }
         )
-    scored = [max(s for s in one["curve"]["score"] if s is not None) for one in series]
+    scored = [max(sign * s for s in one["curve"]["score"] if s is not None) for one in series]
     top = max(range(len(series)), key=lambda i: scored[i])
     document: dict[str, Any] = {"best_plane": series[top]["best_plane"], "stacks": series}
     others = stack.walked_axes.replace(stack.along, "")

@@ -105,3 +105,44 @@ def test_an_empty_folder_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert "empty" in done.stderr
+
+
+def test_a_gate_set_from_examples_judges_others(tmp_path: Path, rng: np.random.Generator) -> None:
+    for kind, sigma in (("good", 0.3), ("bad", 4.0), ("new", 0.3)):
+        (tmp_path / kind).mkdir()
+        for i in range(3):
+            scene = rng.integers(0, 256, (96, 96)).astype(float)
+            pixels = gaussian_filter(scene, sigma + 0.2 * i).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / kind / f"{i}.png")
+    Image.fromarray(np.full((96, 96), 90, np.uint8)).save(tmp_path / "new" / "flat.png")
+    measured = ("--method=lbp", "--threshold=0.4")
+    done = run("calibrate", "--good=good", "--bad=bad", *measured, "--output=c.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "from 3 good and 3 bad examples: AUC 1.000" in done.stdout
+    gated = ("--input=new", "--calibration=c.json", "--json=r.json")
+    done = run(*gated, *measured, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    images = json.loads((tmp_path / "r.json").read_text())["images"]
+    assert {i["name"]: i["passed"] for i in images} == {
+        "0.png": True,
+        "1.png": True,
+        "2.png": True,
+        "flat.png": False,
+    }
+
+
+def test_a_stack_is_composed_and_the_best_of_a_burst_are_kept(tmp_path: Path, folder: Path) -> None:
+    stack = focal_stack(n_planes=5, size_px=128).images
+    tifffile.imwrite(tmp_path / "stack.tif", stack, photometric="minisblack")
+    made = ("--composite=sharp.png", "--depth=depth.tif")
+    done = run("--input=stack.tif", "--stack", "--method=lbp", *made, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert np.asarray(Image.open(tmp_path / "sharp.png")).shape == (128, 128)
+    depth = tifffile.imread(tmp_path / "depth.tif")
+    assert depth[:, :20].mean() < 1 < 3 < depth[:, -20:].mean()
+    burst = ("--method=lbp", "--sort=tenengrad", "--keep-best=1", "--json=r.json")
+    done = run(f"--input={folder}", *burst, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    images = json.loads((tmp_path / "r.json").read_text())["images"]
+    assert [(i["name"], i["kept"]) for i in images] == [("sharp.png", True), ("soft.png", False)]
+    assert "kept: sharp.png" in done.stdout
