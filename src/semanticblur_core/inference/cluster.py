@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,8 +65,8 @@ class DetectionCluster:
     Attributes
     ----------
     detector
-        Public attributes (``name``, ``device`` ...) of the detector of the first worker that
-        answered; None until then.
+        Public attributes (``name``, ``device`` ...) of a worker's detector; None until one has
+        answered.
 
     Raises
     ------
@@ -126,7 +126,9 @@ class DetectionCluster:
         """Threads of all workers that are connected now."""
         return sum(self._client.nthreads().values())
 
-    def detect_files(self, jobs: Iterable[Job], options: DetectOptions) -> Iterator[FileResult]:
+    def detect_files(
+        self, jobs: Iterable[Job], options: DetectOptions
+    ) -> Generator[FileResult, None, None]:
         """As `semanticblur_core.detect_files`, in the order in which files are finished.
 
         Files whose worker process died each time they were tried, even alone, are reported as
@@ -144,9 +146,10 @@ class DetectionCluster:
             yield from self._detect(jobs, options)
             whole = True
         finally:
-            if self._n_threads is not None and not whole:
+            is_own = self._n_threads is not None
+            if is_own and not whole:
                 self.close()  # ends what is still being written
-            if not whole or self._workers_lost:
+            if (is_own and not whole) or (whole and self._workers_lost):
                 _remove_parts(jobs, options)
 
     def _detect(self, jobs: list[Job], options: DetectOptions) -> Iterator[FileResult]:
@@ -278,6 +281,7 @@ class _Chunk:
 
 _lock = threading.Lock()
 _made: dict[bytes, MapMaker] = {}
+_described: dict[bytes, SimpleNamespace] = {}
 
 
 def process_detector(pickled_make: bytes) -> MapMaker:
@@ -307,8 +311,20 @@ def _detect_chunk(
         # A result that was not there when the job was handed out is of a worker that died since.
         own = replace(options, overwrite=True) if task.fresh else options
         results.extend(detect_files([task.distant], detector, own))
-    public = {name: value for name, value in vars(detector).items() if not name.startswith("_")}
-    return SimpleNamespace(**public), results
+    if pickled_make not in _described:
+        _described.clear()
+        _described[pickled_make] = _describe(detector)
+    return _described[pickled_make], results
+
+
+def _describe(detector: MapMaker) -> SimpleNamespace:
+    """Public attributes of a detector, those that can travel."""
+    description = SimpleNamespace(name=detector.name)
+    for name, value in vars(detector).items():
+        with suppress(Exception):  # pickle raises many kinds
+            if not name.startswith("_") and pickle.dumps(value):
+                setattr(description, name, value)
+    return description
 
 
 def _as_asked(

@@ -1,6 +1,7 @@
 """Several workers and summary tables on the command line, Ctrl+C included."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -97,6 +98,22 @@ def test_a_parquet_table_holds_the_numbers_of_the_json(tmp_path: Path) -> None:
     assert f"mean blur {cat['mean_blur']:.3f}" in done.stdout
     assert (bad["status"], bad["mean_blur"]) == ("failed", None)
     assert bad["error"] == "bad.png: not an image that can be read"
+
+
+def test_a_classical_method_and_the_json_of_workers(tmp_path: Path, folder: Path) -> None:
+    pytest.importorskip("distributed")
+    for name, *flags in (("lbp", "--method=lbp"), ("network", *COMMON[2:])):
+        done = detect(
+            "--input=in/photo0[0-3].png", f"--output={name}", "--workers=2",
+            f"--json={name}.json", *flags, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        report = json.loads((tmp_path / f"{name}.json").read_text())
+        assert len(report["images"]) == 4
+        assert report["model"] == {"lbp": "lbp", "network": "default"}[name]
+    assert len(report["model_sha256"]) == 64
+    assert report["protocol"]["device"] == "cpu"
+    assert report["protocol"]["precision"] == "float32"
 
 
 def test_what_cannot_be_done_is_said_before_the_work(tmp_path: Path) -> None:
