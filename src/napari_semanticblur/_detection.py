@@ -235,7 +235,7 @@ class Detection:
             importlib.import_module("pandas")
         detector = _models.detector(settings.model, settings.device)
         self._reason = detector.reason
-        self._sha256 = detector.info.sha256 if detector.info else None
+        self._sha256 = getattr(detector, "sha256", None)
         yield Announcement(f"Detecting ({detector.reason}) ...")
         if self.pixels is None:
             blur = np.full(self._shape, np.nan, np.float32)  # NaN: not analysed yet

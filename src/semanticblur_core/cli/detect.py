@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,15 +254,17 @@ def command(
     )
     results, n_failed, n_skipped = [], 0, 0
     detector: Any = SimpleNamespace(name=model, reason="no worker answered")
+    if method != "network" or alone:
+        detector = make()
     with ExitStack() as resources:
         progress = resources.enter_context(progress_bar())
         table = resources.enter_context(summary_table(table_path)) if table_path else None
         if alone:
-            cluster, detector = None, make()
-            coming = detect_files(jobs, detector, options)
+            cluster = None
+            coming: Iterator[FileResult] = detect_files(jobs, detector, options)
         else:
             cluster = resources.enter_context(_open_cluster(make, workers, scheduler))
-            coming = cluster.detect_files(jobs, options)
+            coming = resources.enter_context(closing(cluster.detect_files(jobs, options)))
         task = progress.add_task("Detecting", total=len(jobs))
         try:
             for result in coming:
@@ -274,7 +277,7 @@ def command(
                 progress.advance(task)
                 _report(result, progress.console.is_terminal and len(jobs) > 1)
         finally:
-            if cluster is not None and cluster.detector is not None:
+            if cluster is not None and cluster.detector is not None and method == "network":
                 detector = cluster.detector
             # Written after an interruption too: it tells what was done.
             if json_path is not None:

@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,8 +69,8 @@ class DetectionCluster:
     Attributes
     ----------
     detector
-        Public attributes (``name``, ``device`` ...) of the detector of the first worker that
-        answered; None until then.
+        Public attributes (``name``, ``device`` ...) of a worker's detector; None until one has
+        answered.
 
     Raises
     ------
@@ -130,7 +130,9 @@ class DetectionCluster:
         """Threads of all workers that are connected now."""
         return sum(self._client.nthreads().values())
 
-    def detect_files(self, jobs: Iterable[Job], options: DetectOptions) -> Iterator[FileResult]:
+    def detect_files(
+        self, jobs: Iterable[Job], options: DetectOptions
+    ) -> Generator[FileResult, None, None]:
         """As `semanticblur_core.detect_files`, in the order in which files are finished.
 
         Files whose worker process died each time they were tried, even alone, are reported as
@@ -148,9 +150,10 @@ class DetectionCluster:
             yield from self._detect(jobs, options)
             whole = True
         finally:
-            if self._n_threads is not None and not whole:
+            is_own = self._n_threads is not None
+            if is_own and not whole:
                 self.close()  # ends what is still being written
-            if not whole or self._workers_lost:
+            if (is_own and not whole) or (whole and self._workers_lost):
                 _remove_parts(jobs, options)
 
     def _detect(self, jobs: list[Job], options: DetectOptions) -> Iterator[FileResult]:

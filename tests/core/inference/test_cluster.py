@@ -181,7 +181,8 @@ def test_a_running_cluster_works_on_relative_paths(
     assert kept[0].skipped
 
 
-def test_what_cannot_be_had_is_one_line(tmp_path: Path) -> None:
+def test_what_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("semanticblur_core.inference.cluster.CONNECT_S", 1)
     with pytest.raises(ConfigError, match=r"tcp://127\.0\.0\.1:1: cannot be reached") as caught:
         DetectionCluster(KillsItsProcess, scheduler="tcp://127.0.0.1:1")
     assert "\n" not in str(caught.value)

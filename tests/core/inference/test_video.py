@@ -130,6 +130,8 @@ def test_what_is_no_video_or_too_large_is_one_line(tmp_path: Path) -> None:
     assert "more than the limit of 0.0032 million" in str(run(clip, max_pixels=3200).error)
     assert "--format=tif: expected of csv, json, mp4" in str(run(clip, formats=("tif",)).error)
     assert "--overlay is for photographs" in str(run(clip, overlay=True).error)
+    photo = run(tmp_path / "photo.png", formats=("csv", "mp4"))
+    assert "--format=csv,mp4: expected of png, tif, npy, zarr" in str(photo.error)
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=44100)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")

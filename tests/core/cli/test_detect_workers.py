@@ -1,0 +1,156 @@
+"""Several workers and summary tables on the command line, Ctrl+C included."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+COMMAND = [sys.executable, "-m", "semanticblur_core", "detect"]
+N_IMAGES = 60
+COMMON = ("--input=in", "--output=out", "--size=96", "--device=cpu", "--precision=float32")
+
+
+def detect(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=120, cwd=cwd, check=False
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path, rng: np.random.Generator) -> Path:
+    root = tmp_path / "in"
+    root.mkdir()
+    for i in range(N_IMAGES):
+        pixels = rng.integers(0, 256, (200, 300, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"photo{i:02}.png", compress_level=0)
+    return root
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to process groups")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_keeps_the_table_and_resume_does_the_rest(
+    tmp_path: Path, folder: Path, workers: int
+) -> None:
+    if workers > 1:
+        pytest.importorskip("distributed")
+    arguments = [*COMMAND, *COMMON, f"--workers={workers}", "--table=t.csv", "--json=j.json"]
+    process = subprocess.Popen(
+        arguments,
+        cwd=tmp_path,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 90
+    while len(list((tmp_path / "out").glob("*_blur.png"))) < 8 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.strip()) == (130, "semanticblur-core: stopped")
+    rows = rows_of(tmp_path / "t.csv")
+    assert 0 < len(rows) < N_IMAGES
+    assert {row["status"] for row in rows} == {"done"}
+    assert all((tmp_path / row["outputs"]).is_file() for row in rows)
+    assert (tmp_path / "j.json").is_file()
+    assert all(path.name.endswith("_blur.png") for path in (tmp_path / "out").iterdir())
+
+    (folder / "zz_broken.png").write_bytes(b"no image")
+    done = detect(*COMMON, f"--workers={workers}", "--resume", "--table=t.csv", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "semanticblur-core: in/zz_broken.png: not an image that can be read\n"
+    assert f"{N_IMAGES} of {N_IMAGES + 1} images done" in done.stdout
+    rows = rows_of(tmp_path / "t.csv")
+    assert len({row["input"] for row in rows}) == len(rows) == N_IMAGES + 1
+    skipped = [row for row in rows if row["status"] == "skipped"]
+    assert 8 <= len(skipped) < N_IMAGES
+    assert sum(row["status"] == "failed" for row in rows) == 1
+    assert len(list((tmp_path / "out").glob("*_blur.png"))) == N_IMAGES
+
+
+def test_a_parquet_table_holds_the_numbers_of_the_json(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    done = detect(
+        "--input=sample:cat", "--input=bad.png", "--output=out", "--table=t.parquet", cwd=tmp_path
+    )
+    assert done.returncode == 2
+    cat, bad = parquet.read_table(tmp_path / "t.parquet").to_pylist()
+    assert (cat["input"], cat["status"], cat["outputs"]) == (
+        "sample:cat",
+        "done",
+        "out/cat_blur.png",
+    )
+    assert (cat["height"], cat["width"], cat["n_planes"]) == (300, 451, 1)
+    assert f"mean blur {cat['mean_blur']:.3f}" in done.stdout
+    assert (bad["status"], bad["mean_blur"]) == ("failed", None)
+    assert bad["error"] == "bad.png: not an image that can be read"
+
+
+def test_a_classical_method_and_the_json_of_workers(tmp_path: Path, folder: Path) -> None:
+    pytest.importorskip("distributed")
+    for name, *flags in (("lbp", "--method=lbp"), ("network", *COMMON[2:])):
+        done = detect(
+            "--input=in/photo0[0-3].png", f"--output={name}", "--workers=2",
+            f"--json={name}.json", *flags, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        report = json.loads((tmp_path / f"{name}.json").read_text())
+        assert len(report["images"]) == 4
+        assert report["model"] == {"lbp": "lbp", "network": "default"}[name]
+    assert len(report["model_sha256"]) == 64
+    assert report["protocol"]["device"] == "cpu"
+    assert report["protocol"]["precision"] == "float32"
+
+
+def test_what_cannot_be_done_is_said_before_the_work(tmp_path: Path) -> None:
+    sample = ("--input=sample:cat", "--output=out")
+    for flags, message in (
+        (("--workers=2", "--scheduler=tcp://127.0.0.1:1"), "--scheduler has workers of its own"),
+        (("--table=t.xlsx",), "t.xlsx: expected a table named .csv or .parquet"),
+    ):
+        done = detect(*sample, *flags, cwd=tmp_path)
+        assert done.returncode == 2
+        assert message in done.stderr.splitlines()[-1]
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "message"),
+    [
+        ("distributed", ["--workers=2"], "pip install 'napari-semanticblur[cluster]'"),
+        ("pyarrow", ["--table=t.parquet"], "Parquet needs pyarrow"),
+        ("av", ["--input=clip.mp4"], "pip install 'napari-semanticblur[video]'"),
+    ],
+)
+def test_a_missing_extra_is_one_line(
+    tmp_path: Path, module: str, flags: list[str], message: str
+) -> None:
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; from semanticblur_core.cli import main;main()"
+    )
+    sample = ["detect", "--input=sample:cat", "--output=out", *flags]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *sample],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr
