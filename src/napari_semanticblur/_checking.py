@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from napari_semanticblur._layers import Source
+from napari_semanticblur._layers import Source, labelled_region
 from napari_semanticblur._worker import Announcement, Failure, Run
 from semanticblur_core.focus.check import FocusOptions
 from semanticblur_core.focus.session import ArrayFocus, PlaneChecked
@@ -35,6 +35,8 @@ class Settings:
         Side of the tiles.
     region
         ``image``, or ``content`` without empty background.
+    labels
+        Layer of labels: look where it is not 0.
     """
 
     method: str = NETWORK
@@ -42,6 +44,7 @@ class Settings:
     device: str = "auto"
     tile_size_px: int = 64
     region: str = "image"
+    labels: Any = None
 
     @property
     def options(self) -> FocusOptions:
@@ -53,13 +56,15 @@ class Settings:
     def key(self) -> tuple[Any, ...]:
         """What the scores depend on."""
         of_network = (self.model,) if self.method == NETWORK else ()
-        return (self.method, *of_network, self.tile_size_px, self.region)
+        labels = str(self.labels.unique_id) if self.labels is not None else ""
+        return (self.method, *of_network, self.tile_size_px, self.region, labels)
 
     @property
     def said(self) -> dict[str, Any]:
         """For people, by name."""
         of_network = {"model": self.model} if self.method == NETWORK else {}
-        tiles = {"tiles": f"{self.tile_size_px} px", "region": self.region}
+        region = self.region if self.labels is None else f"labels of {self.labels.name}"
+        tiles = {"tiles": f"{self.tile_size_px} px", "region": region}
         return {"method": self.method, **of_network, **tiles}
 
     @property
@@ -74,7 +79,7 @@ class Settings:
             protocol |= {"model": self.model, "model_sha256": sha256, "size": options.size}
         return protocol | {
             "threshold": options.threshold,
-            "region": self.region,
+            "region": self.region if self.labels is None else "masks",
             "subject": options.subject,
             "value_range": None,
         }
@@ -88,6 +93,13 @@ class Job:
     session: ArrayFocus
     indices: list[tuple[int, ...]]
     channels: Channels = "each"
+
+    def options(self, settings: Settings) -> FocusOptions:
+        """For the core, with the labels of each plane where they are the region."""
+        if settings.labels is None:
+            return settings.options
+        region = labelled_region(self.source, self.source.planes(self.channels), settings.labels)
+        return replace(settings.options, region=lambda plane: region(plane.index))
 
 
 class Checking:
@@ -156,7 +168,7 @@ class Checking:
                     job.source.array,
                     job.source.axes,
                     detector,
-                    settings.options,
+                    job.options(settings),
                     indices=job.indices,
                     channels=job.channels,
                 )

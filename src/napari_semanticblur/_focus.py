@@ -99,7 +99,7 @@ class FocusWidget(Container):  # type: ignore[type-arg]
             self.model.value = chosen.model
         self.planes = ComboBox(choices=[CURRENT, ALL, LAYERS], label="planes", value=ALL)
         self.channels = ComboBox(choices=lambda _: self._channels, label="channels")
-        self.region = ComboBox(choices=[EVERYWHERE, CONTENT], label="look at")
+        self.region = ComboBox(choices=self._regions, label="look at", tooltip=_REGION_TIP)
         self.tile_size_px = SpinBox(value=64, min=8, max=4096, label="tiles (px)")
         self.check_button = PushButton(text="Check focus")
         self.again_button = PushButton(text="Anew", tooltip="Forget this layer's scores and check.")
@@ -166,6 +166,7 @@ class FocusWidget(Container):  # type: ignore[type-arg]
             device=preferences().device,
             tile_size_px=int(self.tile_size_px.value),
             region="content" if self.region.value == CONTENT else "image",
+            labels=None if isinstance(self.region.value, str) else unwrapped(self.region.value),
         )
 
     @property
@@ -321,6 +322,13 @@ class FocusWidget(Container):  # type: ignore[type-arg]
             for layer in map(unwrapped, self._viewer.layers)
             if is_image(layer) and METADATA_KEY not in layer.metadata
         ]
+
+    def _regions(self, _: Any) -> list[Any]:
+        """Everywhere, content, or where a labels layer is not 0."""
+        from napari.layers import Labels
+
+        layers = map(unwrapped, self._viewer.layers)
+        return [EVERYWHERE, CONTENT, *(each for each in layers if isinstance(each, Labels))]
 
     def _models(self, _: Any) -> list[str]:
         from semanticblur_core import weights
@@ -641,6 +649,10 @@ def _timer(parent: Any, callback: Callable[[], None]) -> Any:
 _METHOD_TIP = (
     "What says where an image is blurred: the network, or a method without weights. The classical "
     "scores need no map and load no PyTorch."
+)
+_REGION_TIP = (
+    "Where the scores of the map look: everywhere, at content without empty background, or where "
+    "a labels layer is not 0. After painting, check anew."
 )
 _SCORE_TIP = (
     "What the plot, the best plane, the gate and the heat map go by. The first four are of the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -217,6 +217,45 @@ def show_plane(source: Source, viewer: ViewerModel, planes: Planes, index: Seque
     world = layer.data_to_world(data * factors + (factors - 1) / 2)
     first = viewer.dims.ndim - layer.ndim
     viewer.dims.set_point([first + place for place in places], [world[p] for p in places])
+
+
+def labelled_region(
+    source: Source, planes: Planes, labels: Any
+) -> Callable[[Sequence[int]], NDArray[np.bool_]]:
+    """Function from a plane's index to where a labels layer is not 0, ``(H, W)`` bool.
+
+    Raises
+    ------
+    ImageError
+        If the labels have neither the layer's pixels nor those of one plane of it.
+    """
+    layer = source.layer
+    data = labels.data[0] if labels.multiscale else labels.data
+    image = layer.data[0] if layer.multiscale else layer.data
+    full = tuple(image.shape[: layer.ndim])
+    if tuple(data.shape) not in (full, full[-2:]):
+        raise ImageError(
+            f"{labels.name}: labels of {tuple(data.shape)} for {layer.name} of {full}; they need "
+            "the same pixels, or those of one plane"
+        )
+    # Pixels of full resolution amid those of the level.
+    inside = [
+        np.minimum(((np.arange(n) + 0.5) * factor).astype(int), length - 1)
+        for n, factor, length in zip(
+            planes.plane_shape, source.factors[-2:], full[-2:], strict=True
+        )
+    ]
+
+    def region(index: Sequence[int]) -> NDArray[np.bool_]:
+        place = dict(zip(planes.walked_axes, index, strict=True))
+        if isinstance(planes.channels, int):
+            place["C"] = planes.channels
+        axes = source.layer_axes[: data.ndim - 2]
+        plane = np.asarray(data[tuple(place.get(axis, 0) for axis in axes)])
+        looked_at: NDArray[np.bool_] = plane[np.ix_(*inside)] != 0
+        return looked_at
+
+    return region
 
 
 def find_result(viewer: ViewerModel, layer: Image, kind: str) -> Any:

@@ -278,6 +278,31 @@ def test_the_heat_map_of_a_method_is_the_share_in_focus(
     np.testing.assert_allclose(viewer.scene.camera.center[-2:], (95.5, 96))
 
 
+def test_labels_say_where_to_look(qtbot: Any, viewer: Any, widget: Any) -> None:
+    image = stack(2, peak=0)
+    image[:, :, 64:] = 128
+    viewer.add_image(image, name="half")
+    labels = np.zeros(image.shape, np.uint8)
+    labels[0, :, :48] = 1
+    labels[1, :, 80:] = 7
+    layer = viewer.add_labels(labels, name="cells")
+    viewer.add_labels(np.ones((5, 5), np.uint8), name="other")
+    widget.method.value = "local binary patterns"
+    widget.score.value = "in focus"
+    assert layer in widget.region.choices
+    widget.region.value = layer
+    check(qtbot, widget)
+    in_focus = [row.cells[3] for row in widget.table.rows]
+    assert in_focus[0] > 0.5 > in_focus[1]
+    images = widget.session().images
+    assert images[(0,)].scores.region_fraction == 48 / 128
+    with pytest.MonkeyPatch.context() as patch:
+        shown = complaints(patch)
+        widget.region.value = viewer.layers["other"]
+        check(qtbot, widget)
+    assert shown[0].startswith("other: labels of (5, 5) for half of (2, 96, 128)")
+
+
 @pytest.mark.parametrize("rgb", [False, True])
 def test_the_composite_is_sharp_and_keeps_its_place(
     qtbot: Any, viewer: Any, widget: Any, rgb: bool
