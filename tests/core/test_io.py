@@ -205,6 +205,9 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, photo: np.ndarray) -> N
         with pytest.raises(ImageError, match=r"more than the limit of 0\.0001 million"):
             io.read_image(tmp_path / name, max_pixels=100)
         assert io.read_image(tmp_path / name, max_pixels=photo.size).shape == photo.shape
+    io.refuse_bomb(tmp_path / "a.png", 1_200_000_000, 1_200_000_000)
+    with pytest.raises(ImageError, match="--max-pixels"):
+        io.refuse_bomb(tmp_path / "a.png", 1_200_000_001, 1_200_000_000)
 
 
 def test_masks(tmp_path: Path) -> None:
