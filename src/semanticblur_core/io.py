@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import sys
 import threading
 import warnings
@@ -333,6 +334,14 @@ def user_folder() -> Path:
     return base / "semanticblur"
 
 
+def temporary_name(path: Path, kind: str = "part") -> Path:
+    """A hidden name beside ``path`` that no other writer takes.
+
+    Random, since the number of a process does not tell apart those of several machines.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
+
+
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """A temporary name beside ``path`` that takes its place when the block succeeds.
@@ -350,7 +359,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     ImageError
         If the file cannot be written, with the system's reason.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

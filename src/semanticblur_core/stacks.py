@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -174,7 +173,7 @@ def new_map(path: Path, shape: tuple[int, ...]) -> Iterator[MapFile]:
     ImageError
         If there is no room for it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.map.part")
+    temporary = io.temporary_name(path, "map.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         free, needed = shutil.disk_usage(path.parent).free, math.prod(shape) * 4
@@ -235,7 +234,7 @@ def write_zarr(path: Path, maps: MapFile, *, axes: str, pixel_size_um: Mapping[s
     """Write an OME-Zarr (NGFF 0.4), each resolution level half the one before."""
     import zarr
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = io.temporary_name(path)
     kinds = {"T": "time", "C": "channel", "Z": "space", "Y": "space", "X": "space"}
     described: list[dict[str, str]] = []
     for axis in axes:
