@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import struct
 import sys
 import threading
 import warnings
@@ -415,7 +416,7 @@ def _read_tiff(path: Path, max_pixels: int) -> NDArray[Any]:
     import tifffile
 
     try:
-        with tifffile.TiffFile(path) as tiff:
+        with open_tiff(path) as tiff:
             refuse_lying_tiff(path, tiff)
             page = tiff.pages.first
             if not _plain_photometric(page):
@@ -448,6 +449,39 @@ def _read_tiff(path: Path, max_pixels: int) -> NDArray[Any]:
     if inverted:
         array = _invert(array)
     return _orient(array, orientation)
+
+
+@contextmanager
+def open_tiff(path: Path) -> Iterator[Any]:
+    """A ``tifffile.TiffFile`` whose images can be counted.
+
+    Raises
+    ------
+    ImageError
+        If its chain of images comes back to one of them: tifffile would follow it for ever.
+    """
+    import tifffile
+
+    with tifffile.TiffFile(path) as tiff:
+        form, stream = tiff.tiff, tiff.filehandle
+        offset, seen = tiff.pages.first.offset, set[int]()
+        while offset != 0:
+            if offset in seen:
+                raise ImageError(
+                    f"{path}: damaged: its chain of images leads back to an earlier one"
+                )
+            seen.add(offset)
+            stream.seek(offset)
+            count = stream.read(form.tagnosize)
+            if len(count) < form.tagnosize:
+                break
+            [n_tags] = struct.unpack(form.tagnoformat, count)
+            stream.seek(offset + form.tagnosize + n_tags * form.tagsize)
+            following = stream.read(form.offsetsize)
+            if len(following) < form.offsetsize:
+                break
+            [offset] = struct.unpack(form.offsetformat, following)
+        yield tiff
 
 
 def refuse_lying_tiff(path: Path, tiff: Any) -> None:

@@ -298,7 +298,8 @@ def process_detector(pickled_make: bytes) -> MapMaker:
 def dask_setup(worker: Any) -> None:
     """Called by dask in each process of this machine."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the main process's affair
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # as on the command line
+    for library in ("tifffile", "PIL"):  # as on the command line
+        logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 def _detect_chunk(
