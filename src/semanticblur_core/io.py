@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
+import struct
 import sys
 import threading
 import warnings
@@ -333,6 +335,14 @@ def user_folder() -> Path:
     return base / "semanticblur"
 
 
+def temporary_name(path: Path, kind: str = "part") -> Path:
+    """A hidden name beside ``path`` that no other writer takes.
+
+    Random, since the number of a process does not tell apart those of several machines.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
+
+
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """A temporary name beside ``path`` that takes its place when the block succeeds.
@@ -350,7 +360,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     ImageError
         If the file cannot be written, with the system's reason.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -406,7 +416,7 @@ def _read_tiff(path: Path, max_pixels: int) -> NDArray[Any]:
     import tifffile
 
     try:
-        with tifffile.TiffFile(path) as tiff:
+        with open_tiff(path) as tiff:
             refuse_lying_tiff(path, tiff)
             page = tiff.pages.first
             if not _plain_photometric(page):
@@ -439,6 +449,39 @@ def _read_tiff(path: Path, max_pixels: int) -> NDArray[Any]:
     if inverted:
         array = _invert(array)
     return _orient(array, orientation)
+
+
+@contextmanager
+def open_tiff(path: Path) -> Iterator[Any]:
+    """A ``tifffile.TiffFile`` whose images can be counted.
+
+    Raises
+    ------
+    ImageError
+        If its chain of images comes back to one of them: tifffile would follow it for ever.
+    """
+    import tifffile
+
+    with tifffile.TiffFile(path) as tiff:
+        form, stream = tiff.tiff, tiff.filehandle
+        offset, seen = tiff.pages.first.offset, set[int]()
+        while offset != 0:
+            if offset in seen:
+                raise ImageError(
+                    f"{path}: damaged: its chain of images leads back to an earlier one"
+                )
+            seen.add(offset)
+            stream.seek(offset)
+            count = stream.read(form.tagnosize)
+            if len(count) < form.tagnosize:
+                break
+            [n_tags] = struct.unpack(form.tagnoformat, count)
+            stream.seek(offset + form.tagnosize + n_tags * form.tagsize)
+            following = stream.read(form.offsetsize)
+            if len(following) < form.offsetsize:
+                break
+            [offset] = struct.unpack(form.offsetformat, following)
+        yield tiff
 
 
 def refuse_lying_tiff(path: Path, tiff: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -103,27 +102,23 @@ def is_stack(path: Path, *, axes: str | None = None) -> bool:
         return True
     if suffix not in io.TIFF_SUFFIXES or not path.is_file() or path.stat().st_size == 0:
         return False
-    import tifffile
-
     try:
-        with tifffile.TiffFile(path) as tiff:
+        with io.open_tiff(path) as tiff:
             series = tiff.series[0]
             inside = math.prod(
                 length
                 for axis, length in zip(series.axes, series.shape, strict=True)
                 if axis in "YXS"
             )
-            return math.prod(series.shape) > inside
+            return bool(math.prod(series.shape) > inside)
     except Exception:  # whatever is wrong with it is reported by the reader of images
         return False
 
 
 def plane_pixels(path: Path) -> int:
     """Rows times columns of a TIFF's first image; 0 if it cannot be read."""
-    import tifffile
-
     try:
-        with tifffile.TiffFile(path) as tiff:
+        with io.open_tiff(path) as tiff:
             series = tiff.series[0]
             lengths = dict(zip(series.axes, series.shape, strict=True))
             return int(lengths["Y"]) * int(lengths["X"])
@@ -174,7 +169,7 @@ def new_map(path: Path, shape: tuple[int, ...]) -> Iterator[MapFile]:
     ImageError
         If there is no room for it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.map.part")
+    temporary = io.temporary_name(path, "map.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         free, needed = shutil.disk_usage(path.parent).free, math.prod(shape) * 4
@@ -235,7 +230,7 @@ def write_zarr(path: Path, maps: MapFile, *, axes: str, pixel_size_um: Mapping[s
     """Write an OME-Zarr (NGFF 0.4), each resolution level half the one before."""
     import zarr
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = io.temporary_name(path)
     kinds = {"T": "time", "C": "channel", "Z": "space", "Y": "space", "X": "space"}
     described: list[dict[str, str]] = []
     for axis in axes:
@@ -311,10 +306,9 @@ def _guess_axes(shape: tuple[int, ...]) -> str:
 
 
 def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, dict[str, float]]:
-    import tifffile
     import zarr
 
-    tiff = resources.enter_context(tifffile.TiffFile(path))
+    tiff = resources.enter_context(io.open_tiff(path))
     io.refuse_lying_tiff(path, tiff)
     whole = [series for series in tiff.series if not series.keyframe.is_reduced]
     if len(whole) > 1:

@@ -240,3 +240,18 @@ def test_an_unwritable_place_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ImageError, match=r"map\.png: cannot be written: "):
         io.write_png(tmp_path / "file" / "map.png", np.zeros((2, 2), np.uint8))
+
+
+def test_two_writers_of_one_file_do_not_share_a_temporary_one(tmp_path: Path) -> None:
+    """Workers of several machines may have the same number of process."""
+    path = tmp_path / "map.txt"
+    with io.replacing(path) as slow, slow.open("w") as stream:
+        stream.write("who")
+        stream.flush()
+        with io.replacing(path) as fast:
+            fast.write_text("all of it")
+        stream.write("le")
+        stream.flush()
+        assert path.read_text() == "all of it"
+    assert path.read_text() == "whole"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["map.txt"]

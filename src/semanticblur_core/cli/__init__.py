@@ -68,8 +68,9 @@ def main() -> None:
         sys.stderr.reconfigure(errors="replace")  # type: ignore[union-attr]
     except AttributeError:
         pass
-    # tifffile logs what it then raises; one line is enough.
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    # They log what they then raise; one line is enough.
+    for library in ("tifffile", "PIL"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         sys.exit(cli.main(prog_name="semanticblur-core", standalone_mode=False))
     except click.ClickException as error:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -257,6 +258,7 @@ def command(
     if method != "network" or alone:
         detector = make()
     with ExitStack() as resources:
+        resources.enter_context(_stopped_as_by_ctrl_c())
         progress = resources.enter_context(progress_bar())
         table = resources.enter_context(summary_table(table_path)) if table_path else None
         if alone:
@@ -287,6 +289,16 @@ def command(
         click.echo(f"{len(jobs) - n_failed} of {len(jobs)} images done{kept} ({detector.reason})")
     if n_failed:
         raise SystemExit(2)
+
+
+@contextmanager
+def _stopped_as_by_ctrl_c() -> Iterator[None]:
+    """What ends a batch job or a container (SIGTERM) stops in order too, tables written."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _open_cluster(

@@ -192,6 +192,9 @@ def detect_files(
         except (MemoryError, OSError, RuntimeError) as error:  # torch's out of memory is the last
             reason = (str(error) or type(error).__name__).splitlines()[0]
             result = FileResult(job.source, error=f"{job.source}: {reason}")
+        except Exception as error:  # of a kind nobody foresaw; the rest is done all the same
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            result = FileResult(job.source, error=f"{job.source}: unexpected {reason}")
         yield replace(result, elapsed_s=time.perf_counter() - start)
 
 

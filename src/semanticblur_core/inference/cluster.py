@@ -9,6 +9,7 @@ nothing is half there.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import pickle
@@ -48,7 +49,7 @@ ALLOWED_DEATHS = 1
 _PUBLIC = (
     "name", "reason", "backend", "device", "precision", "sha256", "scales", "upsampling", "flip",
 )  # fmt: skip
-_PART = re.compile(r"^\.(.+)\.\d+(\.map)?\.part$")
+_PART = re.compile(r"^\.(.+)\.[0-9a-f]{8}(\.map)?\.part$")
 
 
 class DetectionCluster:
@@ -239,8 +240,6 @@ class DetectionCluster:
 
     def _start(self, n_workers: int) -> Any:
         distributed = _import_distributed()
-        import logging
-
         import dask
 
         self._n_threads = max(1, _count_cores() // n_workers)
@@ -297,8 +296,10 @@ def process_detector(pickled_make: bytes) -> MapMaker:
 
 
 def dask_setup(worker: Any) -> None:
-    """Called by dask in each process of this machine: Ctrl+C is the main process's affair."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Called by dask in each process of this machine."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the main process's affair
+    for library in ("tifffile", "PIL"):  # as on the command line
+        logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 def _detect_chunk(

@@ -6,6 +6,7 @@ import functools
 import pickle
 import string
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ def detect_dask(
     device: str = "auto",
     precision: str = "auto",
     flip: bool = False,
+    backend: str = "torch",
     size: int | Literal["native"] = 320,
     channels: Channels = "each",
     value_range: tuple[float, float] | Sequence[tuple[float, float]] | None = None,
@@ -40,7 +42,10 @@ def detect_dask(
         See `semanticblur_core.inference.planes.Planes`.
     model, device, precision, flip
         See `semanticblur_core.Detector`; each process of a dask.distributed cluster loads its own
-        once.
+        once, a file of weights under the same absolute path.
+    backend
+        Likewise; by default torch, so that all machines compute the same way and several threads
+        can.
     size
         As in `semanticblur_core.Detector.detect`.
     value_range
@@ -71,6 +76,8 @@ def detect_dask(
     except ImportError:
         raise ConfigError("this needs dask: pip install 'napari-semanticblur[cluster]'") from None
 
+    if Path(model).is_file():
+        model = str(Path(model).absolute())  # workers are in folders of their own
     array = da.asarray(array)
     planes = Planes(array, axes, channels)
     if isinstance(channels, int):  # the other channels are not even read
@@ -98,7 +105,7 @@ def detect_dask(
         array,
         "".join(letters[axis] for axis in walked + inside),
         limits=limits,
-        make=pickle.dumps(functools.partial(_make, model, device, precision, flip)),
+        make=pickle.dumps(functools.partial(_make, model, device, precision, flip, backend)),
         axes=walked + inside,
         channels=channels,
         size=size,
@@ -108,10 +115,10 @@ def detect_dask(
     )
 
 
-def _make(model: str, device: str, precision: str, flip: bool) -> Any:
+def _make(model: str, device: str, precision: str, flip: bool, backend: str) -> Any:
     from semanticblur_core.inference.detector import Detector
 
-    return Detector(model, device=device, precision=precision, flip=flip)
+    return Detector(model, device=device, precision=precision, flip=flip, backend=backend)
 
 
 def _estimate(samples: list[NDArray[Any]], inside: str, is_mean: bool) -> Limits:

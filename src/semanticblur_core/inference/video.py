@@ -75,10 +75,13 @@ def iter_frames(
     if path.stat().st_size == 0:
         raise ImageError(f"{path}: the file is empty (0 bytes)")
     try:
-        with av.open(str(path)) as container:
+        # Titles and the like need not be UTF-8.
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise ImageError(f"{path}: holds no pictures (no video track)")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ImageError(f"{path}: its pictures are of a codec that FFmpeg does not know")
             stream.thread_type = "AUTO"
             io.refuse_bomb(
                 path, stream.codec_context.width * stream.codec_context.height, max_pixels
@@ -94,8 +97,11 @@ def iter_frames(
             if number < 0:
                 raise ImageError(f"{path}: no frame of it can be read")
             _refuse_truncated(path, stream, number + 1, time_s + float(1 / rate))
-    except av.error.FFmpegError as error:
-        raise ImageError(f"{path}: damaged or unreadable: {error.strerror}") from error
+    except ImageError:
+        raise
+    except Exception as error:  # FFmpeg's own kinds, and what PyAV stumbles over in damaged files
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ImageError(f"{path}: damaged or unreadable: {reason.splitlines()[0]}") from error
 
 
 def detect_video(job: Job, detector: MapMaker, options: DetectOptions) -> FileResult:

@@ -47,6 +47,18 @@ def with_tag(source: Path, target: Path, tag: str, value: int) -> None:
     target.write_bytes(data)
 
 
+def make_ring(path: Path) -> None:
+    """Let the last image of a TIFF be followed by the second."""
+    with tifffile.TiffFile(path) as tiff:
+        n_pages, second = len(tiff.pages), tiff.pages[1].offset
+        where = tiff.pages.next_page_offset
+    assert n_pages > 2
+    data = bytearray(path.read_bytes())
+    assert data[where : where + 4] == bytes(4)
+    struct.pack_into("<I", data, where, second)
+    path.write_bytes(data)
+
+
 def cut(source: Path, target: Path, share: float = 0.6) -> None:
     data = source.read_bytes()
     target.write_bytes(data[: int(len(data) * share)])
@@ -81,6 +93,8 @@ def test_each_kind_is_one_line_and_the_rest_is_done(
     cut(tmp_path / "s.tif", folder / "cut_imagej.tif")
     tifffile.imwrite(tmp_path / "s.ome.tif", stack, ome=True, metadata={"axes": "ZYX"})
     cut(tmp_path / "s.ome.tif", folder / "cut_ome.ome.tif")
+    tifffile.imwrite(folder / "ring.tif", stack, photometric="minisblack", metadata=None)
+    make_ring(folder / "ring.tif")
     tifffile.imwrite(
         folder / "five.tif", np.zeros((48, 64, 5), np.uint8), photometric="minisblack",
         planarconfig="contig", extrasamples=[0] * 4,
@@ -115,6 +129,7 @@ def test_each_kind_is_one_line_and_the_rest_is_done(
         "zero.tif": "the image has no pixels, 0 x 64",
         "cut_imagej.tif": "truncated",
         "cut_ome.ome.tif": "truncated: ends after 1 images",
+        "ring.tif": "damaged: its chain of images leads back to an earlier one",
         "five.tif": "expected one grey or RGB image, got an array of shape (48, 64, 5)",
         "nan.tif": "no finite value (all NaN or infinite)",
         "five.npy": "does not say the axes of an array of shape (48, 64, 5); --axes names them",
@@ -129,7 +144,7 @@ def test_each_kind_is_one_line_and_the_rest_is_done(
         assert message in line
     written = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert written == ["good_blur.png", "half_nan_blur.png", "t.csv"]
-    assert "2 of 18 images done" in done.stdout
+    assert "2 of 19 images done" in done.stdout
     assert (tmp_path / "out" / "t.csv").read_text().count(",failed,") == len(expected)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 COMMAND = [sys.executable, "-m", "semanticblur_core", "detect"]
@@ -40,9 +41,11 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals to process groups")
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_keeps_the_table_and_resume_does_the_rest(
-    tmp_path: Path, folder: Path, workers: int
+@pytest.mark.parametrize(
+    ("workers", "stop"), [(1, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGTERM)]
+)
+def test_stopping_keeps_the_table_and_resume_does_the_rest(
+    tmp_path: Path, folder: Path, workers: int, stop: signal.Signals
 ) -> None:
     if workers > 1:
         pytest.importorskip("distributed")
@@ -58,7 +61,7 @@ def test_ctrl_c_keeps_the_table_and_resume_does_the_rest(
     deadline = time.monotonic() + 90
     while len(list((tmp_path / "out").glob("*_blur.png"))) < 8 and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+    os.killpg(process.pid, stop)  # as terminals and batch systems do: the workers get it too
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors.strip()) == (130, "semanticblur-core: stopped")
     rows = rows_of(tmp_path / "t.csv")
@@ -112,6 +115,29 @@ def test_a_classical_method_works_with_workers(tmp_path: Path, folder: Path) -> 
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "j.json").read_text())
     assert (report["model"], len(report["images"])) == ("lbp", 4)
+
+
+def test_bad_files_are_one_line_from_workers_too(
+    tmp_path: Path, folder: Path, rng: np.random.Generator
+) -> None:
+    """What tifffile and Pillow log about them is not shown, as in one process."""
+    pytest.importorskip("distributed")
+    stack = rng.integers(0, 60_000, (4, 48, 64), np.uint16)
+    tifffile.imwrite(tmp_path / "cut.ome.tif", stack, ome=True, metadata={"axes": "ZYX"})
+    data = (tmp_path / "cut.ome.tif").read_bytes()
+    (tmp_path / "cut.ome.tif").write_bytes(data[: len(data) * 6 // 10])
+    lines = []
+    for workers in (1, 2):
+        done = detect(
+            "--input=cut.ome.tif", "--input=in/photo00.png", f"--output=out{workers}",
+            "--method=lbp", f"--workers={workers}", cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert (tmp_path / f"out{workers}" / "photo00_blur.png").is_file()
+        lines.append(done.stderr.splitlines())
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 1
+    assert "cut.ome.tif: truncated" in lines[0][0]
 
 
 def test_what_cannot_be_done_is_said_before_the_work(tmp_path: Path) -> None:

@@ -251,3 +251,21 @@ def test_resume_skips_what_is_whole_and_does_the_rest(folder: Path, detector: De
     assert all(result.error is None for result in resumed)
     both = replace(options, resume=True, formats=("png", "npy"))
     assert [result.skipped for result in detect_files(jobs, detector, both)] == [False] * 3
+
+
+class DividesByZero:
+    """A detector with a bug that one image brings out."""
+
+    name = "buggy"
+
+    def detect(self, image: np.ndarray, **keywords: object) -> np.ndarray:
+        return np.full(image.shape[:2], 1 / (image.shape[1] - 51), np.float32)
+
+
+def test_an_error_that_nobody_foresaw_costs_its_file_only(tmp_path: Path) -> None:
+    for i, width in enumerate((50, 51, 52)):
+        Image.new("L", (width, 40)).save(tmp_path / f"{i}.png")
+    jobs, _ = find_jobs([str(tmp_path)], tmp_path / "out")
+    results = list(detect_files(jobs, DividesByZero(), DetectOptions(tmp_path / "out")))  # type: ignore[arg-type]
+    assert [result.error is None for result in results] == [True, False, True]
+    assert "1.png: unexpected ZeroDivisionError: " in str(results[1].error)

@@ -102,6 +102,21 @@ def test_eight_bits_need_no_estimate_and_native_size_works(
     np.testing.assert_allclose(plane, detector.detect(data[0, 1], size="native"), atol=1e-5)
 
 
+def test_torch_computes_whatever_was_measured_to_be_faster(
+    rng: np.random.Generator, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO's request is no good to several threads, which is what dask runs by default."""
+
+    def pick(*_: object) -> None:
+        raise AssertionError("the fastest back end was asked for")
+
+    monkeypatch.setattr("semanticblur_core.inference.detector.pick_backend", pick)
+    data = da.from_array(rng.integers(0, 255, (8, 40, 50), np.uint8), chunks=(1, 40, 50))
+    # Another device than in the other tests, so that no detector is there already.
+    maps = detect_dask(data, "ZYX", size=64, **{**model, "device": "auto"})
+    assert maps.compute(scheduler="threads", num_workers=4).shape == (8, 40, 50)
+
+
 def test_axes_that_do_not_fit_are_refused(model: dict[str, Any]) -> None:
     array = da.zeros((3, 40, 50))
     with pytest.raises(ImageError, match="expected 3 different letters"):

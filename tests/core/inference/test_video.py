@@ -120,6 +120,33 @@ def test_a_truncated_video_is_one_line_and_no_table(
     assert not list((tmp_path / "out").glob("**/*"))
 
 
+def test_a_title_that_is_not_utf8_is_no_reason_to_refuse_a_video(tmp_path: Path) -> None:
+    path = make_clip(tmp_path / "clip.mp4", options={"movflags": "faststart"})
+    tagged = tmp_path / "tagged.mp4"
+    with av.open(str(path)) as source, av.open(str(tagged), "w") as target:
+        target.metadata["title"] = "cafXX"
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    data = tagged.read_bytes()
+    assert data.count(b"cafXX") == 1
+    tagged.write_bytes(data.replace(b"cafXX", b"caf\xe9 "))  # Latin-1
+    result = run(tagged)
+    assert (result.error, result.n_frames) == (None, N_FRAMES)
+
+
+def test_an_unknown_codec_is_one_line(tmp_path: Path) -> None:
+    path = make_clip(tmp_path / "clip.mp4")
+    data = path.read_bytes()
+    assert data.count(b"avc1") >= 1
+    path.write_bytes(data.replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzC"))
+    result = run(path)
+    assert "clip.mp4: its pictures are of a codec that FFmpeg does not know" in str(result.error)
+    assert "\n" not in str(result.error)
+
+
 def test_what_is_no_video_or_too_large_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 8)
     (tmp_path / "empty.mov").touch()
