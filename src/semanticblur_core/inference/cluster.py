@@ -243,6 +243,7 @@ class DetectionCluster:
         import dask
 
         self._n_threads = max(1, _count_cores() // n_workers)
+        self._resources.callback(_restore_environment, dict(os.environ))
         with dask.config.set({"distributed.scheduler.allowed-failures": ALLOWED_DEATHS}):
             cluster = distributed.LocalCluster(
                 n_workers=n_workers,
@@ -361,6 +362,13 @@ def _explained(error: BaseException) -> BaseException:
     if type(error).__name__ in ("FutureCancelledError", "CommClosedError", "CancelledError"):
         return ConfigError("the connection to the scheduler was lost; --resume goes on")
     return error
+
+
+def _restore_environment(before: dict[str, str]) -> None:
+    """Undo what the cluster sets in this process whenever it starts a worker: thread counts."""
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update(before)
 
 
 def _remove_parts(jobs: list[Job], options: DetectOptions) -> None:

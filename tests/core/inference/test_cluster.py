@@ -92,6 +92,7 @@ def test_killing_one_of_two_workers_half_way_loses_no_image(
 ) -> None:
     jobs, _ = find_jobs([str(folder)], tmp_path)
     results, killed = [], None
+    environment = dict(os.environ)
     with DetectionCluster(make, n_workers=2) as cluster:
         for result in cluster.detect_files(jobs, options(tmp_path)):
             results.append(result)
@@ -104,6 +105,7 @@ def test_killing_one_of_two_workers_half_way_loses_no_image(
         assert cluster.detector.name == str(make.args[0])
         assert str(cluster.detector.device) == "cpu"
     assert killed is not None
+    assert dict(os.environ) == environment
     assert_same(results, serial)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {f"photo{i:02}_blur.npy" for i in range(N_IMAGES)}  # no .part is left
