@@ -46,20 +46,21 @@ def page(results: dict[str, Any]) -> str:
         f"Measured on {machine['processor']}, {machine['n_cores']} cores, {machine['system']}, "
         f"torch {machine['torch']}, {backends['n_threads']} threads, medians.",
         "",
-        f"`bench backends`: one image of {backends['size_px']} x {backends['size_px']}, all in "
-        f"turn; the bare ResNet-50 took {backends['backbone_ms']:.0f} ms in bfloat16, eager. "
+        f"`bench backends`: one image of {backends['size_px']} x {backends['size_px']}, each "
+        f"in turn with the bare ResNet-50 in bfloat16, eager, {backends['n_rounds']} rounds. "
         "Start-up is from the start of a process to its first map.",
         "",
-        "| back end | precision | ms | ratio to the backbone | start-up, s | off float32 by |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| back end | precision | ms | backbone, ms | ratio | start-up, s | off float32 by |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     startup = {speed["backend"]: speed["startup_s"] for speed in backends["alone"]}
     for name, found in backends["backends"].items():
         if "error" in found:
-            lines.append(f"| {name} | | {found['error']} | | | |")
+            lines.append(f"| {name} | | {found['error']} | | | | |")
             continue
         lines.append(
-            f"| {name} | {found['precision']} | {found['ms']:.0f} | {found['ratio']:.2f} | "
+            f"| {name} | {found['precision']} | {found['ms']:.0f} | "
+            f"{found['backbone_ms']:.0f} | {found['ratio']:.2f} | "
             f"{startup.get(name, float('nan')):.1f} | {found['mean_difference']:.1g} |"
         )
     picks = ", ".join(f"{backend} for {n}" for n, backend in backends["picks"].items())

@@ -24,7 +24,9 @@ def cpu_s() -> float:
 
 
 def measure(n_workers: int, jobs: list[Job]) -> tuple[float, float]:
-    make = functools.partial(Detector, "default", device="cpu", precision="bfloat16")
+    make = functools.partial(
+        Detector, "default", device="cpu", precision="bfloat16", backend="torch"
+    )
     with (
         tempfile.TemporaryDirectory() as folder,
         DetectionCluster(make, n_workers=n_workers) as cluster,

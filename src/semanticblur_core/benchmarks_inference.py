@@ -22,13 +22,14 @@ from semanticblur_core.benchmarks import bare_backbone
 from semanticblur_core.errors import SemanticBlurError
 from semanticblur_core.focus import classical
 from semanticblur_core.focus.scores import tile_means
-from semanticblur_core.inference.backends import BACKENDS, Backend
+from semanticblur_core.inference.backends import BACKENDS
 from semanticblur_core.inference.batch import DetectOptions, detect_files, find_jobs
 from semanticblur_core.inference.detector import Detector
 from semanticblur_core.machine import describe_machine
 
 _T = TypeVar("_T")
 _HIFST_MEGAPIXELS = 4
+_N_COMPARED = 3
 
 
 def bench_backends(
@@ -41,7 +42,8 @@ def bench_backends(
     size_px
         Side of the square images.
     n_rounds
-        Rounds; each times everything on one new image, in turn, after three rounds of warm-up.
+        Rounds for each back end, after three of warm-up; each times it and the backbone on one new
+        image, in turn.
     model
         Packaged model, own model or file of weights.
 
@@ -53,54 +55,52 @@ def bench_backends(
     Returns
     -------
     dict
-        JSON values: machine, ``backbone_ms``, and for each back end ``ms``, ``precision``,
-        ``ratio`` to the backbone, and ``mean_difference`` of its maps from torch's in float32; or
-        ``error``.
+        JSON values: machine, and for each back end ``ms``, ``backbone_ms``, their ``ratio``,
+        ``precision``, and ``mean_difference`` of its maps from torch's in float32; or ``error``.
 
     Notes
     -----
     Batch 1, torch's own number of threads. A back end is timed from the image as an array in 0..1
-    to its map as an array, the backbone from a prepared tensor to its last feature map.
+    to its map as an array, the backbone from a prepared tensor to its last feature map. One back
+    end at a time is loaded: the threads of another would go on spinning into the next one's time.
     """
     precision = "bfloat16"
     backbone = bare_backbone().to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    reference = Detector(model, device="cpu", precision="float32", backend="torch")
+    reference = Detector(model, device="cpu", precision="float32", backend="torch").engine
     found: dict[str, dict[str, Any]] = {}
-    backends: dict[str, Backend] = {}
-    name: str
-    for name in BACKENDS:
+    warm_up, total = 3, n_rounds + 3
+    for i, name in enumerate(BACKENDS):
         try:
-            backends[name] = Detector(model, device="cpu", backend=name).engine
+            backend = Detector(model, device="cpu", backend=name).engine
         except SemanticBlurError as error:
             found[name] = {"error": str(error)}
-    seconds: dict[str, list[float]] = {name: [] for name in ("backbone", *backends)}
-    differences: dict[str, float] = dict.fromkeys(backends, 0.0)
-    warm_up, rng = 3, np.random.default_rng(0)
-    for i in range(n_rounds + warm_up):
-        images = rng.random((1, size_px, size_px, 3), np.float32)
-        tensor = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.bfloat16)
-        expected = reference.engine.run(images)
-        for name in seconds if i % 2 else reversed(seconds):
-            start = time.perf_counter()
-            if name == "backbone":
-                with torch.inference_mode():
-                    backbone(tensor)
-            else:
-                maps = backends[name].run(images)
-            elapsed = time.perf_counter() - start
-            if i >= warm_up:
-                seconds[name].append(elapsed)
-                if name != "backbone":
-                    differences[name] += float(np.abs(maps - expected).mean()) / n_rounds
-        yield i + 1, n_rounds + warm_up
-    backbone_ms = statistics.median(seconds["backbone"]) * 1e3
-    for name, backend in backends.items():
-        ms = statistics.median(seconds[name]) * 1e3
+            continue
+        rng = np.random.default_rng(0)
+        seconds: dict[str, list[float]] = {"backbone": [], name: []}
+        difference = 0.0
+        for k in range(total):
+            images = rng.random((1, size_px, size_px, 3), np.float32)
+            tensor = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.bfloat16)
+            for which in seconds if k % 2 else reversed(seconds):
+                start = time.perf_counter()
+                if which == "backbone":
+                    with torch.inference_mode():
+                        backbone(tensor)
+                else:
+                    maps = backend.run(images)
+                seconds[which].append(time.perf_counter() - start)
+            if k < _N_COMPARED:
+                difference += float(np.abs(maps - reference.run(images)).mean()) / _N_COMPARED
+            yield i * total + k + 1, len(BACKENDS) * total
+        ms, backbone_ms = (
+            statistics.median(seconds[which][warm_up:]) * 1e3 for which in (name, "backbone")
+        )
         found[name] = {
             "ms": ms,
-            "precision": backend.precision,
+            "backbone_ms": backbone_ms,
             "ratio": ms / backbone_ms,
-            "mean_difference": differences[name],
+            "precision": backend.precision,
+            "mean_difference": difference,
         }
     return {
         "machine": describe_machine(),
@@ -108,7 +108,6 @@ def bench_backends(
         "n_rounds": n_rounds,
         "n_threads": torch.get_num_threads(),
         "backbone_precision": precision,
-        "backbone_ms": backbone_ms,
         "backends": found,
     }
 

@@ -86,7 +86,7 @@ def bench_model(
 def bench_backends(model: str, size_px: int, n_rounds: int, json_path: Path | None) -> None:
     """Find out which back end is fastest here; `detect` remembers it.
 
-    First each alone, in a process of its own with its start-up; then all in turn, beside
+    First each alone, in a process of its own with its start-up; then each in turn with
     torchvision's bare ResNet-50.
     """
     from semanticblur_core import benchmarks_inference, io, weights
@@ -108,15 +108,16 @@ def bench_backends(model: str, size_px: int, n_rounds: int, json_path: Path | No
         benchmarks_inference.bench_backends(size_px=size_px, n_rounds=n_rounds, model=model)
     )
     click.echo(
-        f"In turn with the bare ResNet-50 ({result['backbone_ms']:.0f} ms in bfloat16), "
-        f"{result['n_threads']} threads, medians of {n_rounds} rounds:"
+        f"In turn with the bare ResNet-50 in bfloat16, {result['n_threads']} threads, "
+        f"medians of {n_rounds} rounds:"
     )
     for name, values in result["backends"].items():
         click.echo(
             f"  {name}: {values['error']}"
             if "error" in values
-            else f"  {name}: {values['ms']:.0f} ms in {values['precision']}, ratio "
-            f"{values['ratio']:.2f}, maps differ from float32 by {values['mean_difference']:.2g}"
+            else f"  {name}: {values['ms']:.0f} ms in {values['precision']}, backbone "
+            f"{values['backbone_ms']:.0f} ms, ratio {values['ratio']:.2f}, maps differ from "
+            f"float32 by {values['mean_difference']:.2g}"
         )
     sha256 = weights.read_info(weights.resolve(model)).sha256
     picks = {n: choice.pick_backend(sha256, n)[0] for n in (1, 10, 100, 1000, 10000)}

@@ -83,7 +83,9 @@ def remembered() -> dict[str, BackendSpeed]:
         return {}
 
 
-def pick_backend(sha256: str, n_images: int = 1) -> tuple[BackendName, str]:
+def pick_backend(
+    sha256: str, n_images: int = 1, precision: str = "auto"
+) -> tuple[BackendName, str]:
     """Back end that finishes first, start-up included, and why (one line for people).
 
     Parameters
@@ -92,8 +94,14 @@ def pick_backend(sha256: str, n_images: int = 1) -> tuple[BackendName, str]:
         Of the weights; an exported file that must first be made counts against a back end.
     n_images
         How many are to come.
+    precision
+        Other than ``auto``: only torch and those that were measured in it.
     """
-    speeds = remembered()
+    speeds = {
+        name: speed
+        for name, speed in remembered().items()
+        if precision in ("auto", speed.precision) or name == "torch"
+    }
     if "torch" not in speeds:
         return "torch", "semanticblur-core bench backends finds out whether another is faster"
 

@@ -142,7 +142,7 @@ class Detector:
             self.info = weights.read_info(weights.resolve(model))
             self.config, self.sha256 = self.info.architecture, self.info.sha256
             if backend == "auto" and device in ("auto", "cpu"):
-                backend, why = pick_backend(self.sha256, n_images)
+                backend, why = pick_backend(self.sha256, n_images, precision)
         if backend in ("onnxruntime", "openvino"):
             assert isinstance(model, str)
             self._backend = open_exported(

@@ -153,6 +153,8 @@ def test_the_pick_counts_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
     exported_file.touch()
     assert pick_backend("0" * 64, 100)[0] == "openvino"
     assert pick_backend("0" * 64, 1)[0] == "torch"  # less than a tenth is gained
+    assert pick_backend("0" * 64, 100, "bfloat16")[0] == "openvino"
+    assert pick_backend("0" * 64, 100, "float32")[0] == "torch"  # openvino was faster in another
     exported_file.unlink()
 
 
