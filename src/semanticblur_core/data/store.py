@@ -50,8 +50,8 @@ class LabelledImage:
     labels
         ``(H, W)`` uint8: 0 = unlabelled, 1 = sharp, 2 = blurred.
     value_range
-        Intensities that count as black and white, of the whole stack it comes from; None as in
-        `semanticblur_core.io.to_unit_range`.
+        Intensities that count as black and white, of the whole stack it comes from, or of its
+        channel in it; None as in `semanticblur_core.io.to_unit_range`.
     split
         ``"val"`` holds the image out, ``"train"`` never does, None leaves it open.
     """
@@ -255,11 +255,18 @@ class AnnotationStore:
             )
         if colour:
             image = image[..., :3]
-        value_range = _stack_range(image) if labels.ndim > 2 else None
+        # Channels differ in what they show and in how bright it is: each has a range of its own.
+        place = item.axes.find("C")
+        by_channel = 0 <= place < labels.ndim - 2
+        ranges = [
+            _stack_range(part) if labels.ndim > 2 else None
+            for part in (np.moveaxis(image, place, 0) if by_channel else [image])
+        ]
         planes = []
         for index in np.ndindex(labels.shape[:-2]):
             if labels[index].any():
                 where = f"[{', '.join(map(str, index))}]" if index else ""
+                value_range = ranges[index[place] if by_channel else 0]
                 planes.append(
                     LabelledImage(
                         item.name + where, image[index], labels[index], value_range, item.split

@@ -150,7 +150,8 @@ class ClassicalDetector:
         views = [planes.view(i) for i in (planes.indices() if indices is None else indices)]
         for n_done, view in enumerate(views, start=1):
             blur = self._map(as_grey(view.read_unit(limits=limits)))
-            yield DetectUpdate(view.index, n_done, len(views), blur, ALL, True)
+            whole = np.broadcast_to(np.True_, blur.shape)
+            yield DetectUpdate(view.index, n_done, len(views), blur, whole, ALL, True)
 
     def _map(self, image: Floats) -> Floats:
         methods: dict[str, Callable[[Floats], Floats]] = {"hifst": hifst, "lbp": lbp, "dbdf": dbdf}

@@ -16,8 +16,6 @@ from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.inference.cluster import process_detector
 from semanticblur_core.inference.planes import Channels, Planes, range_of_samples
 
-Limits = list[tuple[float, float]] | None
-
 
 def detect_dask(
     array: Any,
@@ -49,8 +47,8 @@ def detect_dask(
     size
         As in `semanticblur_core.Detector.detect`.
     value_range
-        Intensities that become 0 and 1, or a pair for each channel of a mean. By default, and
-        unless the type is 8-bit, one task estimates percentiles from at most 16 planes spread over
+        Intensities that become 0 and 1, or a pair for each channel. By default, and unless the type
+        is 8-bit, one task estimates percentiles from at most 16 planes of each channel, spread over
         the whole array, for all planes of one ``compute``. Give them (or
         ``Planes(array, axes).estimate_range()``) where single planes are computed by and by.
 
@@ -89,22 +87,32 @@ def detect_dask(
     array = array.transpose([axes.index(axis) for axis in walked + inside])
     array = array.rechunk((1,) * len(walked) + (-1,) * len(inside))
 
-    limits: Any = None
+    ranges: Any = None
     if value_range is not None:
-        limits = planes.as_limits(value_range)
+        ranges = da.asarray(np.array(planes.as_limits(value_range)))
     elif array.dtype not in (np.uint8, np.bool_):
         indices, step = planes.range_samples()
         cut = tuple(slice(None, None, step) if axis in "YX" else slice(None) for axis in inside)
         samples = [array[(*index, *cut)] for index in indices]
-        limits = dask.delayed(_estimate)(samples, inside, channels == "mean")
+        estimate = functools.partial(
+            _estimate, inside=inside, channels=[planes.channel(index) for index in indices],
+            n_ranges=planes.n_ranges, is_mean=channels == "mean",
+        )  # fmt: skip
+        found = dask.delayed(estimate)(samples)
+        ranges = da.from_delayed(found, (planes.n_ranges, 2), np.float64)
 
-    letters = dict(zip(walked + inside, string.ascii_letters, strict=False))
+    letters = dict(zip(walked + inside, string.ascii_lowercase, strict=False))
+    with_ranges: tuple[Any, ...] = (None, None)
+    if ranges is not None:
+        of_channels = "C" in walked  # then each block has that of its own
+        with_ranges = (ranges.rechunk((1 if of_channels else -1, -1)),)
+        with_ranges += ((letters["C"] if of_channels else "A") + "B",)
     return da.blockwise(
         _detect_block,
         "".join(letters[axis] for axis in (*walked, "Y", "X")),
         array,
         "".join(letters[axis] for axis in walked + inside),
-        limits=limits,
+        *with_ranges,
         make=pickle.dumps(functools.partial(_make, model, device, precision, flip, backend)),
         axes=walked + inside,
         channels=channels,
@@ -121,16 +129,16 @@ def _make(model: str, device: str, precision: str, flip: bool, backend: str) -> 
     return Detector(model, device=device, precision=precision, flip=flip, backend=backend)
 
 
-def _estimate(samples: list[NDArray[Any]], inside: str, is_mean: bool) -> Limits:
+def _estimate(samples: list[NDArray[Any]], *, inside: str, **keywords: Any) -> NDArray[np.float64]:
     if "S" in inside:
         samples = [sample[..., :3] for sample in samples]
-    return range_of_samples(samples, is_mean=is_mean)
+    return np.array(range_of_samples(samples, **keywords))
 
 
 def _detect_block(
     block: NDArray[Any],
+    ranges: NDArray[np.float64] | None,
     *,
-    limits: Limits,
     make: bytes,
     axes: str,
     channels: Channels,
@@ -138,6 +146,7 @@ def _detect_block(
 ) -> NDArray[np.float32]:
     """Map of one plane, with its walked axes of length one."""
     detector = process_detector(make)
+    limits = None if ranges is None else [(float(low), float(high)) for low, high in ranges]
     blur = None
     for update in detector.iter_planes(
         block, axes, indices=None, channels=channels, size=size, value_range=limits

@@ -318,18 +318,23 @@ class Detector:
                 maps = self._run_squashed(pixels, size, upsampling or self.upsampling)
                 for view, blur in zip(some, maps, strict=True):
                     n_done += 1
-                    yield DetectUpdate(view.index, n_done, len(views), blur, ALL, True)
+                    whole = np.broadcast_to(np.True_, blur.shape)
+                    yield DetectUpdate(view.index, n_done, len(views), blur, whole, ALL, True)
             return
         grid = TileGrid(*planes.plane_shape, tile_size_px, overlap_px)
         n_done, n_total = 0, len(views) * len(grid)
         for view in views:
             read = functools.partial(view.read_unit, limits=limits)
             blur = np.zeros(view.shape, np.float32)
+            to_come, finished = grid.tiles_over(), np.zeros(view.shape, np.bool_)
             for i, (tile, part) in enumerate(self.iter_tiles(read, grid, visible=visible)):
-                blur[tile.rows, tile.columns] += part
-                n_done += 1
                 region = (tile.rows, tile.columns)
-                yield DetectUpdate(view.index, n_done, n_total, blur, region, i + 1 == len(grid))
+                blur[region] += part
+                to_come[region] -= 1
+                finished[region] = to_come[region] == 0
+                n_done += 1
+                done = i + 1 == len(grid)
+                yield DetectUpdate(view.index, n_done, n_total, blur, finished, region, done)
 
     def iter_tiles(
         self, read: Reader, grid: TileGrid, *, visible: Region | None = None

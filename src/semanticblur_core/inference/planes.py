@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,10 +34,12 @@ class DetectUpdate:
     n_done, n_total
         Pieces done of all planes asked for.
     blur
-        ``(H, W)`` float32 in 0..1, 1 = out of focus: the map of the plane so far. The array is
-        written to until `plane_done`.
+        ``(H, W)`` float32 in 0..1, 1 = out of focus: the map of the plane where it is finished.
+        The array is written to until `plane_done`.
+    finished
+        ``(H, W)`` bool: elsewhere tiles are still to come.
     region
-        Rows and columns of it that have just changed.
+        Rows and columns in which something has just been finished.
     plane_done
         Whether the map of this plane is finished.
     """
@@ -46,6 +48,7 @@ class DetectUpdate:
     n_done: int
     n_total: int
     blur: NDArray[np.float32]
+    finished: NDArray[np.bool_]
     region: Region
     plane_done: bool
 
@@ -147,12 +150,23 @@ class Planes:
             If there are more or fewer than channels.
         """
         pairs: Any = value_range
-        n_channels = self.array.shape[self.axes.index("C")] if self.channels == "mean" else 1
         if not isinstance(pairs[0], Sequence):
-            return [(float(pairs[0]), float(pairs[1]))] * n_channels
-        if len(pairs) != n_channels:
-            raise ImageError(f"expected {n_channels} intensity ranges, got {len(pairs)}")
+            return [(float(pairs[0]), float(pairs[1]))] * self.n_ranges
+        if len(pairs) != self.n_ranges:
+            raise ImageError(f"expected {self.n_ranges} intensity ranges, got {len(pairs)}")
         return [(float(low), float(high)) for low, high in pairs]
+
+    @property
+    def n_ranges(self) -> int:
+        """Ranges of intensity: one a channel unless a single one is picked."""
+        if "C" not in self.axes or isinstance(self.channels, int):
+            return 1
+        return int(self.array.shape[self.axes.index("C")])
+
+    def channel(self, index: Sequence[int]) -> int:
+        """Which of the ranges is that of a plane."""
+        place = self.walked_axes.find("C")
+        return 0 if place < 0 else index[place]
 
     def estimate_range(
         self, indices: Sequence[Sequence[int]] | None = None
@@ -162,28 +176,54 @@ class Planes:
         Parameters
         ----------
         indices
-            Planes to read; by default at most 16 spread over the whole array.
+            Planes to read; by default at most 16 of each channel, spread over the whole array.
 
         Returns
         -------
         list of (low, high), or None
-            One pair, or one a channel where their mean is taken; None for 8-bit and bool, which
-            have a range of their own.
+            One pair, or one a channel: what channels show differs, and so does how bright it is.
+            A channel of which no plane is read gets the pair of all. None for 8-bit and bool,
+            which have a range of their own.
         """
+        estimate = self.iter_range(indices)
+        while True:
+            try:
+                next(estimate)
+            except StopIteration as end:
+                limits: list[tuple[float, float]] | None = end.value
+                return limits
+
+    def iter_range(
+        self, indices: Sequence[Sequence[int]] | None = None
+    ) -> Generator[None, None, list[tuple[float, float]] | None]:
+        """`estimate_range` that can be closed after each plane that it reads."""
         if self.array.dtype in (np.uint8, np.bool_):
             return None
         spread, step = self.range_samples()
-        samples = [
-            self.view(index).read(slice(None, None, step), slice(None, None, step))
-            for index in (spread if indices is None else indices)
-        ]
-        return range_of_samples(samples, is_mean=self.channels == "mean")
+        chosen = spread if indices is None else indices
+        part = slice(None, None, step)
+        samples = []
+        for index in chosen:
+            samples.append(self.view(index).read(part, part))
+            yield
+        channels = [self.channel(index) for index in chosen]
+        return range_of_samples(
+            samples, channels, n_ranges=self.n_ranges, is_mean=self.channels == "mean"
+        )
 
     def range_samples(self) -> tuple[list[tuple[int, ...]], int]:
         """Planes that an estimate of the range reads, and the step between rows and columns."""
-        spread = np.unique(np.linspace(0, len(self) - 1, RANGE_PLANES).round().astype(int))
-        places = np.stack(np.unravel_index(spread, self.lengths or (1,)), axis=-1)
-        indices = [tuple(place) if self.lengths else () for place in places.tolist()]
+        place = self.walked_axes.find("C")
+        lengths = [n for axis, n in enumerate(self.lengths) if axis != place]
+        spread = np.unique(np.linspace(0, math.prod(lengths) - 1, RANGE_PLANES).round().astype(int))
+        places = np.stack(np.unravel_index(spread, lengths or (1,)), axis=-1)
+        indices = [tuple(place) if lengths else () for place in places.tolist()]
+        if place >= 0:
+            indices = [
+                (*index[:place], channel, *index[place:])
+                for channel in range(self.n_ranges)
+                for index in indices
+            ]
         height, width = self.plane_shape
         return indices, max(1, math.ceil(math.sqrt(height * width / RANGE_SAMPLES_PER_PLANE)))
 
@@ -240,7 +280,8 @@ class PlaneView:
         """Pixels as ``(h, w)`` or ``(h, w, 3)``, uint8 as stored, or float32 in 0..1."""
         pixels = self.read(rows, columns)
         if self.planes.channels != "mean":
-            return io.to_unit_range(pixels, limits=limits[0] if limits else None)
+            own = limits[self.planes.channel(self.index)] if limits else None
+            return io.to_unit_range(pixels, limits=own)
         each = [
             io.to_unit_range(channel, limits=limits[i] if limits else None)
             for i, channel in enumerate(pixels)
@@ -250,12 +291,28 @@ class PlaneView:
 
 
 def range_of_samples(
-    samples: Sequence[NDArray[Any]], *, is_mean: bool
+    samples: Sequence[NDArray[Any]], channels: Sequence[int], *, n_ranges: int, is_mean: bool
 ) -> list[tuple[float, float]]:
-    """One pair of limits of sampled planes, or where a mean is taken one a channel (first axis)."""
+    """One pair of limits a range, of sampled planes.
+
+    Parameters
+    ----------
+    samples
+        Pixels of planes, with all channels along the first axis where their mean is taken.
+    channels
+        The range that each sample belongs to, unless the mean is taken.
+    n_ranges, is_mean
+        How many there are, and whether the mean is taken.
+    """
     if is_mean:
         return [_percentiles(channel) for channel in np.stack(samples, axis=-1)]
-    return [_percentiles(np.stack(samples))]
+    groups: list[list[NDArray[Any]]] = [[] for _ in range(n_ranges)]
+    for sample, channel in zip(samples, channels, strict=True):
+        groups[channel].append(sample)
+    return [
+        _percentiles(np.stack(own if any(np.isfinite(s).any() for s in own) else samples))
+        for own in groups
+    ]
 
 
 def _percentiles(values: NDArray[Any]) -> tuple[float, float]:

@@ -91,6 +91,12 @@ class TileGrid:
         rows = self._row_windows[tile.row]
         return rows[:, None] * self._column_windows[tile.column]
 
+    def tiles_over(self) -> NDArray[np.uint8]:
+        """``(H, W)``: how many tiles each pixel lies in."""
+        height, width = self.tile_shape
+        rows = _coverage(self.row_starts, height, self.height)
+        return rows[:, None] * _coverage(self.column_starts, width, self.width)
+
     @cached_property
     def _row_windows(self) -> list[NDArray[np.float32]]:
         return _windows(self.row_starts, self.tile_shape[0], self.height, self.overlap_px)
@@ -106,6 +112,14 @@ class TileGrid:
         count = math.ceil((length - self.overlap_px) / step)
         last = length - self.tile_size_px
         return [round(i * last / (count - 1)) for i in range(count)]
+
+
+def _coverage(starts: list[int], size: int, length: int) -> NDArray[np.uint8]:
+    """How many tiles lie over each pixel along one axis."""
+    count = np.zeros(length, np.uint8)
+    for start in starts:
+        count[start : start + size] += 1
+    return count
 
 
 def _windows(starts: list[int], size: int, length: int, overlap: int) -> list[NDArray[np.float32]]:

@@ -107,6 +107,28 @@ def test_a_mean_of_channels_gives_each_its_own_range() -> None:
         planes.as_limits([(0, 1)])
 
 
+def test_each_channel_has_its_own_range(detector: Detector) -> None:
+    """One of 10 counts beside one of 50 000 is no black plane; alone it gives the same map."""
+    rng = np.random.default_rng(0)
+    stack = rng.integers(0, 11, (2, 3, 40, 40)).astype(np.uint16)  # ZCYX
+    stack[:, 1] *= 5000
+    stack[:, 2] = 0
+    planes = Planes(stack, "ZCYX")
+    limits = planes.estimate_range()
+    assert limits == [(0.0, 10.0), (0.0, 50_000.0), (0.0, 1.0)]
+    assert planes.view((1, 0)).read_unit(limits=limits).max() == 1
+    for channel in (0, 1):
+        alone = Planes(stack, "ZCYX", channel).estimate_range()
+        assert alone == [limits[channel]]
+        each = detector.iter_planes(stack, "ZCYX", indices=[(1, channel)], size=64)
+        one = detector.iter_planes(stack, "ZCYX", indices=[(1,)], channels=channel, size=64)
+        np.testing.assert_array_equal(next(each).blur, next(one).blur)
+    # Of a channel that is not read nothing is known but what the others are like.
+    assert planes.estimate_range([(0, 1)]) == [(0.0, 50_000.0)] * 3
+    nothing = np.where(np.arange(2)[:, None, None] == 0, np.nan, np.linspace(0, 9, 40))
+    assert len(Planes(nothing * np.ones((2, 40, 40)), "CYX").estimate_range() or ()) == 2
+
+
 def test_nan_and_constant_planes_are_detected(detector: Detector) -> None:
     stack = np.full((3, 40, 40), np.nan, np.float32)
     stack[1] = 7
@@ -124,3 +146,20 @@ def test_updates_count_tiles_and_finish_planes(detector: Detector) -> None:
     assert [u.n_total for u in updates] == [8] * 8
     assert [u.plane_done for u in updates] == [False, False, False, True] * 2
     assert updates[3].blur is updates[0].blur
+
+
+def test_what_is_said_to_be_finished_is(detector: Detector) -> None:
+    """Where tiles are still to come, their sum is not the map."""
+    plane = np.random.default_rng(0).integers(0, 256, (60, 90), np.uint8)
+    whole = detector.detect(plane, size=64)  # loads it
+    assert whole.shape == (60, 90)
+    states = [
+        (u.blur.copy(), u.finished.copy())
+        for u in detector.iter_planes(plane, "YX", size="native", tile_size_px=40, overlap_px=8)
+    ]
+    blur, finished = states[-1]
+    assert finished.all()
+    shares = [part.mean() for _, part in states]
+    assert 0 < shares[0] < shares[1] < 1
+    for so_far, part in states:
+        np.testing.assert_array_equal(so_far[part], blur[part])
