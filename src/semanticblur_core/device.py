@@ -78,6 +78,19 @@ def _named_device(name: str) -> torch.device:
     return device
 
 
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16: always the same answer, unlike a stopwatch.
+
+    False where torch does not say: on Arm processors, and in versions that know no capabilities.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and any(
+        capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16")
+    )
+
+
 @lru_cache
 def bfloat16_pays(device_type: str) -> bool:
     """Whether convolutions run at least 1.2 times as fast in bfloat16; on a CPU it is timed."""

@@ -60,10 +60,10 @@ _folder = click.Path(path_type=Path, file_okay=False)
 @device_option
 @click.option(
     "--precision",
-    type=click.Choice(["float32", "bfloat16", "auto"]),
-    default="float32",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
     show_default=True,
-    help="bfloat16 is faster where the processor has it.",
+    help="auto: bfloat16 where the processor or GPU has instructions for it.",
 )
 @click.option(
     "--json",
