@@ -137,6 +137,7 @@ class Checking:
             n_steps=self.n_planes,
             on_update=self._update,
             on_end=on_end,
+            on_cancel=self.cancel,
         )
 
     def start(self) -> None:
@@ -212,10 +213,12 @@ def compose(
         return made.n_done
 
     planes = source.planes(channels)
-    return Run(
+    run = Run(
         work,
         title=f"All in focus: {source.layer.name}",
         n_steps=2 * planes.lengths[planes.walked_axes.index(along)],
         on_update=update,
         on_end=lambda outcome: on_end(outcome, last[0] if last else None),
+        on_cancel=lambda: run.cancel(),
     )
+    return run

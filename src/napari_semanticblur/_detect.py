@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +17,7 @@ from magicgui.widgets import (
     SpinBox,
 )
 
-from napari_semanticblur._detection import Detection, Settings, rethreshold
+from napari_semanticblur._detection import Detection, Settings
 from napari_semanticblur._layers import (
     METADATA_KEY,
     coarse_level,
@@ -26,6 +27,7 @@ from napari_semanticblur._layers import (
     unwrapped,
 )
 from napari_semanticblur._models import METHODS, models
+from napari_semanticblur._results import pixels_of, rethreshold
 from napari_semanticblur._settings import preferences
 from semanticblur_core import weights
 from semanticblur_core.errors import ConfigError, SemanticBlurError
@@ -39,6 +41,7 @@ CURRENT, ALL, RANGE = "the one shown", "all", "a range"
 OTHER_FILE = "other file ..."
 # A level of a multiscale layer is analysed at first that has about the pixels of a photograph.
 LEVEL_SIDE_PX = 1024
+SMALLEST_PX, LARGEST_PX, USUAL_CUSTOM_PX = 33, 4096, 448
 
 
 class DetectWidget(Container):  # type: ignore[type-arg]
@@ -53,7 +56,7 @@ class DetectWidget(Container):  # type: ignore[type-arg]
     def __init__(self, napari_viewer: Viewer) -> None:
         self._viewer = napari_viewer
         self._detection: Detection | None = None
-        self._rethresholding: Iterator[None] | None = None
+        self._rethresholding: dict[Image, Iterator[None]] = {}
         chosen = preferences()
         self.layer = ComboBox(choices=self._images, label="image")
         self._opened_models = []
@@ -73,8 +76,7 @@ class DetectWidget(Container):  # type: ignore[type-arg]
             choices=[PAPER, NATIVE, CUSTOM], value=size, label="analysis", tooltip=_SIZE_TIP
         )
         self.custom_size = SpinBox(
-            value=int(chosen.size) if chosen.size.isdecimal() else 448, min=33, max=4096, step=32,
-            label="side (px)",
+            value=_within(chosen.size), min=SMALLEST_PX, max=LARGEST_PX, step=32, label="side (px)"
         )  # fmt: skip
         # What can be chosen depends on the layer; reset_choices, which napari calls, asks again.
         self._levels: list[int] = [0]
@@ -120,6 +122,7 @@ class DetectWidget(Container):  # type: ignore[type-arg]
         self.model.changed.connect(self._model_chosen)
         self.size.changed.connect(self._show_what_applies)
         self.planes.changed.connect(self._show_what_applies)
+        self.channels.changed.connect(self._limit_planes)
         self.threshold.changed.connect(self._threshold_moved)
         self.run_button.changed.connect(self.run)
         self.cancel_button.changed.connect(self.cancel)
@@ -231,8 +234,8 @@ class DetectWidget(Container):  # type: ignore[type-arg]
             return
         self.run_button.enabled, self.cancel_button.enabled = True, False
         self._update_copy_button()
-        if detection is not None and detection.threshold != self.threshold.value:
-            self._threshold_moved(self.threshold.value)
+        if detection is not None and detection.has_mixed_thresholds:
+            self._move_threshold(detection.layer, detection.threshold)
 
     def _layer_chosen(self, layer: Image | None) -> None:
         if self._is_closed:
@@ -249,15 +252,28 @@ class DetectWidget(Container):  # type: ignore[type-arg]
             self._levels = list(range(n_levels))
             self.level.reset_choices()
             self.level.value = coarse_level(layer, at_least_px=LEVEL_SIDE_PX)
-            last = planes.lengths[-1] - 1 if planes.lengths else 0
-            self.first.max = self.last.max = last
-            self.first.value, self.last.value = 0, last
             self._channels = ["each"]
             if "C" in planes.walked_axes:
                 length = planes.lengths[planes.walked_axes.index("C")]
                 self._channels += [*range(length), *(["mean"] if "S" not in source.axes else [])]
             self.channels.reset_choices()
+            self._limit_planes()
+            pixels = pixels_of(self._viewer, layer)
+            if pixels is not None:
+                with self.threshold.changed.blocked():
+                    self.threshold.value = pixels.threshold
         self._show_what_applies()
+
+    def _limit_planes(self) -> None:
+        """A range of planes is along the last slider that the channels leave."""
+        layer = self.layer.value
+        if self._is_closed or layer is None or self.channels.value is None:
+            return
+        lengths = read_source(layer).planes(self.channels.value).lengths
+        last = lengths[-1] - 1 if lengths else 0
+        if last != self.last.max:
+            self.first.max = self.last.max = last
+            self.first.value, self.last.value = 0, last
 
     def _show_what_applies(self) -> None:
         layer = self.layer.value
@@ -308,26 +324,31 @@ class DetectWidget(Container):  # type: ignore[type-arg]
         self.model.value = path or _known_models()[0]
 
     def _threshold_moved(self, threshold: float) -> None:
-        if self._detection is not None:
-            self._detection.threshold = threshold
         if self.layer.value is not None:
-            self._rethresholding = rethreshold(self._viewer, self.layer.value, threshold)
-            self._timer.start()
+            self._move_threshold(unwrapped(self.layer.value), threshold)
+
+    def _move_threshold(self, layer: Image, threshold: float) -> None:
+        if self._detection is not None and self._detection.layer is layer:
+            self._detection.threshold = threshold
+        self._rethresholding[layer] = rethreshold(self._viewer, layer, threshold)
+        self._timer.start()
 
     def _rethreshold_some(self) -> None:
-        """A few planes at a time, so that the window stays alive on long stacks."""
-        import time
-
+        """A little at a time, so that the window stays alive on long stacks."""
         until = time.perf_counter() + 0.02
-        while self._rethresholding is not None and time.perf_counter() < until:
+        changed = []
+        while self._rethresholding and time.perf_counter() < until:
+            layer, work = next(iter(self._rethresholding.items()))
+            changed += [layer] if layer not in changed else []
             try:
-                next(self._rethresholding)
+                next(work)
             except StopIteration:
-                self._rethresholding = None
-        labels = find_result(self._viewer, self.layer.value, "labels") if self.layer.value else None
-        if labels is not None:
-            labels.refresh(extent=False, thumbnail=False)
-        if self._rethresholding is None:
+                del self._rethresholding[layer]
+        for layer in changed:
+            labels = find_result(self._viewer, layer, "labels")
+            if labels is not None:
+                labels.refresh(extent=False, thumbnail=False)
+        if not self._rethresholding:
             self._timer.stop()
 
 
@@ -335,14 +356,10 @@ def detect_now(viewer: Viewer) -> None:
     """Detect the selected image layer, the plane shown, with the preferences; no dock needed."""
     from napari.utils.notifications import show_error, show_info, show_warning
 
-    layer = viewer.layers.selection.active
+    layer = _image_meant(viewer)
     if layer is None:
-        images = [each for each in viewer.layers if is_image(each)]
-        if len(images) != 1:
-            show_warning("Detect defocus blur: select an image layer first.")
-            return
-        layer = images[0]
-    layer = unwrapped(layer)
+        show_warning("Detect defocus blur: select an image layer first.")
+        return
     chosen = preferences()
 
     def say(text: str) -> None:
@@ -350,7 +367,7 @@ def detect_now(viewer: Viewer) -> None:
 
     try:
         level = 0
-        if getattr(layer, "multiscale", False):
+        if getattr(layer, "multiscale", False) and chosen.size != "native":
             level = coarse_level(layer, at_least_px=LEVEL_SIDE_PX)
         if chosen.size != "native" and not chosen.size.isdecimal():
             raise ConfigError(
@@ -369,6 +386,26 @@ def detect_now(viewer: Viewer) -> None:
         return
     show_info(f"Detecting defocus blur in {layer.name} ...")
     detection.start()
+
+
+def _image_meant(viewer: Viewer) -> Any:
+    """The layer that is selected, the image that a selected result is of, or the only image."""
+    layers = [unwrapped(layer) for layer in viewer.layers]
+    layer = unwrapped(viewer.layers.selection.active)
+    if layer is None:
+        images = [each for each in layers if is_image(each) and METADATA_KEY not in each.metadata]
+        return images[0] if len(images) == 1 else None
+    record = layer.metadata.get(METADATA_KEY)
+    if isinstance(record, dict) and "source_id" in record:
+        meant = [each for each in layers if str(each.unique_id) == record["source_id"]]
+        return meant[0] if meant else layer
+    return layer
+
+
+def _within(size: str) -> int:
+    """Side of the preferences, within what the widget takes."""
+    side = int(size) if size.isdecimal() else USUAL_CUSTOM_PX
+    return min(max(side, SMALLEST_PX), LARGEST_PX)
 
 
 def _known_models() -> list[str]:

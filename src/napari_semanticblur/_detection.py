@@ -5,31 +5,29 @@ from __future__ import annotations
 import importlib
 import math
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from numpy.typing import NDArray
 
-from napari_semanticblur._colors import (
-    BLURRED,
-    MAP_COLORMAP,
-    SHARP,
-    label_colormap,
-)
+from napari_semanticblur._colors import MAP_COLORMAP, label_colormap
 from napari_semanticblur._layers import (
     METADATA_KEY,
     find_result,
     in_layer_axes,
+    place,
+    placed,
     plane_index,
     read_source,
     result_placement,
     unwrapped,
     visible_region,
 )
-from napari_semanticblur._models import METHODS
+from napari_semanticblur._models import METHODS, identity
+from napari_semanticblur._results import Pixels, label_codes, pixels_of, reference, remember
 from napari_semanticblur._worker import Announcement, Failure, Run
 from semanticblur_core import __version__
 from semanticblur_core.errors import ImageError
@@ -44,27 +42,30 @@ if TYPE_CHECKING:
 
 Scope = Literal["current", "all", "range"]
 Limits = list[tuple[float, float]]
+Kind = Literal["map", "labels"]
 
-# What is remembered of a layer as long as it lives. Ranges of intensity, so that its planes are
-# analysed alike whenever they are; and the arrays of its result, to re-threshold and to add to.
-_ranges: WeakKeyDictionary[Any, tuple[int, Channels, Limits | None]] = WeakKeyDictionary()
-_results: WeakKeyDictionary[Any, Pixels] = WeakKeyDictionary()
-_running: set[Detection] = set()
+# A redraw of a large layer takes longer than a tile: no more often than that.
+_REFRESH_S = 0.1
 
 
 @dataclass(frozen=True, eq=False)
-class Pixels:
-    """Arrays of a result: walked axes, rows, columns, and which planes of the layer they are."""
+class _Range:
+    """Intensities of a layer's data, so that its planes are analysed alike whenever they are."""
 
-    box: tuple[range, ...]
-    blur: NDArray[np.float32]
-    labels: NDArray[np.uint8]
-    made_with: tuple[Any, ...]
+    data: Callable[[], Any]
+    channels: Channels
+    whole: bool
+    channel: int
+    limits: Limits | None
 
-    def covers(self, box: tuple[range, ...]) -> bool:
-        """Whether these planes are among them."""
-        pairs = zip(self.box, box, strict=True)
-        return all(ours.start <= b.start and b.stop <= ours.stop for ours, b in pairs)
+    def serves(self, data: Any, channels: Channels, *, whole: bool, channel: int) -> bool:
+        """Whether it is of all these data, or of what is wanted of them."""
+        same = self.data() is data and self.channels == channels
+        return same and (self.whole or (not whole and self.channel == channel))
+
+
+_ranges: WeakKeyDictionary[Any, _Range] = WeakKeyDictionary()
+_running: set[Detection] = set()
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,6 @@ class Settings:
     threshold: float = 0.5
     level: int = 0
     channels: Channels = "each"
-
-
-def label_codes(blur: NDArray[np.float32], threshold: float) -> NDArray[np.uint8]:
-    """Codes of a blur map: 1 = sharp, 2 = blurred, 0 where it is NaN (not analysed yet)."""
-    codes = np.where(blur > threshold, np.uint8(BLURRED), np.uint8(SHARP))
-    codes[np.isnan(blur)] = 0
-    return codes
 
 
 class Detection:
@@ -151,43 +145,50 @@ class Detection:
         if settings.size == "native" and settings.model not in METHODS:
             pieces = len(TileGrid(*self.planes.plane_shape, TILE_SIZE_PX, OVERLAP_PX))
         self.n_steps = len(self.indices) * pieces
-        self._made_with = (
-            *(settings.model, settings.device, settings.size, settings.level, settings.channels),
-            id(layer.data),
-        )
+        self._data = self.layer.data
+        self._model = identity(settings.model)
+        self._made_with = (*self._model, settings.size, settings.level, settings.channels)
         self._n_blurred = self._n_done = 0
-        self.pixels = self._earlier_pixels()
+        self._thresholds: set[float] = set()
+        self._earlier = pixels_of(viewer, self.layer)
+        self.pixels = self._earlier if self._can_be_added_to(self._earlier) else None
         if self.pixels is None:
             _require_memory(self._shape, layer.name)
+        else:
+            self.threshold = self.pixels.threshold  # one for all planes of a layer
+        self._put_away: dict[Kind, dict[str, Any]] = {}
         self.limits: Limits | None = None
-        self._layers: dict[str, Any] = {}
+        self._layers: dict[Kind, Any] = {}
+        self._refreshed = 0.0
         self._reason = ""
         self._sha256: str | None = None
         self._stopped_because = ""
-        self._data_id = id(layer.data)
         self._run = Run(
             self._work,
             title=f"Detect defocus blur: {layer.name}",
             n_steps=self.n_steps,
             on_update=self._update,
             on_end=self._ended,
+            on_cancel=self.cancel,
         )
 
     @property
     def _shape(self) -> tuple[int, ...]:
         return (*(len(axis) for axis in self.box), *self.planes.plane_shape)
 
-    def _earlier_pixels(self) -> Pixels | None:
-        """Arrays of an earlier result that these planes can be added to: none of it is lost."""
-        pixels = _results.get(self.layer)
-        if pixels is None or pixels.made_with != self._made_with:
-            return None
-        shown = [find_result(self.viewer, self.layer, kind) for kind in ("map", "labels")]
-        same = all(layer is not None for layer in shown) and all(
-            np.may_share_memory(layer.data, array)
-            for layer, array in zip(shown, (pixels.blur, pixels.labels), strict=True)
+    def _can_be_added_to(self, earlier: Pixels | None) -> bool:
+        """Whether these planes belong into an earlier result: then none of it is lost."""
+        return (
+            earlier is not None
+            and earlier.made_with == self._made_with
+            and earlier.data() is self._data
+            and earlier.covers(self.box)
         )
-        return pixels if same and pixels.covers(self.box) else None
+
+    @property
+    def has_mixed_thresholds(self) -> bool:
+        """Whether the labels of some planes were made with another threshold than it is now."""
+        return bool(self._thresholds - {self.threshold})
 
     def start(self) -> None:
         """Start in the background."""
@@ -200,6 +201,11 @@ class Detection:
         """Stop at the next tile or plane; what is done is kept."""
         self._run.cancel()
 
+    @property
+    def _made(self) -> tuple[range, ...]:
+        """Planes of the result, those of earlier runs among them."""
+        return self.box if self.pixels is None else self.pixels.box
+
     def command_line(self) -> str:
         """Equivalent ``semanticblur-core`` command."""
         settings = self.settings
@@ -208,17 +214,18 @@ class Detection:
         if settings.model in METHODS:
             parts.append(f"--method={settings.model}")
         else:
-            parts += [f"--model={settings.model}", f"--device={settings.device}"]
+            parts += [f"--model={self._model[0]}", f"--device={settings.device}"]
             parts.append(f"--size={settings.size}")
         parts.append(f"--threshold={settings.threshold:g}")
         if len(self.source.axes.replace("S", "")) > 2 or self.source.axes != self.planes.axes:
             parts.append(f"--axes={self.source.axes}")
         if settings.channels != "each":
             parts.append(f"--channels={settings.channels}")
-        if self.planes.lengths and len(self.indices) < len(self.planes):
-            parts.append("--planes=" + ",".join(f"{axis.start}:{axis.stop}" for axis in self.box))
-        for low, high in (self.limits or [])[:1]:
-            parts.append(f"--range={low:.9g},{high:.9g}")
+        if math.prod(map(len, self._made)) < len(self.planes):
+            parts.append("--planes=" + ",".join(f"{axis.start}:{axis.stop}" for axis in self._made))
+        ranges = [f"{low:.9g},{high:.9g}" for low, high in self.limits or []]
+        if ranges:
+            parts.append(f"--range={','.join(ranges if len(set(ranges)) > 1 else ranges[:1])}")
         if self.source.level:
             parts.append(f"--level={self.source.level}")
         return shlex.join(parts)
@@ -238,10 +245,16 @@ class Detection:
         self._sha256 = getattr(detector, "sha256", None)
         yield Announcement(f"Detecting ({detector.reason}) ...")
         if self.pixels is None:
-            blur = np.full(self._shape, np.nan, np.float32)  # NaN: not analysed yet
-            labels = np.zeros(self._shape, np.uint8)
-            self.pixels = Pixels(self.box, blur, labels, self._made_with)
-        self.limits = self._find_limits()
+            self.pixels = Pixels(
+                self.box,
+                np.full(self._shape, np.nan, np.float32),  # NaN: not analysed yet
+                np.zeros(self._shape, np.uint8),
+                np.zeros(self._shape[:-2], np.bool_),
+                self._made_with,
+                reference(self._data),
+                self.threshold,
+            )
+        self.limits = yield from self._find_limits()
         for update in detector.iter_planes(
             self.source.array,
             self.source.axes,
@@ -254,30 +267,36 @@ class Detection:
             self._write(update)
             yield update
 
-    def _find_limits(self) -> Limits | None:
-        key = (id(self.layer.data), self.settings.channels)
-        known = _ranges.get(self.layer)
-        if known is not None and known[:2] == key:
-            return known[2]
+    def _find_limits(self) -> Generator[None, None, Limits | None]:
         whole = self.settings.scope == "all" or isinstance(self.source.array, np.ndarray)
-        limits = self.planes.estimate_range(None if whole else self.indices[:1])
-        _ranges[self.layer] = (*key, limits)
+        channel = self.planes.channel(self.indices[0])
+        channels = self.settings.channels
+        known = _ranges.get(self.layer)
+        if known is not None and known.serves(self._data, channels, whole=whole, channel=channel):
+            return known.limits
+        limits = yield from self.planes.iter_range(None if whole else self.indices[:1])
+        _ranges[self.layer] = _Range(reference(self._data), channels, whole, channel, limits)
         return limits
 
     def _write(self, update: DetectUpdate) -> None:
         assert self.pixels is not None
         place = tuple(i - axis.start for i, axis in zip(update.index, self.pixels.box, strict=True))
         region: tuple[Any, ...] = (*place, *update.region)
-        part = update.blur[update.region]
-        self.pixels.blur[region] = part
-        self.pixels.labels[region] = label_codes(part, self.threshold)
+        threshold = self.threshold
+        finished, part = update.finished[update.region], update.blur[update.region]
+        np.copyto(self.pixels.blur[region], part, where=finished)
+        np.copyto(self.pixels.labels[region], label_codes(part, threshold), where=finished)
+        self._thresholds.add(threshold)
         if update.plane_done:
-            self._n_blurred += int(np.count_nonzero(update.blur > self.threshold))
+            self.pixels.done[place] = True
+            self._n_blurred += int(np.count_nonzero(update.blur > threshold))
             self._n_done += update.blur.size
 
     # The main thread again.
 
     def _update(self, update: Any) -> int:
+        if update is None:
+            return 0
         if isinstance(update, Announcement):
             self._on_status(update.text)
             return 0
@@ -286,57 +305,85 @@ class Detection:
             self._show("map")
         elif "labels" not in self._layers:
             self._show("labels")
-        elif update.plane_done or self.settings.size == "native":
-            self._refresh()
+        else:
+            self._refresh(update.index)
         self._on_progress(update.n_done, self.n_steps)
         self._on_status(f"{update.n_done} of {self.n_steps} done")
         return int(update.n_done)
 
-    def _show(self, kind: Literal["map", "labels"]) -> None:
+    def _show(self, kind: Kind) -> None:
         """Add a layer, or give the one of an earlier run the new data; once a run."""
         if kind in self._layers or self.layer not in self.viewer.layers:
             return
         assert self.pixels is not None
-        _results[self.layer] = self.pixels
-        made = self.pixels.blur if kind == "map" else self.pixels.labels
-        # One map stands for all channels of a mean.
-        array = in_layer_axes(self.source, made, self.planes.walked_axes + "YX")
-        start = [0] * self.layer.ndim
-        for axis, extent in zip(self.planes.walked_axes, self.pixels.box, strict=True):
-            start[self.source.layer_axes.index(axis)] = extent.start
-        placement = result_placement(self.source, start)
-        record = {METADATA_KEY: self._record(kind, complete=False)}
-        existing = find_result(self.viewer, self.layer, kind)
-        if existing is not None:
-            if not np.may_share_memory(existing.data, array):
-                existing.data = array
-                for name, value in placement.items():
-                    setattr(existing, name, value)
-            existing.metadata = {**existing.metadata, **record}
-            added = existing
-        elif kind == "map":
-            added = self.viewer.add_image(
+        remember(self.layer, self.pixels)
+        array, placement = self._placed(self.pixels.blur if kind == "map" else self.pixels.labels)
+        record = {METADATA_KEY: self._record(kind)}
+        layer = find_result(self.viewer, self.layer, kind)
+        if layer is not None and self._loses_planes:
+            layer.metadata = {
+                **layer.metadata,
+                METADATA_KEY: {**layer.metadata[METADATA_KEY], "kind": f"earlier {kind}"},
+            }
+            layer = None
+        if layer is not None:
+            if not np.may_share_memory(layer.data, array):
+                # A copy: napari empties the dict of a layer to fill it anew.
+                kept = {"data": layer.data, "metadata": {**layer.metadata}, "place": placed(layer)}
+                self._put_away[kind] = kept
+                layer.data = array
+            place(layer, placement)
+            layer.metadata = {**layer.metadata, **record}
+        else:
+            layer = self._add(kind, array, metadata=record, **placement)
+        if kind == "labels":
+            # One map stands for all channels of a mean: what is painted on one cannot.
+            layer.editable = array.flags.writeable
+        self._layers[kind] = layer
+
+    def _add(self, kind: Kind, array: Any, **keywords: Any) -> Any:
+        selected = self.viewer.layers.selection.active
+        if kind == "map":
+            layer = self.viewer.add_image(
                 array,
                 name=f"{self.layer.name} blur map",
                 colormap=MAP_COLORMAP,
                 contrast_limits=(0, 1),
                 visible=False,
-                metadata=record,
-                **placement,
+                **keywords,
             )
         else:
-            added = self.viewer.add_labels(
+            layer = self.viewer.add_labels(
                 array,
                 name=f"{self.layer.name} blur",
                 colormap=label_colormap(),
                 opacity=0.4,
-                metadata=record,
-                **placement,
+                **keywords,
             )
-        self._layers[kind] = unwrapped(added)
-        self.viewer.layers.selection.active = self.layer
+        self.viewer.layers.selection.active = selected
+        return unwrapped(layer)
 
-    def _record(self, kind: str, *, complete: bool) -> dict[str, Any]:
+    def _placed(self, made: Any) -> tuple[Any, dict[str, Any]]:
+        """An array of the result with the layer's axes, and where it lies."""
+        source, channels = self.source, self.settings.channels
+        start = [0] * self.layer.ndim
+        axes = self.planes.walked_axes
+        for axis, extent in zip(axes, self._made, strict=True):
+            start[source.layer_axes.index(axis)] = extent.start
+        if isinstance(channels, int):  # one channel's map lies at its place
+            start[source.layer_axes.index("C")] = channels
+            axes, made = f"{axes}C", made[..., np.newaxis, :, :]
+        return in_layer_axes(source, made, f"{axes}YX"), result_placement(source, start)
+
+    @property
+    def _loses_planes(self) -> bool:
+        """Whether the earlier result holds more planes than this one will: then it is kept."""
+        earlier = self._earlier
+        if earlier is None or earlier is self.pixels:
+            return False
+        return earlier.n_done > len(self.indices)
+
+    def _record(self, kind: Kind) -> dict[str, Any]:
         return {
             "kind": kind,
             "source": self.layer.name,
@@ -346,18 +393,26 @@ class Detection:
             "version": __version__,
             "settings": asdict(self.settings) | {"threshold": self.threshold},
             "axes": self.source.axes,
-            "planes": [[axis.start, axis.stop] for axis in self.box],
+            "planes": [[axis.start, axis.stop] for axis in self._made],
             "level": self.source.level,
             "value_range": self.limits,
             "device": self._reason,
-            "complete": complete,
+            "complete": self.pixels is not None and bool(self.pixels.done.all()),
             "command": self.command_line(),
         }
 
-    def _refresh(self) -> None:
+    def _refresh(self, index: tuple[int, ...]) -> None:
+        """Draw what has changed, if it is what is shown, and not too often."""
+        now = time.perf_counter()
+        if now - self._refreshed < _REFRESH_S:
+            return
+        flat = self.viewer.dims.ndisplay == 2
+        if flat and index != plane_index(self.source, self.viewer, self.planes):
+            return
         for layer in self._layers.values():
             if layer.visible:
                 layer.refresh(extent=False, thumbnail=False)
+        self._refreshed = time.perf_counter()
 
     def _layer_removed(self, event: Any) -> None:
         if event.value is self.layer or event.value in self._layers.values():
@@ -365,7 +420,7 @@ class Detection:
             self.cancel()
 
     def _data_changed(self, event: Any = None) -> None:
-        if id(self.layer.data) != self._data_id:
+        if self.layer.data is not self._data:
             self._stopped_because = f"the data of {self.layer.name} was changed"
             self.cancel()
 
@@ -375,13 +430,12 @@ class Detection:
         self.viewer.layers.events.removed.disconnect(self._layer_removed)
         self.layer.events.data.disconnect(self._data_changed)
         _running.discard(self)
-        if "map" in self._layers:
+        is_back = outcome != "done" and self._restore()
+        if "map" in self._layers and not is_back:
             self._show("labels")
         for kind, layer in self._layers.items():
-            layer.metadata = {
-                **layer.metadata,
-                METADATA_KEY: self._record(kind, complete=outcome == "done"),
-            }
+            if not is_back:
+                layer.metadata = {**layer.metadata, METADATA_KEY: self._record(kind)}
             # Mesa's software renderer crashes where a layer is redrawn soon after one was removed.
             if self.layer in self.viewer.layers and layer in self.viewer.layers:
                 layer.refresh(extent=False)
@@ -390,39 +444,28 @@ class Detection:
             show_error(text)
         elif outcome == "cancelled":
             why = f": {self._stopped_because}" if self._stopped_because else ""
-            text = f"Stopped{why}"
+            text = f"Stopped{why}{'; the earlier result is back' if is_back else ''}"
             # The status bar, not a notification: the redraw under one that pops up does the same.
             self.viewer.status = f"Detect defocus blur stopped{why}"
         else:
             text = f"{self._n_blurred / max(self._n_done, 1):.0%} out of focus ({self._reason})"
+        if self._loses_planes and self._layers:
+            text += "; the earlier result, of more planes, has been kept beside it"
         self._on_status(text)
         self._on_end()
 
-
-def rethreshold(viewer: ViewerModel, layer: Image, threshold: float) -> Iterator[None]:
-    """Label codes of a layer's existing map at another threshold, plane by plane; no inference."""
-    shown = [find_result(viewer, layer, kind) for kind in ("map", "labels")]
-    pixels = _results.get(unwrapped(layer))
-    if pixels is None or None in shown:
-        return
-    blur_map, labels = shown
-    if not np.may_share_memory(labels.data, pixels.labels):
-        return
-    for index in np.ndindex(pixels.blur.shape[:-2]):
-        pixels.labels[index] = label_codes(pixels.blur[index], threshold)
-        yield
-    for result in (blur_map, labels):
-        record = result.metadata[METADATA_KEY]
-        settings = {**record["settings"], "threshold": threshold}
-        command = _with_threshold(record["command"], threshold)
-        record = {**record, "settings": settings, "command": command}
-        result.metadata = {**result.metadata, METADATA_KEY: record}
-
-
-def _with_threshold(command: str, threshold: float) -> str:
-    parts = shlex.split(command)
-    flag = "--threshold="
-    return shlex.join([f"{flag}{threshold:g}" if p.startswith(flag) else p for p in parts])
+    def _restore(self) -> bool:
+        """Give layers that were taken over back what they showed, unless this run made more."""
+        earlier, made = self._earlier, self.pixels
+        if not self._put_away or earlier is None or made is None or made.n_done > earlier.n_done:
+            return False
+        remember(self.layer, earlier)
+        for kind, kept in self._put_away.items():
+            layer = self._layers[kind]
+            if layer in self.viewer.layers:
+                layer.data, layer.metadata = kept["data"], kept["metadata"]
+                place(layer, kept["place"])
+        return True
 
 
 def _box(planes: Planes, settings: Settings, shown: Sequence[int]) -> tuple[range, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,8 @@ def plane_index(source: Source, viewer: ViewerModel, planes: Planes) -> tuple[in
     index = []
     for axis, length in zip(planes.walked_axes, planes.lengths, strict=True):
         place = source.layer_axes.index(axis)
-        shown = round(float(position[place]) / source.factors[place])
+        # The pixel of this level in which the centre of that pixel of level 0 lies.
+        shown = math.floor((float(position[place]) + 0.5) / source.factors[place] + 1e-6)
         index.append(min(max(shown, 0), length - 1))
     return tuple(index)
 
@@ -178,6 +180,23 @@ def result_placement(source: Source, start: Sequence[int]) -> dict[str, Any]:
         "units": layer.units,
         "axis_labels": layer.axis_labels,
     }
+
+
+_PLACE = ("scale", "translate", "rotate", "shear", "affine", "units", "axis_labels")
+
+
+def placed(layer: Any) -> dict[str, Any]:
+    """Where a layer lies, as `result_placement` gives it."""
+    values = {name: getattr(layer, name) for name in _PLACE}
+    return values | {"affine": np.asarray(layer.affine.affine_matrix)}
+
+
+def place(layer: Any, placement: dict[str, Any]) -> None:
+    """Move a layer where it belongs; what is set redraws it, so only what is new."""
+    now = placed(layer)
+    for name, value in placement.items():
+        if not np.array_equal(np.asarray(now[name]), np.asarray(value)):
+            setattr(layer, name, value)
 
 
 def in_layer_axes(source: Source, array: NDArray[Any], axes: str) -> NDArray[Any]:

@@ -55,6 +55,21 @@ def detector(model: str, device: str) -> Detector | ClassicalDetector:
         return _detectors[key]
 
 
+def identity(model: str) -> tuple[str, int]:
+    """Name that stands for this very version of a model, and the time of its file.
+
+    Raises
+    ------
+    WeightsError
+        If there is no such model.
+    """
+    if model in METHODS:
+        return model, 0
+    path = weights.resolve(model)
+    name = path.stem if path.parent == weights.models_folder() else model
+    return name, path.stat().st_mtime_ns
+
+
 def is_loaded(model: str, device: str) -> bool:
     """Whether `detector` will answer at once."""
     if model in METHODS:

@@ -116,6 +116,7 @@ class Tuning:
             n_steps=0,
             on_update=self._update,
             on_end=self._ended,
+            on_cancel=self.cancel,
         )
 
     def start(self) -> None:

@@ -53,6 +53,8 @@ class Run:
         Called in the main thread with each thing yielded, but for failures.
     on_end
         Called once in the main thread with "done", "cancelled" or a `Failure`.
+    on_cancel
+        Called by the button beside the bar in the activity dock; None gives none.
     """
 
     def __init__(
@@ -63,13 +65,13 @@ class Run:
         n_steps: int,
         on_update: Callable[[Any], int],
         on_end: Callable[[str | Failure], None],
+        on_cancel: Callable[[], None] | None = None,
     ) -> None:
         from napari.qt.threading import create_worker
-        from napari.utils import progress
 
         self._on_update, self._on_end = on_update, on_end
         self._outcome: str | Failure = "cancelled"
-        self._progress = progress(total=n_steps, desc=title)
+        self._progress = _progress_bar(title, n_steps, on_cancel)
         self._worker = create_worker(guarded, make, _start_thread=False)
         self._worker.yielded.connect(self._yielded)
         self._worker.returned.connect(self._returned)
@@ -117,3 +119,19 @@ class Run:
         self._ended = True
         self._progress.close()
         self._on_end(self._outcome)
+
+
+def _progress_bar(title: str, n_steps: int, on_cancel: Callable[[], None] | None) -> Any:
+    """A bar in the activity dock, with a button to cancel if that does something."""
+    from napari.utils import cancelable_progress, progress
+
+    if on_cancel is None:
+        return progress(total=n_steps, desc=title)
+    act = on_cancel
+
+    class Bar(cancelable_progress):  # type: ignore[misc]
+        def cancel(self) -> None:
+            super().cancel()
+            act()
+
+    return Bar(total=n_steps, desc=title)

@@ -83,7 +83,7 @@ def test_the_threshold_moves_the_labels_without_a_run(
     monkeypatch.setattr(_detection.Detection, "start", lambda self: pytest.fail("a run started"))
     for threshold in (0.05, 0.95):
         widget.threshold.value = threshold
-        qtbot.waitUntil(lambda: widget._rethresholding is None, timeout=5000)
+        qtbot.waitUntil(lambda: not widget._rethresholding, timeout=5000)
         np.testing.assert_array_equal(labels.data, np.where(blur.data > threshold, 2, 1))
         record = labels.metadata["semanticblur"]
         assert record["settings"]["threshold"] == threshold
@@ -115,19 +115,137 @@ def test_one_plane_of_five_axes_keeps_them_all(qtbot: Any, viewer: Any, widget: 
     assert labels.metadata["semanticblur"]["planes"] == [[1, 2], [2, 3], [3, 4]]
 
 
+def smooth_and_noisy(n_planes: int) -> np.ndarray:
+    """Planes that differ: noise on more and more of the columns."""
+    stack = np.full((n_planes, 60, 80), 128, np.uint8)
+    for z in range(n_planes):
+        columns = 80 * (z + 1) // n_planes
+        stack[z, :, :columns] = np.random.default_rng(z).integers(0, 256, (60, columns))
+    return stack
+
+
 def test_another_plane_is_added_to_a_result_that_holds_it(
     qtbot: Any, viewer: Any, widget: Any
 ) -> None:
-    stack = np.random.default_rng(4).integers(0, 256, (4, 50, 60), np.uint8)
-    layer = viewer.add_image(stack, name="stack")
+    layer = viewer.add_image(smooth_and_noisy(4), name="stack")
     widget.planes.value = _detect.ALL
     finish(qtbot, widget)
-    before = results(viewer, layer)[0].data.copy()
+    blur, labels = results(viewer, layer)
+    before = blur.data.copy()
+    widget.threshold.value = 0.3
+    qtbot.waitUntil(lambda: not widget._rethresholding, timeout=5000)
+    blur.data[2], labels.data[2] = np.nan, 0
     widget.planes.value = _detect.CURRENT
+    viewer.dims.set_point(0, 2)
+    viewer.layers.selection.active = layer
+    _detect.detect_now(viewer)  # its own threshold is 0.5
+    qtbot.waitUntil(lambda: not _detection._running, timeout=60_000)
+    assert results(viewer, layer) == (blur, labels)
+    np.testing.assert_allclose(blur.data, before, atol=1e-6)
+    np.testing.assert_array_equal(labels.data, np.where(before > 0.3, 2, 1))
+    for result in (blur, labels):
+        record = result.metadata["semanticblur"]
+        assert record["complete"]
+        assert record["planes"] == [[0, 4]]
+        assert record["settings"]["threshold"] == 0.3
+        assert "--planes" not in record["command"]
+
+
+def test_a_longer_result_of_other_settings_is_kept(qtbot: Any, viewer: Any, widget: Any) -> None:
+    layer = viewer.add_image(smooth_and_noisy(4), name="stack")
+    widget.planes.value = _detect.ALL
     finish(qtbot, widget)
-    after = results(viewer, layer)[0].data
-    assert after.shape == before.shape
-    np.testing.assert_allclose(after, before, atol=1e-6)
+    earlier = results(viewer, layer)
+    before = earlier[0].data.copy()
+    widget.planes.value = _detect.CURRENT
+    widget.size.value = _detect.CUSTOM
+    widget.custom_size.value = 64
+    finish(qtbot, widget)
+    np.testing.assert_array_equal(earlier[0].data, before)
+    assert len(viewer.layers) == 5
+    now = results(viewer, layer)
+    assert now[0].data.shape == (1, 60, 80)
+    assert "has been kept beside it" in widget.status.value
+    widget.custom_size.value = 96
+    finish(qtbot, widget)
+    assert results(viewer, layer) == now
+    assert len(viewer.layers) == 5
+
+
+def test_cancelling_a_rerun_brings_the_earlier_result_back(
+    qtbot: Any, viewer: Any, widget: Any
+) -> None:
+    layer = viewer.add_image(np.zeros((60, 64, 64), np.uint8), name="long")
+    widget.planes.value = _detect.ALL
+    finish(qtbot, widget)
+    blur, labels = results(viewer, layer)
+    before = blur.data.copy(), labels.data.copy(), labels.metadata["semanticblur"]
+    widget.size.value = _detect.CUSTOM
+    widget.custom_size.value = 64
+    widget.run()
+    qtbot.waitUntil(lambda: widget.progress.value >= 3, timeout=60_000)
+    assert np.isnan(blur.data).any()
+    widget.cancel()
+    qtbot.waitUntil(lambda: not widget.is_running, timeout=5000)
+    assert results(viewer, layer) == (blur, labels)
+    np.testing.assert_array_equal(blur.data, before[0])
+    np.testing.assert_array_equal(labels.data, before[1])
+    assert labels.metadata["semanticblur"] == before[2]
+    assert "the earlier result is back" in widget.status.value
+
+
+def test_a_rerun_follows_a_layer_that_was_calibrated(qtbot: Any, viewer: Any, widget: Any) -> None:
+    layer = viewer.add_image(photo(), rgb=True, name="photo")
+    finish(qtbot, widget)
+    layer.scale, layer.translate, layer.rotate = (0.2, 0.5), (3, 4), ANGLE_DEG
+    finish(qtbot, widget)
+    for result in results(viewer, layer):
+        for point in ((0, 0), (5, 7)):
+            np.testing.assert_allclose(result.data_to_world(point), layer.data_to_world(point))
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        {"scale": (3, 0.5, 2), "translate": (10, -4, 5), "units": ("um", "nm", "nm")},
+        {"rotate": ANGLE_DEG},
+        {"shear": (0.2, 0.1, -0.3), "axis_labels": ("z", "y", "x")},
+        {"affine": np.diag([1.0, -2, 3, 1]) + 0.1 * np.eye(4, k=1)},
+        {"scale": (1, -1, 1)},
+    ],
+    ids=["scale", "rotate", "shear", "affine", "flip"],
+)
+def test_results_lie_where_the_image_lies(
+    qtbot: Any, viewer: Any, widget: Any, placement: dict[str, Any]
+) -> None:
+    layer = viewer.add_image(np.zeros((4, 40, 50), np.uint8), name="stack", **placement)
+    viewer.dims.set_current_step(0, 2)
+    finish(qtbot, widget)
+    for result in results(viewer, layer):
+        planes = result.metadata["semanticblur"]["planes"]
+        assert result.data.shape == (1, 40, 50)
+        first = planes[0][0]
+        for point in ((0, 0, 0), (0, 5, 7), (0, 39, 49)):
+            there = (point[0] + first, *point[1:])
+            np.testing.assert_allclose(
+                result.data_to_world(point), layer.data_to_world(there), atol=1e-9
+            )
+        assert (result.units, result.axis_labels) == (layer.units, layer.axis_labels)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_a_pyramid_that_is_coarser_along_z_shows_the_plane_it_analysed(
+    qtbot: Any, viewer: Any, widget: Any, factor: int
+) -> None:
+    full = np.zeros((8, 80, 80), np.uint8)
+    layer = viewer.add_image([full, full[::factor, ::2, ::2]], name="pyramid")
+    widget.level.value = 1
+    for z in range(8):
+        viewer.dims.set_point(0, z)
+        finish(qtbot, widget)
+        blur, _ = results(viewer, layer)
+        assert blur.metadata["semanticblur"]["planes"] == [[z // factor, z // factor + 1]]
+        assert round(float(blur.world_to_data((z, 0, 0))[0])) == 0
 
 
 def test_a_range_of_planes(qtbot: Any, viewer: Any, widget: Any) -> None:
@@ -150,9 +268,36 @@ def test_a_mean_of_channels_stands_for_all_of_them(qtbot: Any, viewer: Any, widg
     blur, labels = results(viewer, layer)
     assert blur.data.shape == labels.data.shape == data.shape
     np.testing.assert_array_equal(blur.data[:, 0], blur.data[:, 2])
+    assert not labels.editable  # one map for three channels
     widget.threshold.value = 0.1
-    qtbot.waitUntil(lambda: widget._rethresholding is None, timeout=5000)
+    qtbot.waitUntil(lambda: not widget._rethresholding, timeout=5000)
     np.testing.assert_array_equal(labels.data, np.where(blur.data > 0.1, 2, 1))
+
+
+def test_one_channel_s_result_lies_at_its_place(qtbot: Any, viewer: Any, widget: Any) -> None:
+    data = np.random.default_rng(5).integers(0, 999, (3, 7, 40, 50), np.uint16)
+    layer = viewer.add_image(data, name="multi", axis_labels=("c", "z", "y", "x"))
+    assert widget.last.max == 6
+    widget.channels.value = 2
+    widget.planes.value = _detect.RANGE
+    widget.first.value, widget.last.value = 4, 5
+    finish(qtbot, widget)
+    blur, labels = results(viewer, layer)
+    assert blur.data.shape == labels.data.shape == (1, 2, 40, 50)
+    np.testing.assert_allclose(
+        labels.data_to_world((0, 0, 3, 4)), layer.data_to_world((2, 4, 3, 4))
+    )
+    labels.data_setitem((np.array([0]), np.array([1]), np.array([2]), np.array([3])), 2)
+    assert labels.data[0, 1, 2, 3] == 2
+    assert "--channels=2 --planes=4:6" in labels.metadata["semanticblur"]["command"]
+
+
+def test_a_range_along_z_where_channels_come_last(qtbot: Any, viewer: Any, widget: Any) -> None:
+    """ImageJ's order; with one channel the last slider is z."""
+    viewer.add_image(np.zeros((9, 2, 40, 50), np.uint8), axis_labels=("z", "c", "y", "x"))
+    assert widget.last.max == 1
+    widget.channels.value = "mean"
+    assert (widget.first.value, widget.last.value, widget.last.max) == (0, 8, 8)
 
 
 def test_a_lazy_stack_is_read_only_where_it_is_shown(qtbot: Any, viewer: Any, widget: Any) -> None:
@@ -180,6 +325,27 @@ def test_levels_of_a_pyramid(qtbot: Any, viewer: Any, widget: Any) -> None:
     blur, _ = results(viewer, layer)
     assert blur.data.shape == (200, 300)
     np.testing.assert_allclose(blur.scale, (2, 2))
+
+
+def test_native_tiles_that_were_cancelled_say_nothing_false(
+    qtbot: Any, viewer: Any, widget: Any
+) -> None:
+    """Where a tile is still to come, the sum of those that are done is not the map."""
+    image = photo(1000, 1400)
+    layer = viewer.add_image(image, rgb=True, name="large")
+    widget.size.value = _detect.NATIVE
+    widget.run()
+    qtbot.waitUntil(lambda: widget.progress.value >= 2, timeout=60_000)
+    widget.cancel()
+    qtbot.waitUntil(lambda: not widget.is_running, timeout=10_000)
+    blur, labels = results(viewer, layer)
+    part = blur.data.copy()
+    made = np.isfinite(part)
+    assert 0.05 < made.mean() < 1
+    np.testing.assert_array_equal(labels.data > 0, made)
+    assert not labels.metadata["semanticblur"]["complete"]
+    finish(qtbot, widget, 120_000)
+    np.testing.assert_allclose(part[made], blur.data[made], atol=0.02)
 
 
 def test_native_tiles_fill_the_layer(qtbot: Any, viewer: Any, widget: Any) -> None:
@@ -281,6 +447,40 @@ def test_one_click_needs_no_dock(qtbot: Any, viewer: Any) -> None:
     get_app_model().commands.execute_command("napari-semanticblur.detect_now")
     qtbot.waitUntil(lambda: not _detection._running, timeout=60_000)
     assert all(results(viewer, layer))
+
+
+def test_one_click_on_a_result_analyses_its_image(qtbot: Any, viewer: Any) -> None:
+    layer = viewer.add_image(photo(), rgb=True, name="photo")
+    for selected in (layer, "photo blur map", "photo blur", None):
+        viewer.layers.selection.active = (
+            viewer.layers[selected] if isinstance(selected, str) else selected
+        )
+        _detect.detect_now(viewer)
+        qtbot.waitUntil(lambda: not _detection._running, timeout=60_000)
+        assert [x.name for x in viewer.layers] == ["photo", "photo blur map", "photo blur"]
+        active = viewer.layers.selection.active
+        assert (active and active.name) == (
+            selected if isinstance(selected, str) else selected and selected.name
+        )
+
+
+def test_the_bar_in_the_activity_dock_cancels(qtbot: Any, viewer: Any) -> None:
+    layer = viewer.add_image(np.zeros((200, 64, 64), np.uint8), name="long")
+    detection = _detection.Detection(viewer, layer, _detection.Settings(scope="all"))
+    detection.start()
+    qtbot.waitUntil(lambda: "labels" in detection._layers, timeout=60_000)
+    detection._run._progress.cancel()
+    qtbot.waitUntil(lambda: not _detection._running, timeout=5000)
+    assert not results(viewer, layer)[1].metadata["semanticblur"]["complete"]
+
+
+@pytest.mark.parametrize(("side", "kept"), [("16", 33), ("9999", 4096)])
+def test_a_side_beyond_the_widget_s_limits_is_brought_within(
+    viewer: Any, monkeypatch: pytest.MonkeyPatch, side: str, kept: int
+) -> None:
+    monkeypatch.setattr(_detect, "preferences", lambda: Preferences(size=side))
+    _, widget = viewer.window.add_plugin_dock_widget("napari-semanticblur", "Detect defocus blur")
+    assert widget.settings.size == kept
 
 
 def test_preferences_are_what_the_widget_starts_with(
