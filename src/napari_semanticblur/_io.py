@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from napari_semanticblur._colors import BLURRED, MAP_COLORMAP, UNLABELLED
-from semanticblur_core import io
+from napari_semanticblur._colors import BLURRED, MAP_COLORMAP, SHARP, UNLABELLED
+from semanticblur_core import io, stacks
 from semanticblur_core.errors import DataError, ImageError
 
 LayerData = tuple[Any, dict[str, Any], str]
-SUFFIXES = (".png", ".tif", ".npy")
+SUFFIXES = (".png", ".tif", ".npy", ".zarr")
 
 
 def get_reader(path: str | list[str]) -> Callable[[str | list[str]], list[LayerData]] | None:
@@ -25,7 +26,7 @@ def get_reader(path: str | list[str]) -> Callable[[str | list[str]], list[LayerD
 
 
 def read_maps(path: str | list[str]) -> list[LayerData]:
-    """Image layers of blur maps, 0..1.
+    """Image layers of blur maps, 0..1; NaN is what was not analysed.
 
     Raises
     ------
@@ -34,31 +35,86 @@ def read_maps(path: str | list[str]) -> list[LayerData]:
     """
     layers: list[LayerData] = []
     for each in [path] if isinstance(path, str) else path:
-        attributes = {
+        data, attributes = _read(Path(each))
+        attributes |= {
             "name": Path(each).stem,
             "colormap": MAP_COLORMAP,
             "contrast_limits": (0, 1),
         }
-        layers.append((io.read_map(Path(each)), attributes, "image"))
+        layers.append((data, attributes, "image"))
     return layers
+
+
+def _read(path: Path) -> tuple[Any, dict[str, Any]]:
+    if path.suffix == ".zarr":
+        return _read_zarr(path)
+    if path.suffix == ".png":
+        return io.read_map(path), {}
+    with stacks.open_stack(path) as stack:
+        if stack.array.dtype.kind == "f":
+            blur = np.asarray(stack.array)
+            low, high = _limits(path, blur)
+            if not 0 <= low <= high <= 1:
+                raise ImageError(f"{path}: expected floats in 0..1, got {low:g}..{high:g}")
+            return blur, _scale(stack)
+    return io.read_map(path), {}
+
+
+def _read_zarr(path: Path) -> tuple[Any, dict[str, Any]]:
+    """All levels, read where they are shown."""
+    levels: list[Any] = []
+    with stacks.open_stack(path) as stack:
+        levels.append(stack.array)
+    while max(levels[-1].shape[-2:]) > stacks.COARSEST_SIDE_PX:
+        try:
+            with stacks.open_stack(path, level=len(levels)) as coarser:
+                levels.append(coarser.array)
+        except ImageError:  # there are no more
+            break
+    if levels[0].dtype.kind != "f":
+        raise ImageError(f"{path}: expected a blur map of floats, got {levels[0].dtype}")
+    return (levels if len(levels) > 1 else levels[0]), _scale(stack)
+
+
+def _scale(stack: stacks.Stack) -> dict[str, Any]:
+    sizes = stack.pixel_size_um
+    if not sizes:
+        return {}
+    return {
+        "scale": [float(sizes.get(axis, 1)) for axis in stack.axes],
+        "units": ["um" if axis in sizes else "pixel" for axis in stack.axes],
+        "axis_labels": [axis.lower() for axis in stack.axes],
+    }
+
+
+def _limits(path: Path, blur: NDArray[Any]) -> tuple[float, float]:
+    """Smallest and largest value of a map; NaN does not count."""
+    if blur.dtype.kind != "f":
+        raise ImageError(f"{path}: expected a blur map of floats, got {blur.dtype}")
+    known = blur[np.isfinite(blur)] if np.isnan(blur).any() else blur
+    return (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
 
 
 def write_map(path: str, data: Any, attributes: dict[str, Any]) -> list[str]:
     """Write an image layer in 0..1: float32 as tif and npy, 8 bits as png.
 
+    NaN, what was not analysed, is kept in tif and npy.
+
     Raises
     ------
     ImageError
-        If it is no map in 0..1, or of more than two axes for a png.
+        If it is no map in 0..1, or of more than two axes or not whole for a png.
     """
     target, blur = Path(path), np.asarray(data)
-    if blur.dtype.kind != "f" or attributes.get("rgb"):
-        raise ImageError(f"{target.name}: expected a blur map of floats, got {blur.dtype}")
-    low, high = float(np.min(blur)), float(np.max(blur))
+    if attributes.get("rgb"):
+        raise ImageError(f"{target.name}: expected a blur map, got a colour image")
+    low, high = _limits(target, blur)
     if not 0 <= low <= high <= 1:
+        raise ImageError(f"{target.name}: expected a blur map in 0..1, got {low:g}..{high:g}")
+    if target.suffix == ".png" and np.isnan(blur).any():
         raise ImageError(
-            f"{target.name}: expected a whole blur map in 0..1, got {low:g}..{high:g}; NaN is what "
-            "was not analysed"
+            f"{target.name}: part of this map was not analysed (NaN), and a png has no code for "
+            "that; save it as tif or npy"
         )
     blur = blur.astype(np.float32, copy=False)
     if target.suffix == ".npy":
@@ -78,7 +134,8 @@ def write_mask(path: str, data: Any, attributes: dict[str, Any]) -> list[str]:
     ImageError
         If it is a stack.
     DataError
-        If pixels are unlabelled: a mask has no code for them.
+        If pixels are unlabelled, or labelled as anything but sharp and blurred: a mask has no code
+        for them.
     """
     target = Path(path)
     codes = _one_plane(target, np.asarray(data))
@@ -87,6 +144,12 @@ def write_mask(path: str, data: Any, attributes: dict[str, Any]) -> list[str]:
         raise DataError(
             f"{target.name}: {share:.0%} of the pixels are unlabelled, and a mask knows only "
             "blurred and sharp; label them, or save the layer as a tif of its codes"
+        )
+    others = np.setdiff1d(codes, (SHARP, BLURRED))
+    if others.size:
+        raise DataError(
+            f"{target.name}: label {others[0]} is neither sharp ({SHARP}) nor blurred ({BLURRED}); "
+            "a blur mask knows no others, save the layer as a tif"
         )
     io.write_png(target, np.where(codes == BLURRED, np.uint8(255), np.uint8(0)))
     return [path]
