@@ -1,5 +1,6 @@
 """The detect widget in a real viewer, driven as a person would."""
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -521,6 +522,36 @@ def test_the_command_is_copied(qtbot: Any, viewer: Any, widget: Any) -> None:
         "semanticblur-core detect --input=FILE --output=result --model=default --device=auto "
         "--size=320 --threshold=0.5 --axes=ZYX --planes=1:2 --range=0,1"
     )
+
+
+@pytest.mark.parametrize("channels", ["each", "mean", 1])
+def test_the_copied_command_makes_the_same_map(
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path, channels: Any
+) -> None:
+    data = np.random.default_rng(7).integers(0, 1000, (2, 3, 50, 60)).astype(np.uint16)
+    data[0] //= 100
+    data[:, 2] = data[:, 2, ::-1, ::-1] // 2
+    np.save(tmp_path / "multi.npy", data)
+    [layer] = viewer.open(tmp_path / "multi.npy", plugin="napari")
+    layer.axis_labels = ("c", "z", "y", "x")
+    widget.reset_choices()
+    widget._layer_chosen(layer)
+    widget.channels.value = channels
+    widget.planes.value = _detect.RANGE
+    widget.first.value, widget.last.value = 1, 2
+    viewer.dims.set_point(0, 1)
+    finish(qtbot, widget)
+    blur, _ = results(viewer, layer)
+    command = shlex.split(blur.metadata["semanticblur"]["command"])
+    done = subprocess.run(
+        [sys.executable, "-m", "semanticblur_core", *command[1:], "--format=npy", "--device=cpu",
+         "--backend=torch"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made = np.load(tmp_path / "result" / "multi_blur.npy")
+    here = blur.data[0] if channels == "mean" else blur.data
+    np.testing.assert_allclose(here.reshape(made.shape), made, atol=1e-5)
 
 
 def test_a_model_of_one_s_own_can_be_chosen(

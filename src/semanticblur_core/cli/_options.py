@@ -79,6 +79,26 @@ class SizeType(_ParamType):
         return pixels
 
 
+class RangesType(_ParamType):
+    """``LOW,HIGH`` once, or for each channel of a stack."""
+
+    name = "LOW,HIGH[,LOW,HIGH...]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[tuple[float, float], ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = [float(part) for part in value.split(",")]
+            pairs = tuple(zip(numbers[::2], numbers[1::2], strict=True))
+        except ValueError:
+            self.fail(f"expected numbers LOW,HIGH[,LOW,HIGH...], got {value!r}", param, ctx)
+        if not all(low < high for low, high in pairs):
+            self.fail(f"expected LOW below HIGH, got {value}", param, ctx)
+        return pairs
+
+
 class RangeType(_ParamType):
     """``LOW,HIGH``."""
 

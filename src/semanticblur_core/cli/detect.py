@@ -18,7 +18,7 @@ from semanticblur_core.cli._options import (
     ChannelsType,
     ListType,
     PlanesType,
-    RangeType,
+    RangesType,
     ScalesType,
     SizeType,
     backend_option,
@@ -113,10 +113,10 @@ _TILES_OF_AN_IMAGE = 20
 )
 @click.option(
     "--range",
-    "value_range",
-    type=RangeType(),
-    help="Intensities that count as black and white. Default: 0,255 for 8-bit images, else the 0.1 "
-    "and 99.9 percentiles.",
+    "value_ranges",
+    type=RangesType(),
+    help="Intensities that count as black and white, one pair, or one for each channel of a stack. "
+    "Default: 0,255 for 8-bit images, else the 0.1 and 99.9 percentiles.",
 )
 @click.option("--axes", help="What the axes of a stack are, such as TZYX, if not as the file says.")
 @click.option(
@@ -197,7 +197,7 @@ def command(
     threshold: float,
     formats: tuple[str, ...] | None,
     overlay: bool,
-    value_range: tuple[float, float] | None,
+    value_ranges: tuple[tuple[float, float], ...] | None,
     axes: str | None,
     planes: tuple[slice, ...] | None,
     channels: Any,
@@ -227,8 +227,10 @@ def command(
         method, "model", "device", "precision", "backend", "flip", "size", "scales", "upsampling"
     )
     options = DetectOptions(
-        output, size, threshold, formats, overlay, overwrite, resume, value_range, axes, channels,
-        planes, level, every, max_pixels,
+        output, size, threshold, formats, overlay, overwrite, resume,
+        value_ranges[0] if value_ranges and len(value_ranges) == 1 else None,
+        axes, channels, planes, level, every, max_pixels,
+        value_ranges if value_ranges and len(value_ranges) > 1 else None,
     )  # fmt: skip
     jobs, left_out = find_jobs(inputs, output, recursive=recursive)
     if left_out:
@@ -354,7 +356,7 @@ def _write_json(
 
     protocol: dict[str, Any] = {
         "blurred_is": f"map > {options.threshold:g}",
-        "value_range": options.value_range,
+        "value_range": options.channel_ranges or options.value_range,
     }
     if hasattr(detector, "backend"):  # hand-crafted methods have none
         protocol |= {

@@ -98,6 +98,7 @@ class DetectOptions:
     level: int = 0
     every: int = 1
     max_pixels: int = io.MAX_PIXELS
+    channel_ranges: tuple[tuple[float, float], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -198,16 +199,26 @@ def detect_files(
         yield replace(result, elapsed_s=time.perf_counter() - start)
 
 
+def _require_one_range(job: Job, options: DetectOptions) -> None:
+    if options.channel_ranges is not None:
+        raise ImageError(
+            f"{job.source}: {len(options.channel_ranges)} intensity ranges for an image without "
+            "channels to walk; give one"
+        )
+
+
 def _detect_file(job: Job, detector: MapMaker, options: DetectOptions) -> FileResult:
     path = Path(job.source)
     if path.suffix.lower() in io.VIDEO_SUFFIXES:
         from semanticblur_core.inference.video import detect_video
 
+        _require_one_range(job, options)
         return detect_video(job, detector, options)
     if not is_sample(job.source) and (
         stacks.is_stack(path, axes=options.axes) or _is_streamed(path, options)
     ):
         return _detect_stack(job, detector, options)
+    _require_one_range(job, options)
     targets = result_paths(job, options, "png", _IMAGE_FORMATS)
     base = options.output / job.output_stem
     overlay_path = base.with_name(f"{base.name}_overlay.png")
@@ -295,7 +306,9 @@ def _append_planes(
     options: DetectOptions,
 ) -> Iterator[PlaneResult]:
     """Detect planes one after the other; at native size in strips, a plane is never held whole."""
-    if options.value_range is None:
+    if options.channel_ranges is not None:
+        limits: list[tuple[float, float]] | None = planes.as_limits(options.channel_ranges)
+    elif options.value_range is None:
         limits = planes.estimate_range()
     else:
         limits = planes.as_limits(options.value_range)
