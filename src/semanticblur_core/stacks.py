@@ -71,7 +71,7 @@ def open_stack(path: Path, *, axes: str | None = None, level: int = 0) -> Iterat
     if path.is_file() and path.stat().st_size == 0:
         raise ImageError(f"{path}: the file is empty (0 bytes)")
     with ExitStack() as resources:
-        try:
+        with _explained(path):
             if suffix == ".npy":
                 array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
                 found = _guess_axes(array.shape)
@@ -80,11 +80,6 @@ def open_stack(path: Path, *, axes: str | None = None, level: int = 0) -> Iterat
                 array, found, sizes = _open_zarr(path, level)
             else:
                 array, found, sizes = _open_tiff(path, level, resources)
-        except ImageError:
-            raise
-        except Exception as error:  # the libraries raise many kinds
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ImageError(f"{path}: damaged or unreadable: {reason}") from error
         named = (axes or found).upper()
         if len(named) != len(array.shape):
             what = f"axes {named!r} do not fit" if named else "the file does not say the axes of"
@@ -113,6 +108,21 @@ def is_stack(path: Path, *, axes: str | None = None) -> bool:
             return bool(math.prod(series.shape) > inside)
     except Exception:  # whatever is wrong with it is reported by the reader of images
         return False
+
+
+def read_pixel_size(path: Path) -> Mapping[str, float]:
+    """Micrometres a step along an axis, also of a TIFF that is not opened as a stack.
+
+    Raises
+    ------
+    ImageError
+        If it is missing or damaged.
+    """
+    if path.suffix.lower() in io.TIFF_SUFFIXES:
+        with _explained(path), io.open_tiff(path) as tiff:
+            return _tiff_pixel_size(tiff)
+    with open_stack(path) as stack:
+        return stack.pixel_size_um
 
 
 def plane_pixels(path: Path) -> int:
@@ -297,12 +307,27 @@ def _halved(finer: Any, index: tuple[int, ...], rows: slice) -> NDArray[np.float
     return means
 
 
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Whatever goes wrong in opening a file, in one line with its name."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as error:  # the libraries raise many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ImageError(f"{path}: damaged or unreadable: {reason}") from error
+
+
 def _guess_axes(shape: tuple[int, ...]) -> str:
     if len(shape) in (3, 4) and shape[-1] in (3, 4):
         return _USUAL_AXES[len(shape) - 1] + "S"
-    if len(shape) > 2 and shape[-1] < FEWEST_COLUMNS <= min(shape[-3:-1]):
-        return ""  # rather channels, of a kind that is not to be guessed
-    return _USUAL_AXES.get(len(shape), "")
+    return "" if _has_few_columns(shape) else _USUAL_AXES.get(len(shape), "")
+
+
+def _has_few_columns(shape: tuple[int, ...]) -> bool:
+    """Whether the last axis is rather channels, of a kind that is not to be guessed."""
+    return len(shape) > 2 and shape[-1] < FEWEST_COLUMNS <= min(shape[-3:-1])
 
 
 def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, dict[str, float]]:
@@ -320,14 +345,20 @@ def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, 
     if not 0 <= level < len(series.levels):
         raise ImageError(f"{path}: expected a level of 0 to {len(series.levels) - 1}, got {level}")
     chosen = series.levels[level]
-    store = resources.enter_context(chosen.aszarr())
-    array = zarr.open(store, mode="r")
+    array = zarr.open(resources.enter_context(chosen.aszarr()), mode="r")
+    return array, _tiff_axes(series), _tiff_pixel_size(tiff)
+
+
+def _tiff_axes(series: Any) -> str:
+    """Axes of a TIFF; empty where those it does not name cannot be guessed."""
+    axes = str(series.axes)
+    if set(axes) <= set("IQYX") and _has_few_columns(series.shape):
+        return ""
     # Planes that a file does not name: I, Q and the like; one of them is taken for Z.
-    axes = str(chosen.axes)
     if "Z" not in axes:
         for letter in "IQ":
             axes = axes.replace(letter, "Z", 1) if letter in axes and "Z" not in axes else axes
-    return array, axes, _tiff_pixel_size(tiff)
+    return axes
 
 
 def _tiff_pixel_size(tiff: Any) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Files of any axes: opened lazily, written whole or not at all."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,6 +95,35 @@ def test_axes_of_bare_arrays_are_guessed(tmp_path: Path, shape: tuple[int, ...],
     for name in ("a.npy", "a.zarr"):
         with stacks.open_stack(tmp_path / name) as stack:
             assert stack.axes == axes
+
+
+@pytest.mark.parametrize(
+    ("shape", "how"),
+    [
+        ((40, 50, 5), {}),
+        ((40, 50, 2), {"metadata": None}),
+        ((2, 40, 50, 6), {}),
+        ((40, 50, 3), {"photometric": "minisblack"}),
+    ],
+)
+def test_channels_that_a_tiff_holds_as_columns_are_not_taken_for_planes(
+    tmp_path: Path, shape: tuple[int, ...], how: dict[str, Any]
+) -> None:
+    path = tmp_path / "c.tif"
+    tifffile.imwrite(path, np.zeros(shape, np.uint8), **how)
+    assert stacks.is_stack(path)
+    message = "does not say the axes of an array of shape .*; --axes names them"
+    with pytest.raises(ImageError, match=rf"c\.tif: .*{message}"), stacks.open_stack(path):
+        pass
+    with stacks.open_stack(path, axes="TYXC"[-len(shape) :]) as stack:
+        assert stack.array.shape == shape
+
+
+def test_narrow_planes_with_named_axes_are_taken_as_named(tmp_path: Path) -> None:
+    narrow = np.zeros((40, 50, 5), np.uint8)
+    tifffile.imwrite(tmp_path / "n.tif", narrow, metadata={"axes": "ZYX"})
+    with stacks.open_stack(tmp_path / "n.tif") as stack:
+        assert stack.axes == "ZYX"
 
 
 def test_bad_files_are_one_line(tmp_path: Path) -> None:
