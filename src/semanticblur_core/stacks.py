@@ -331,6 +331,7 @@ def _has_few_columns(shape: tuple[int, ...]) -> bool:
 
 
 def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, dict[str, float]]:
+    import tifffile
     import zarr
 
     tiff = resources.enter_context(io.open_tiff(path))
@@ -345,8 +346,45 @@ def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, 
     if not 0 <= level < len(series.levels):
         raise ImageError(f"{path}: expected a level of 0 to {len(series.levels) - 1}, got {level}")
     chosen = series.levels[level]
-    array = zarr.open(resources.enter_context(chosen.aszarr()), mode="r")
+    _refuse_foreign_colours(path, chosen.keyframe)
+    array: Any = zarr.open(resources.enter_context(chosen.aszarr()), mode="r")
+    if chosen.keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+        array = _Inverted(array)
     return array, _tiff_axes(series), _tiff_pixel_size(tiff)
+
+
+@dataclass(frozen=True)
+class _Inverted:
+    """An array of white-is-zero, turned to black-is-zero where it is sliced."""
+
+    stored: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.stored.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        kind: np.dtype[Any] = self.stored.dtype
+        return kind
+
+    def __getitem__(self, key: Any) -> NDArray[Any]:
+        return io.invert(np.asarray(self.stored[key]))
+
+
+def _refuse_foreign_colours(path: Path, page: Any) -> None:
+    """Refuse what only whole images are converted from: palettes, CMYK, rotated by a tag."""
+    what = ""
+    if not io.is_plain_photometric(page):
+        what = f"its colours are stored as {getattr(page.photometric, 'name', page.photometric)}"
+    tag = page.tags.get("Orientation")
+    if tag is not None and tag.value in range(2, 9):
+        what = f"its pixels are stored turned or mirrored (orientation {tag.value})"
+    if what:
+        raise ImageError(
+            f"{path}: {what}; stacks and images read in pieces have to be upright grey or RGB, "
+            "save it as such"
+        )
 
 
 def _tiff_axes(series: Any) -> str:

@@ -8,7 +8,7 @@ import pytest
 import tifffile
 import zarr
 
-from semanticblur_core import stacks
+from semanticblur_core import io, stacks
 from semanticblur_core.errors import ImageError
 from semanticblur_core.inference.planes import Planes
 
@@ -124,6 +124,54 @@ def test_narrow_planes_with_named_axes_are_taken_as_named(tmp_path: Path) -> Non
     tifffile.imwrite(tmp_path / "n.tif", narrow, metadata={"axes": "ZYX"})
     with stacks.open_stack(tmp_path / "n.tif") as stack:
         assert stack.axes == "ZYX"
+
+
+def test_white_is_zero_is_inverted_as_of_an_image(tmp_path: Path, rng: np.random.Generator) -> None:
+    data = rng.integers(0, 9999, (3, 40, 50), np.uint16)
+    tifffile.imwrite(tmp_path / "s.tif", data, photometric="miniswhite")
+    tifffile.imwrite(tmp_path / "one.tif", data[1], photometric="miniswhite")
+    with stacks.open_stack(tmp_path / "s.tif") as stack:
+        assert (stack.axes, stack.array.shape, stack.array.dtype) == ("ZYX", data.shape, np.uint16)
+        plane = Planes(stack.array, stack.axes).view((1,)).read()
+    np.testing.assert_array_equal(plane, 65535 - data[1])
+    np.testing.assert_array_equal(plane, io.read_image(tmp_path / "one.tif"))
+
+
+def test_jpeg_planes_are_decoded_to_rgb(tmp_path: Path) -> None:
+    red = np.zeros((2, 64, 64, 3), np.uint8)
+    red[..., 0] = 200
+    tifffile.imwrite(tmp_path / "s.tif", red, photometric="rgb", compression="jpeg")
+    with stacks.open_stack(tmp_path / "s.tif") as stack:
+        assert stack.axes == "ZYXS"
+        assert np.abs(stack.array[1].astype(int) - red[1]).max() < 5
+
+
+@pytest.mark.parametrize(
+    ("shape", "how", "message"),
+    [
+        ((3, 40, 50, 4), {"photometric": "separated"}, "colours are stored as SEPARATED"),
+        (
+            (3, 40, 50),
+            {"photometric": "palette", "colormap": np.zeros((3, 256), np.uint16)},
+            "colours are stored as PALETTE",
+        ),
+        (
+            (3, 40, 50),
+            {"photometric": "minisblack", "extratags": [(274, 3, 1, 6, True)]},
+            "turned or mirrored \\(orientation 6\\)",
+        ),
+    ],
+)
+def test_colours_and_turns_that_only_images_are_converted_from_are_refused(
+    tmp_path: Path, shape: tuple[int, ...], how: dict[str, Any], message: str
+) -> None:
+    tifffile.imwrite(tmp_path / "s.tif", np.zeros(shape, np.uint8), **how)
+    with (
+        pytest.raises(ImageError, match=rf"s\.tif: .*{message}.*upright grey or RGB") as caught,
+        stacks.open_stack(tmp_path / "s.tif"),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
 
 
 def test_bad_files_are_one_line(tmp_path: Path) -> None:
