@@ -347,10 +347,46 @@ def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, 
         raise ImageError(f"{path}: expected a level of 0 to {len(series.levels) - 1}, got {level}")
     chosen = series.levels[level]
     _refuse_foreign_colours(path, chosen.keyframe)
-    array: Any = zarr.open(resources.enter_context(chosen.aszarr()), mode="r")
+    array: Any
+    if chosen.dataoffset is not None:
+        array = _Mapped.of_series(chosen)
+    else:
+        array = zarr.open(resources.enter_context(chosen.aszarr()), mode="r")
     if chosen.keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
         array = _Inverted(array)
     return array, _tiff_axes(series), _tiff_pixel_size(tiff)
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """Pixels that lie uncompressed in one piece of a file: what is sliced is read, no whole strip.
+
+    Mapped anew each time, since pages of a map that stays open count as memory in use.
+    """
+
+    path: Path
+    offset: int
+    stored_dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of_series(cls, series: Any) -> _Mapped:
+        """Of a tifffile series that has an offset; raises where the file is too short."""
+        file = series.keyframe.parent
+        stored = np.dtype(series.dtype).newbyteorder(file.byteorder)
+        mapped = cls(Path(file.filehandle.path), series.dataoffset, stored, tuple(series.shape))
+        mapped._map()
+        return mapped
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.stored_dtype.newbyteorder("=")
+
+    def __getitem__(self, key: Any) -> NDArray[Any]:
+        return np.array(self._map()[key], self.dtype)
+
+    def _map(self) -> np.memmap[Any, Any]:
+        return np.memmap(self.path, self.stored_dtype, "r", self.offset, self.shape)
 
 
 @dataclass(frozen=True)

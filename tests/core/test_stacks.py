@@ -1,7 +1,8 @@
 """Files of any axes: opened lazily, written whole or not at all."""
 
+import tracemalloc
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -62,6 +63,26 @@ def test_a_plane_of_a_tiff_is_read_alone(tmp_path: Path, rng: np.random.Generato
     with stacks.open_stack(tmp_path / "s.tif") as stack:
         assert stack.axes == "ZYX"  # tifffile calls the unnamed axis Q or I
         np.testing.assert_array_equal(stack.array[4, 10:20, :5], data[4, 10:20, :5])
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_of_an_uncompressed_strip_only_what_is_asked_for_is_read(
+    tmp_path: Path, rng: np.random.Generator, byteorder: Literal["<", ">"]
+) -> None:
+    path = tmp_path / "s.tif"
+    data = rng.integers(0, 9999, (2, 1000, 1500), np.uint16)
+    tifffile.imwrite(path, data, photometric="minisblack", byteorder=byteorder)
+    with stacks.open_stack(path) as stack:
+        assert stack.array.dtype.isnative
+        tracemalloc.start()
+        try:
+            part = stack.array[1, 100:120]
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        np.testing.assert_array_equal(part, data[1, 100:120])
+        np.testing.assert_array_equal(stack.array[:], data)
+    assert peak_bytes < data[0].nbytes / 10
 
 
 def test_imagej_and_pyramids(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -197,6 +218,13 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
     with (
         pytest.raises(ImageError, match=r"cut\.tif: truncated: ends after 1 images"),
         stacks.open_stack(tmp_path / "cut.tif"),
+    ):
+        pass
+    tifffile.imwrite(tmp_path / "one.tif", np.zeros((64, 64), np.uint16))
+    (tmp_path / "short.tif").write_bytes((tmp_path / "one.tif").read_bytes()[:-99])
+    with (
+        pytest.raises(ImageError, match=r"short\.tif: damaged or unreadable"),
+        stacks.open_stack(tmp_path / "short.tif"),
     ):
         pass
     data = np.random.default_rng(0).integers(0, 9999, (5, 64, 64), np.uint16)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import tifffile
 import torch
 from PIL import Image
 
-from semanticblur_core import Detector, stacks
+from semanticblur_core import Detector, io, stacks
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import ImageError
 from semanticblur_core.inference import batch
@@ -221,11 +222,25 @@ def test_stacks_that_cannot_be_done_as_asked_are_one_line(
         assert not list((tmp_path / "out").glob("**/*"))
 
 
+@pytest.mark.parametrize(
+    ("samples", "how"),
+    [
+        (3, {"photometric": "rgb"}),
+        (3, {"photometric": "rgb", "compression": "zlib", "rowsperstrip": 50}),
+        (1, {"photometric": "miniswhite"}),
+    ],
+)
 def test_a_large_image_streams_to_the_map_of_one_in_memory(
-    tmp_path: Path, detector: Detector, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    detector: Detector,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    samples: int,
+    how: dict[str, Any],
 ) -> None:
-    image = rng.integers(0, 256, (700, 600, 3), np.uint8)
-    tifffile.imwrite(tmp_path / "large.tif", image, photometric="rgb", rowsperstrip=50)
+    pixels = rng.integers(0, 256, (700, 600, samples), np.uint8).squeeze()
+    tifffile.imwrite(tmp_path / "large.tif", pixels, **how)
+    image = io.read_image(tmp_path / "large.tif")
     jobs = [Job(str(tmp_path / "large.tif"), "large")]
     options = DetectOptions(tmp_path / "out", size="native", formats=("tif", "zarr", "npy"))
     monkeypatch.setattr(batch, "STREAMED_PIXELS", 1000)
