@@ -275,13 +275,28 @@ def write_zarr(path: Path, maps: MapFile, *, axes: str, pixel_size_um: Mapping[s
             scale = [*scale[:-2], *(2 * s for s in scale[-2:])]
         image: Any = {"version": "0.4", "name": path.stem, "axes": described, "datasets": datasets}
         group.attrs["multiscales"] = [image]
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        _take_place(temporary, path)
     except OSError as error:
         raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    """Rename a folder to ``path``; what was there is deleted under another name, never half."""
+    old = io.temporary_name(path)
+    if path.exists():
+        path.rename(old)
+    try:
+        temporary.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink(missing_ok=True)
 
 
 def _tiles(maps: MapFile, index: tuple[int, ...]) -> Iterator[NDArray[np.float32]]:

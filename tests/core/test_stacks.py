@@ -1,5 +1,6 @@
 """Files of any axes: opened lazily, written whole or not at all."""
 
+import shutil
 import tracemalloc
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +56,48 @@ def test_what_is_written_is_read_back_with_axes_and_pixel_sizes(
             np.testing.assert_allclose(stack.array[:, :, :20], halved, rtol=1e-6)
         with stacks.open_stack(tmp_path / "m.zarr", level=2) as stack:
             assert stack.array.shape == (2, 3, 11, 13)
+
+
+def test_a_zarr_that_is_replaced_is_whole_whenever_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.zarr"
+    old, new = np.zeros((2, 41, 50), np.float32), np.ones((2, 41, 50), np.float32)
+    written(path, old, "ZYX")
+    delete, deleted = shutil.rmtree, []
+
+    def watched(folder: Path, **how: Any) -> None:
+        deleted.append(Path(folder))
+        delete(folder, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    written(path, new, "ZYX")
+    assert path not in deleted
+    with stacks.open_stack(path) as stack:
+        np.testing.assert_array_equal(stack.array[:], new)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_zarr_that_cannot_take_its_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.zarr"
+    written(path, np.zeros((2, 41, 50), np.float32), "ZYX")
+    rename = Path.rename
+
+    def failing(source: Path, target: Path) -> Path:
+        if target == path and source != renamed[0]:
+            raise OSError(5, "Input/output error")
+        renamed.append(target)
+        return rename(source, target)
+
+    renamed: list[Path] = []
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(ImageError, match=r"m\.zarr: cannot be written: Input/output error"):
+        written(path, np.ones((2, 41, 50), np.float32), "ZYX")
+    with stacks.open_stack(path) as stack:
+        assert not stack.array[:].any()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_plane_of_a_tiff_is_read_alone(tmp_path: Path, rng: np.random.Generator) -> None:
