@@ -48,7 +48,7 @@ _TILES_OF_AN_IMAGE = 20
     multiple=True,
     required=True,
     metavar="PATH|GLOB|DIR|sample:NAME",
-    help="Image, video, quoted glob, folder (of images), or sample:cat, sample:coffee, "
+    help="Image, video, quoted glob, folder (of images and stacks), or sample:cat, sample:coffee, "
     "sample:astronaut (photographs that ship with scikit-image). May be given several times.",
 )
 @click.option(
