@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import secrets
@@ -341,6 +342,12 @@ def temporary_name(path: Path, kind: str = "part") -> Path:
     Random, since the number of a process does not tell apart those of several machines.
     """
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
+
+
+def left_behind(path: Path) -> list[Path]:
+    """Temporary files beside ``path`` of writers that were killed."""
+    pattern = f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part"
+    return sorted(path.parent.glob(pattern))
 
 
 @contextmanager
