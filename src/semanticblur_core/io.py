@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import secrets
@@ -343,6 +344,12 @@ def temporary_name(path: Path, kind: str = "part") -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
 
 
+def left_behind(path: Path) -> list[Path]:
+    """Temporary files beside ``path`` of writers that were killed."""
+    pattern = f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part"
+    return sorted(path.parent.glob(pattern))
+
+
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """A temporary name beside ``path`` that takes its place when the block succeeds.
@@ -419,7 +426,7 @@ def _read_tiff(path: Path, max_pixels: int) -> NDArray[Any]:
         with open_tiff(path) as tiff:
             refuse_lying_tiff(path, tiff)
             page = tiff.pages.first
-            if not _plain_photometric(page):
+            if not is_plain_photometric(page):
                 # Palettes, CMYK, Lab: Pillow knows how to turn them into RGB.
                 return _read_pillow(path, max_pixels)
             whole = [series for series in tiff.series if not series.keyframe.is_reduced]
@@ -447,7 +454,7 @@ def _read_tiff(path: Path, max_pixels: int) -> NDArray[Any]:
     if all(length == 1 for length in lengths):
         array = array.reshape(array.shape[len(lengths) :])
     if inverted:
-        array = _invert(array)
+        array = invert(array)
     return _orient(array, orientation)
 
 
@@ -516,20 +523,7 @@ def refuse_lying_tiff(path: Path, tiff: Any) -> None:
         raise ImageError(f"{path}: truncated: states {n_stated} planes, {n_planes} are there")
 
 
-def _refuse_lying_jpeg(path: Path, image: Image.Image) -> None:
-    """Refuse a JPEG of more blocks than fit in the file; libjpeg would fill them with grey."""
-    if image.format != "JPEG" or "progressive" in image.info:
-        return
-    # Baseline JPEG spends at least two bits on each block of 8 x 8 pixels.
-    n_blocks = (image.width // 8) * (image.height // 8)
-    if n_blocks * 2 > path.stat().st_size * 8:
-        raise ImageError(
-            f"{path}: truncated: {image.width} x {image.height} pixels do not fit in its "
-            f"{path.stat().st_size} bytes"
-        )
-
-
-def _plain_photometric(page: Any) -> bool:
+def is_plain_photometric(page: Any) -> bool:
     """Whether tifffile's array is grey or RGB as it stands."""
     from tifffile import COMPRESSION, PHOTOMETRIC
 
@@ -542,7 +536,7 @@ def _plain_photometric(page: Any) -> bool:
     return page.photometric in plain or decoded
 
 
-def _invert(array: NDArray[Any]) -> NDArray[Any]:
+def invert(array: NDArray[Any]) -> NDArray[Any]:
     """White-is-zero to black-is-zero, for types that have a white."""
     if array.dtype == np.bool_:
         return ~array
@@ -550,6 +544,19 @@ def _invert(array: NDArray[Any]) -> NDArray[Any]:
         inverted: NDArray[Any] = np.iinfo(array.dtype).max - array
         return inverted
     return array
+
+
+def _refuse_lying_jpeg(path: Path, image: Image.Image) -> None:
+    """Refuse a JPEG of more blocks than fit in the file; libjpeg would fill them with grey."""
+    if image.format != "JPEG" or "progressive" in image.info:
+        return
+    # Baseline JPEG spends at least two bits on each block of 8 x 8 pixels.
+    n_blocks = (image.width // 8) * (image.height // 8)
+    if n_blocks * 2 > path.stat().st_size * 8:
+        raise ImageError(
+            f"{path}: truncated: {image.width} x {image.height} pixels do not fit in its "
+            f"{path.stat().st_size} bytes"
+        )
 
 
 def _orient(array: NDArray[Any], orientation: int) -> NDArray[Any]:

@@ -71,7 +71,7 @@ def open_stack(path: Path, *, axes: str | None = None, level: int = 0) -> Iterat
     if path.is_file() and path.stat().st_size == 0:
         raise ImageError(f"{path}: the file is empty (0 bytes)")
     with ExitStack() as resources:
-        try:
+        with _explained(path):
             if suffix == ".npy":
                 array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
                 found = _guess_axes(array.shape)
@@ -80,11 +80,6 @@ def open_stack(path: Path, *, axes: str | None = None, level: int = 0) -> Iterat
                 array, found, sizes = _open_zarr(path, level)
             else:
                 array, found, sizes = _open_tiff(path, level, resources)
-        except ImageError:
-            raise
-        except Exception as error:  # the libraries raise many kinds
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ImageError(f"{path}: damaged or unreadable: {reason}") from error
         named = (axes or found).upper()
         if len(named) != len(array.shape):
             what = f"axes {named!r} do not fit" if named else "the file does not say the axes of"
@@ -113,6 +108,21 @@ def is_stack(path: Path, *, axes: str | None = None) -> bool:
             return bool(math.prod(series.shape) > inside)
     except Exception:  # whatever is wrong with it is reported by the reader of images
         return False
+
+
+def read_pixel_size(path: Path) -> Mapping[str, float]:
+    """Micrometres a step along an axis, also of a TIFF that is not opened as a stack.
+
+    Raises
+    ------
+    ImageError
+        If it is missing or damaged.
+    """
+    if path.suffix.lower() in io.TIFF_SUFFIXES:
+        with _explained(path), io.open_tiff(path) as tiff:
+            return _tiff_pixel_size(tiff)
+    with open_stack(path) as stack:
+        return stack.pixel_size_um
 
 
 def plane_pixels(path: Path) -> int:
@@ -265,13 +275,28 @@ def write_zarr(path: Path, maps: MapFile, *, axes: str, pixel_size_um: Mapping[s
             scale = [*scale[:-2], *(2 * s for s in scale[-2:])]
         image: Any = {"version": "0.4", "name": path.stem, "axes": described, "datasets": datasets}
         group.attrs["multiscales"] = [image]
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        _take_place(temporary, path)
     except OSError as error:
         raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    """Rename a folder to ``path``; what was there is deleted under another name, never half."""
+    old = io.temporary_name(path)
+    if path.exists():
+        path.rename(old)
+    try:
+        temporary.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink(missing_ok=True)
 
 
 def _tiles(maps: MapFile, index: tuple[int, ...]) -> Iterator[NDArray[np.float32]]:
@@ -297,15 +322,31 @@ def _halved(finer: Any, index: tuple[int, ...], rows: slice) -> NDArray[np.float
     return means
 
 
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Whatever goes wrong in opening a file, in one line with its name."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as error:  # the libraries raise many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ImageError(f"{path}: damaged or unreadable: {reason}") from error
+
+
 def _guess_axes(shape: tuple[int, ...]) -> str:
     if len(shape) in (3, 4) and shape[-1] in (3, 4):
         return _USUAL_AXES[len(shape) - 1] + "S"
-    if len(shape) > 2 and shape[-1] < FEWEST_COLUMNS <= min(shape[-3:-1]):
-        return ""  # rather channels, of a kind that is not to be guessed
-    return _USUAL_AXES.get(len(shape), "")
+    return "" if _has_few_columns(shape) else _USUAL_AXES.get(len(shape), "")
+
+
+def _has_few_columns(shape: tuple[int, ...]) -> bool:
+    """Whether the last axis is rather channels, of a kind that is not to be guessed."""
+    return len(shape) > 2 and shape[-1] < FEWEST_COLUMNS <= min(shape[-3:-1])
 
 
 def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, dict[str, float]]:
+    import tifffile
     import zarr
 
     tiff = resources.enter_context(io.open_tiff(path))
@@ -320,14 +361,93 @@ def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, 
     if not 0 <= level < len(series.levels):
         raise ImageError(f"{path}: expected a level of 0 to {len(series.levels) - 1}, got {level}")
     chosen = series.levels[level]
-    store = resources.enter_context(chosen.aszarr())
-    array = zarr.open(store, mode="r")
+    _refuse_foreign_colours(path, chosen.keyframe)
+    array: Any
+    if chosen.dataoffset is not None:
+        array = _Mapped.of_series(chosen)
+    else:
+        array = zarr.open(resources.enter_context(chosen.aszarr()), mode="r")
+    if chosen.keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+        array = _Inverted(array)
+    return array, _tiff_axes(series), _tiff_pixel_size(tiff)
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """Pixels that lie uncompressed in one piece of a file: what is sliced is read, no whole strip.
+
+    Mapped anew each time, since pages of a map that stays open count as memory in use.
+    """
+
+    path: Path
+    offset: int
+    stored_dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of_series(cls, series: Any) -> _Mapped:
+        """Of a tifffile series that has an offset; raises where the file is too short."""
+        file = series.keyframe.parent
+        stored = np.dtype(series.dtype).newbyteorder(file.byteorder)
+        mapped = cls(Path(file.filehandle.path), series.dataoffset, stored, tuple(series.shape))
+        mapped._map()
+        return mapped
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.stored_dtype.newbyteorder("=")
+
+    def __getitem__(self, key: Any) -> NDArray[Any]:
+        return np.array(self._map()[key], self.dtype)
+
+    def _map(self) -> np.memmap[Any, Any]:
+        return np.memmap(self.path, self.stored_dtype, "r", self.offset, self.shape)
+
+
+@dataclass(frozen=True)
+class _Inverted:
+    """An array of white-is-zero, turned to black-is-zero where it is sliced."""
+
+    stored: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.stored.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        kind: np.dtype[Any] = self.stored.dtype
+        return kind
+
+    def __getitem__(self, key: Any) -> NDArray[Any]:
+        return io.invert(np.asarray(self.stored[key]))
+
+
+def _refuse_foreign_colours(path: Path, page: Any) -> None:
+    """Refuse what only whole images are converted from: palettes, CMYK, rotated by a tag."""
+    what = ""
+    if not io.is_plain_photometric(page):
+        what = f"its colours are stored as {getattr(page.photometric, 'name', page.photometric)}"
+    tag = page.tags.get("Orientation")
+    if tag is not None and tag.value in range(2, 9):
+        what = f"its pixels are stored turned or mirrored (orientation {tag.value})"
+    if what:
+        raise ImageError(
+            f"{path}: {what}; stacks and images read in pieces have to be upright grey or RGB, "
+            "save it as such"
+        )
+
+
+def _tiff_axes(series: Any) -> str:
+    """Axes of a TIFF; empty where those it does not name cannot be guessed."""
+    axes = str(series.axes)
+    if set(axes) <= set("IQYX") and _has_few_columns(series.shape):
+        return ""
     # Planes that a file does not name: I, Q and the like; one of them is taken for Z.
-    axes = str(chosen.axes)
     if "Z" not in axes:
         for letter in "IQ":
             axes = axes.replace(letter, "Z", 1) if letter in axes and "Z" not in axes else axes
-    return array, axes, _tiff_pixel_size(tiff)
+    return axes
 
 
 def _tiff_pixel_size(tiff: Any) -> dict[str, float]:

@@ -1,13 +1,16 @@
 """Files of any axes: opened lazily, written whole or not at all."""
 
+import shutil
+import tracemalloc
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import tifffile
 import zarr
 
-from semanticblur_core import stacks
+from semanticblur_core import io, stacks
 from semanticblur_core.errors import ImageError
 from semanticblur_core.inference.planes import Planes
 
@@ -55,12 +58,74 @@ def test_what_is_written_is_read_back_with_axes_and_pixel_sizes(
             assert stack.array.shape == (2, 3, 11, 13)
 
 
+def test_a_zarr_that_is_replaced_is_whole_whenever_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.zarr"
+    old, new = np.zeros((2, 41, 50), np.float32), np.ones((2, 41, 50), np.float32)
+    written(path, old, "ZYX")
+    delete, deleted = shutil.rmtree, []
+
+    def watched(folder: Path, **how: Any) -> None:
+        deleted.append(Path(folder))
+        delete(folder, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    written(path, new, "ZYX")
+    assert path not in deleted
+    with stacks.open_stack(path) as stack:
+        np.testing.assert_array_equal(stack.array[:], new)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_zarr_that_cannot_take_its_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.zarr"
+    written(path, np.zeros((2, 41, 50), np.float32), "ZYX")
+    rename = Path.rename
+
+    def failing(source: Path, target: Path) -> Path:
+        if target == path and source != renamed[0]:
+            raise OSError(5, "Input/output error")
+        renamed.append(target)
+        return rename(source, target)
+
+    renamed: list[Path] = []
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(ImageError, match=r"m\.zarr: cannot be written: Input/output error"):
+        written(path, np.ones((2, 41, 50), np.float32), "ZYX")
+    with stacks.open_stack(path) as stack:
+        assert not stack.array[:].any()
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_plane_of_a_tiff_is_read_alone(tmp_path: Path, rng: np.random.Generator) -> None:
     data = rng.integers(0, 9999, (6, 64, 70), np.uint16)
     tifffile.imwrite(tmp_path / "s.tif", data, compression="zlib", photometric="minisblack")
     with stacks.open_stack(tmp_path / "s.tif") as stack:
         assert stack.axes == "ZYX"  # tifffile calls the unnamed axis Q or I
         np.testing.assert_array_equal(stack.array[4, 10:20, :5], data[4, 10:20, :5])
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_of_an_uncompressed_strip_only_what_is_asked_for_is_read(
+    tmp_path: Path, rng: np.random.Generator, byteorder: Literal["<", ">"]
+) -> None:
+    path = tmp_path / "s.tif"
+    data = rng.integers(0, 9999, (2, 1000, 1500), np.uint16)
+    tifffile.imwrite(path, data, photometric="minisblack", byteorder=byteorder)
+    with stacks.open_stack(path) as stack:
+        assert stack.array.dtype.isnative
+        tracemalloc.start()
+        try:
+            part = stack.array[1, 100:120]
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        np.testing.assert_array_equal(part, data[1, 100:120])
+        np.testing.assert_array_equal(stack.array[:], data)
+    assert peak_bytes < data[0].nbytes / 10
 
 
 def test_imagej_and_pyramids(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -96,6 +161,83 @@ def test_axes_of_bare_arrays_are_guessed(tmp_path: Path, shape: tuple[int, ...],
             assert stack.axes == axes
 
 
+@pytest.mark.parametrize(
+    ("shape", "how"),
+    [
+        ((40, 50, 5), {}),
+        ((40, 50, 2), {"metadata": None}),
+        ((2, 40, 50, 6), {}),
+        ((40, 50, 3), {"photometric": "minisblack"}),
+    ],
+)
+def test_channels_that_a_tiff_holds_as_columns_are_not_taken_for_planes(
+    tmp_path: Path, shape: tuple[int, ...], how: dict[str, Any]
+) -> None:
+    path = tmp_path / "c.tif"
+    tifffile.imwrite(path, np.zeros(shape, np.uint8), **how)
+    assert stacks.is_stack(path)
+    message = "does not say the axes of an array of shape .*; --axes names them"
+    with pytest.raises(ImageError, match=rf"c\.tif: .*{message}"), stacks.open_stack(path):
+        pass
+    with stacks.open_stack(path, axes="TYXC"[-len(shape) :]) as stack:
+        assert stack.array.shape == shape
+
+
+def test_narrow_planes_with_named_axes_are_taken_as_named(tmp_path: Path) -> None:
+    narrow = np.zeros((40, 50, 5), np.uint8)
+    tifffile.imwrite(tmp_path / "n.tif", narrow, metadata={"axes": "ZYX"})
+    with stacks.open_stack(tmp_path / "n.tif") as stack:
+        assert stack.axes == "ZYX"
+
+
+def test_white_is_zero_is_inverted_as_of_an_image(tmp_path: Path, rng: np.random.Generator) -> None:
+    data = rng.integers(0, 9999, (3, 40, 50), np.uint16)
+    tifffile.imwrite(tmp_path / "s.tif", data, photometric="miniswhite")
+    tifffile.imwrite(tmp_path / "one.tif", data[1], photometric="miniswhite")
+    with stacks.open_stack(tmp_path / "s.tif") as stack:
+        assert (stack.axes, stack.array.shape, stack.array.dtype) == ("ZYX", data.shape, np.uint16)
+        plane = Planes(stack.array, stack.axes).view((1,)).read()
+    np.testing.assert_array_equal(plane, 65535 - data[1])
+    np.testing.assert_array_equal(plane, io.read_image(tmp_path / "one.tif"))
+
+
+def test_jpeg_planes_are_decoded_to_rgb(tmp_path: Path) -> None:
+    red = np.zeros((2, 64, 64, 3), np.uint8)
+    red[..., 0] = 200
+    tifffile.imwrite(tmp_path / "s.tif", red, photometric="rgb", compression="jpeg")
+    with stacks.open_stack(tmp_path / "s.tif") as stack:
+        assert stack.axes == "ZYXS"
+        assert np.abs(stack.array[1].astype(int) - red[1]).max() < 5
+
+
+@pytest.mark.parametrize(
+    ("shape", "how", "message"),
+    [
+        ((3, 40, 50, 4), {"photometric": "separated"}, "colours are stored as SEPARATED"),
+        (
+            (3, 40, 50),
+            {"photometric": "palette", "colormap": np.zeros((3, 256), np.uint16)},
+            "colours are stored as PALETTE",
+        ),
+        (
+            (3, 40, 50),
+            {"photometric": "minisblack", "extratags": [(274, 3, 1, 6, True)]},
+            "turned or mirrored \\(orientation 6\\)",
+        ),
+    ],
+)
+def test_colours_and_turns_that_only_images_are_converted_from_are_refused(
+    tmp_path: Path, shape: tuple[int, ...], how: dict[str, Any], message: str
+) -> None:
+    tifffile.imwrite(tmp_path / "s.tif", np.zeros(shape, np.uint8), **how)
+    with (
+        pytest.raises(ImageError, match=rf"s\.tif: .*{message}.*upright grey or RGB") as caught,
+        stacks.open_stack(tmp_path / "s.tif"),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+
+
 def test_bad_files_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty.npy").touch()
     (tmp_path / "text.npy").write_text("no array")
@@ -119,6 +261,13 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
     with (
         pytest.raises(ImageError, match=r"cut\.tif: truncated: ends after 1 images"),
         stacks.open_stack(tmp_path / "cut.tif"),
+    ):
+        pass
+    tifffile.imwrite(tmp_path / "one.tif", np.zeros((64, 64), np.uint16))
+    (tmp_path / "short.tif").write_bytes((tmp_path / "one.tif").read_bytes()[:-99])
+    with (
+        pytest.raises(ImageError, match=r"short\.tif: damaged or unreadable"),
+        stacks.open_stack(tmp_path / "short.tif"),
     ):
         pass
     data = np.random.default_rng(0).integers(0, 9999, (5, 64, 64), np.uint16)

@@ -32,7 +32,7 @@ from semanticblur_core.cli._options import (
 
 if TYPE_CHECKING:
     from semanticblur_core.focus.classical import ClassicalDetector
-    from semanticblur_core.inference.batch import DetectOptions, FileResult
+    from semanticblur_core.inference.batch import DetectOptions, FileResult, Job
     from semanticblur_core.inference.cluster import DetectionCluster
     from semanticblur_core.inference.detector import Detector
 
@@ -48,7 +48,7 @@ _TILES_OF_AN_IMAGE = 20
     multiple=True,
     required=True,
     metavar="PATH|GLOB|DIR|sample:NAME",
-    help="Image, video, quoted glob, folder (of images), or sample:cat, sample:coffee, "
+    help="Image, video, quoted glob, folder (of images and stacks), or sample:cat, sample:coffee, "
     "sample:astronaut (photographs that ship with scikit-image). May be given several times.",
 )
 @click.option(
@@ -262,7 +262,9 @@ def command(
     with ExitStack() as resources:
         resources.enter_context(_stopped_as_by_ctrl_c())
         progress = resources.enter_context(progress_bar())
-        table = resources.enter_context(summary_table(table_path)) if table_path else None
+        table = None
+        if table_path is not None:
+            table = resources.enter_context(summary_table(table_path, resume=resume))
         if alone:
             cluster = None
             coming: Iterator[FileResult] = detect_files(jobs, detector, options)
@@ -285,7 +287,7 @@ def command(
                 detector = cluster.detector
             # Written after an interruption too: it tells what was done.
             if json_path is not None:
-                _write_json(json_path, results, detector, options)
+                _write_json(json_path, results, jobs, detector, options)
     if len(jobs) > 1:
         kept = f", {n_skipped} of them before" if n_skipped else ""
         click.echo(f"{len(jobs) - n_failed} of {len(jobs)} images done{kept} ({detector.reason})")
@@ -349,10 +351,11 @@ def _report(result: FileResult, quiet: bool) -> None:
 
 
 def _write_json(
-    path: Path, results: list[FileResult], detector: Any, options: DetectOptions
+    path: Path, results: list[FileResult], jobs: list[Job], detector: Any, options: DetectOptions
 ) -> None:
-    """What was measured; ``detector`` or what is known of the workers' one."""
+    """What was measured, on resume before too; ``detector`` or what is known of a worker's."""
     from semanticblur_core import __version__, io
+    from semanticblur_core.inference.table import is_of_results
 
     protocol: dict[str, Any] = {
         "blurred_is": f"map > {options.threshold:g}",
@@ -367,29 +370,47 @@ def _write_json(
             "device": detector.device,
             "precision": detector.precision,
         }
-    done = [
-        {
-            "input": result.source,
-            "outputs": [str(output) for output in result.outputs],
-            "height": result.height,
-            "width": result.width,
-            "blurred_fraction": result.blurred_fraction,
-            "mean_blur": result.mean_blur,
-            "threshold": options.threshold,
-            "model": detector.name,
-            "elapsed_s": result.elapsed_s,
-            **({"planes": [asdict(plane) for plane in result.planes]} if result.planes else {}),
-        }
-        for result in results
-        if result.error is None and not result.skipped
-    ]
+    earlier = _read_images(path) if options.resume else {}
+    images = []
+    for result in results:
+        before = earlier.pop(result.source, None)
+        if result.error is None and not result.skipped:
+            images.append(_image(result, detector, options))
+        elif result.skipped and before and is_of_results(before["outputs"], result):
+            images.append(before)
+    # Files that a stopped run did not come to.
+    images += [earlier[job.source] for job in jobs if job.source in earlier]
     document = {
         "software": f"napari-semanticblur {__version__}",
         "model": detector.name,
         "model_sha256": getattr(detector, "sha256", None),
         "protocol": protocol,
-        "images": done,
+        "images": images,
         "skipped": [result.source for result in results if result.skipped],
         "failures": [{"input": r.source, "error": r.error} for r in results if r.error is not None],
     }
     io.write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def _image(result: FileResult, detector: Any, options: DetectOptions) -> dict[str, Any]:
+    return {
+        "input": result.source,
+        "outputs": [str(output) for output in result.outputs],
+        "height": result.height,
+        "width": result.width,
+        "blurred_fraction": result.blurred_fraction,
+        "mean_blur": result.mean_blur,
+        "threshold": options.threshold,
+        "model": detector.name,
+        "elapsed_s": result.elapsed_s,
+        **({"planes": [asdict(plane) for plane in result.planes]} if result.planes else {}),
+    }
+
+
+def _read_images(path: Path) -> dict[str, dict[str, Any]]:
+    """Images of the file of an earlier run by input; none where there is no such file."""
+    try:
+        images = json.loads(path.read_text(encoding="utf-8"))["images"]
+        return {image["input"]: image for image in images if "outputs" in image}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}

@@ -665,8 +665,7 @@ def _tile_px(
     sizes = opened.pixel_size_um if opened else {}
     first = sources[0].path
     if not sizes and first.suffix.lower() in stacks.STACK_SUFFIXES and first.exists():
-        with stacks.open_stack(first) as one:
-            sizes = one.pixel_size_um
+        sizes = stacks.read_pixel_size(first)
     return tile_size_in_px(size, sizes.get("X"))
 
 

@@ -6,6 +6,7 @@ import functools
 import glob
 import itertools
 import math
+import os
 import re
 import time
 from collections import Counter
@@ -153,7 +154,7 @@ def find_jobs(
     left_out = []
     for text in inputs:
         try:
-            for source, relative, named in expand_input(text, recursive):
+            for source, relative, named in expand_input(text, recursive, arrays=True):
                 if not named and _is_result(source, output):
                     left_out.append(source)
                     continue
@@ -445,8 +446,19 @@ def load(source: str, *, max_pixels: int = io.MAX_PIXELS) -> NDArray[Any]:
     return io.read_image(Path(source), max_pixels=max_pixels)
 
 
-def expand_input(text: str, recursive: bool) -> Iterator[tuple[str, Path, bool]]:
+def expand_input(
+    text: str, recursive: bool, *, arrays: bool = False
+) -> Iterator[tuple[str, Path, bool]]:
     """Sources of one input, each with its path below the output folder and whether it was named.
+
+    Parameters
+    ----------
+    text
+        Path, glob, folder or ``sample:NAME``.
+    recursive
+        Whether a folder stands for its subfolders too.
+    arrays
+        Whether a folder or a glob stands for npy files and Zarr folders too.
 
     Raises
     ------
@@ -462,12 +474,11 @@ def expand_input(text: str, recursive: bool) -> Iterator[tuple[str, Path, bool]]
     if not text.strip():
         raise ImageError("an input is empty; expected a path, a glob, a folder or sample:NAME")
     path = Path(text).expanduser()
-    if path.is_dir() and path.suffix.lower() == ".zarr":
+    if _is_zarr(path):
         yield str(path), Path(path.name), True
         return
     if path.is_dir():
-        candidates = sorted(path.rglob("*") if recursive else path.iterdir())
-        images = [p for p in candidates if _is_image_name(p) and p.is_file()]
+        images = [p for p in _entries(path, recursive) if _is_image(p, arrays)]
         if not images:
             where = "" if recursive else "; --recursive looks into its subfolders"
             raise ImageError(f"{text}: no images in this folder{where}")
@@ -477,13 +488,29 @@ def expand_input(text: str, recursive: bool) -> Iterator[tuple[str, Path, bool]]
         # Missing and unknown files are reported by the reader, so that the rest is done.
         yield str(path), Path(path.name), True
     else:
+        root = _fixed_part(path)
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        matches = [match for match in matches if match.is_file()]
+        matches = [
+            match
+            for match in matches
+            if match.is_file() or (arrays and _is_zarr(match))
+            if not any(_is_zarr(root / part) for part in match.relative_to(root).parents)
+        ]
         if not matches:
             raise ImageError(f"{text}: no file matches")
-        root = _fixed_part(path)
         for match in matches:
             yield str(match), match.relative_to(root), False
+
+
+def _entries(folder: Path, recursive: bool) -> list[Path]:
+    """What lies in a folder; a Zarr is one thing, of perhaps a million files."""
+    if not recursive:
+        return sorted(folder.iterdir())
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        found += [Path(parent, name) for name in (*folders, *files)]
+        folders[:] = [name for name in folders if not _is_zarr(Path(parent, name))]
+    return sorted(found)
 
 
 def _fixed_part(pattern: Path) -> Path:
@@ -504,9 +531,15 @@ def _is_raw(path: Path) -> bool:
     return path.suffix.lower() in io.RAW_SUFFIXES
 
 
-def _is_image_name(path: Path) -> bool:
-    known = (*io.IMAGE_SUFFIXES, *io.RAW_SUFFIXES)
-    return path.suffix.lower() in known and not path.name.startswith(".")
+def _is_image(path: Path, arrays: bool) -> bool:
+    if path.name.startswith("."):
+        return False
+    known = (*io.IMAGE_SUFFIXES, *io.RAW_SUFFIXES, *([".npy"] if arrays else []))
+    return (path.suffix.lower() in known and path.is_file()) or (arrays and _is_zarr(path))
+
+
+def _is_zarr(path: Path) -> bool:
+    return path.suffix.lower() == ".zarr" and path.is_dir()
 
 
 def _is_result(source: str, output: Path) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from semanticblur_core import io
 from semanticblur_core.errors import ConfigError
@@ -28,12 +28,31 @@ _COLUMNS = {
 }
 
 
-class SummaryTable(Protocol):
-    """What `summary_table` gives."""
+class SummaryTable:
+    """What `summary_table` gives; ``earlier`` are the rows of earlier runs by input."""
+
+    def __init__(
+        self, writer: _CsvWriter | _ParquetWriter, earlier: dict[str, dict[str, Any]]
+    ) -> None:
+        self._writer = writer
+        self._earlier = earlier
 
     def add(self, result: FileResult) -> None:
-        """Add the row of a file."""
-        ...
+        """Add the row of a file; what is known of a skipped one from before is kept."""
+        row = _row(result)
+        before = self._earlier.pop(result.source, None)
+        if (
+            result.skipped
+            and before is not None
+            and is_of_results(before["outputs"].split(";"), result)
+        ):
+            row = before | {"status": row["status"], "outputs": row["outputs"]}
+        self._writer.add(row)
+
+    def add_unreached(self) -> None:
+        """Add the earlier rows of files that a stopped run did not come to."""
+        for row in self._earlier.values():
+            self._writer.add(row)
 
 
 def require_table_format(path: Path) -> None:
@@ -56,14 +75,27 @@ def require_table_format(path: Path) -> None:
             ) from None
 
 
+def is_of_results(outputs: Iterable[str], result: FileResult) -> bool:
+    """Whether what was measured when ``outputs`` were written is of the results that are there."""
+    return {str(path) for path in result.outputs} <= set(outputs)
+
+
 @contextmanager
-def summary_table(path: Path) -> Iterator[SummaryTable]:
+def summary_table(path: Path, *, resume: bool = False) -> Iterator[SummaryTable]:
     """A table on disk that takes its place when the block ends, by an exception too.
 
     Columns: ``input``, ``status`` (done, skipped, failed), ``outputs`` (separated by ``;``),
     ``height`` and ``width`` in pixels, ``n_planes``, ``mean_blur`` and ``blurred_fraction`` in
     0..1, ``elapsed_s``, ``error``. What was not measured is empty. Rows are in the order in which
-    files were finished; none is held in memory.
+    files were finished; none is held in memory, but those of earlier runs with ``resume``.
+
+    Parameters
+    ----------
+    path
+        Table to write or replace, .csv or .parquet.
+    resume
+        Take over what the table that is there, and those of runs that were killed, say of files
+        that are skipped now; where the run is stopped, of those it did not come to as well.
 
     Raises
     ------
@@ -71,34 +103,78 @@ def summary_table(path: Path) -> Iterator[SummaryTable]:
         If the format is not known, or the file cannot be written.
     """
     require_table_format(path)
+    is_csv = path.suffix.lower() == ".csv"
+    parts = io.left_behind(path) if resume else []
+    earlier = _read_rows([*parts, path], is_csv) if resume else {}
     stopped: BaseException | None = None
     with io.replacing(path) as temporary:
-        table: _CsvTable | _ParquetTable
-        table = _CsvTable(temporary) if path.suffix.lower() == ".csv" else _ParquetTable(temporary)
+        writer = _CsvWriter(temporary) if is_csv else _ParquetWriter(temporary)
+        table = SummaryTable(writer, earlier)
         try:
             yield table
         except BaseException as error:  # what was done until then is kept, also after Ctrl+C
             stopped = error
+            table.add_unreached()
         finally:
-            table.close()
+            writer.close()
+    for part in parts:  # taken over
+        with suppress(OSError):
+            part.unlink()
     if stopped is not None:
         raise stopped
 
 
-class _CsvTable:
+def _read_rows(paths: list[Path], is_csv: bool) -> dict[str, dict[str, Any]]:
+    """Rows with numbers by input, the latest one of each; what cannot be read is left out."""
+    existing = sorted((p for p in paths if p.is_file()), key=lambda p: p.stat().st_mtime_ns)
+    rows: dict[str, dict[str, Any]] = {}
+    for path in existing:
+        for row in _csv_rows(path) if is_csv else _parquet_rows(path):
+            if row["mean_blur"] not in (None, ""):
+                rows[row["input"]] = row
+    return rows
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with (
+        suppress(OSError, ValueError, csv.Error),
+        path.open(newline="", encoding="utf-8") as stream,
+    ):
+        for row in csv.DictReader(stream):
+            # The last row of a run that was killed may be cut.
+            if set(row) == set(_COLUMNS) and None not in row.values():
+                yield row
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    # Without its end, as of a run that was killed, such a file cannot be read.
+    with (
+        suppress(OSError, ValueError, pyarrow.ArrowException),
+        parquet.ParquetFile(path) as file,
+    ):
+        if set(file.schema_arrow.names) == set(_COLUMNS):
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+
+
+class _CsvWriter:
     def __init__(self, path: Path) -> None:
-        self._stream = path.open("w", newline="", encoding="utf-8")
+        # Line by line, so that a run that is killed leaves the rows it wrote.
+        self._stream = path.open("w", buffering=1, newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._stream, list(_COLUMNS))
         self._writer.writeheader()
 
-    def add(self, result: FileResult) -> None:
-        self._writer.writerow(_row(result))
+    def add(self, row: dict[str, Any]) -> None:
+        self._writer.writerow(row)
 
     def close(self) -> None:
         self._stream.close()
 
 
-class _ParquetTable:
+class _ParquetWriter:
     def __init__(self, path: Path) -> None:
         import pyarrow
         from pyarrow import parquet
@@ -109,8 +185,8 @@ class _ParquetTable:
         self._writer = parquet.ParquetWriter(path, self._schema)
         self._rows: list[dict[str, Any]] = []
 
-    def add(self, result: FileResult) -> None:
-        self._rows.append(_row(result))
+    def add(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
         if len(self._rows) >= ROWS_PER_GROUP:
             self._flush()
 

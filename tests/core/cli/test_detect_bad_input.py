@@ -99,6 +99,7 @@ def test_each_kind_is_one_line_and_the_rest_is_done(
         folder / "five.tif", np.zeros((48, 64, 5), np.uint8), photometric="minisblack",
         planarconfig="contig", extrasamples=[0] * 4,
     )  # fmt: skip
+    tifffile.imwrite(folder / "channels.tif", np.zeros((48, 64, 5), np.uint8))
     tifffile.imwrite(folder / "nan.tif", np.full((48, 64), np.nan, np.float32))
     half = rng.normal(size=(48, 64)).astype(np.float32)
     half[:20] = np.nan
@@ -131,6 +132,7 @@ def test_each_kind_is_one_line_and_the_rest_is_done(
         "cut_ome.ome.tif": "truncated: ends after 1 images",
         "ring.tif": "damaged: its chain of images leads back to an earlier one",
         "five.tif": "expected one grey or RGB image, got an array of shape (48, 64, 5)",
+        "channels.tif": "does not say the axes of an array of shape (48, 64, 5); --axes names them",
         "nan.tif": "no finite value (all NaN or infinite)",
         "five.npy": "does not say the axes of an array of shape (48, 64, 5); --axes names them",
         "zero.npy": "the image has no pixels, shape (0, 7)",
@@ -144,7 +146,7 @@ def test_each_kind_is_one_line_and_the_rest_is_done(
         assert message in line
     written = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert written == ["good_blur.png", "half_nan_blur.png", "t.csv"]
-    assert "2 of 19 images done" in done.stdout
+    assert "2 of 20 images done" in done.stdout
     assert (tmp_path / "out" / "t.csv").read_text().count(",failed,") == len(expected)
 
 

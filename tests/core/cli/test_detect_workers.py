@@ -7,12 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
+from click.testing import CliRunner
 from PIL import Image
+
+from semanticblur_core.cli.detect import command
+from semanticblur_core.inference import batch
+from semanticblur_core.inference.batch import FileResult, detect_files
 
 COMMAND = [sys.executable, "-m", "semanticblur_core", "detect"]
 N_IMAGES = 60
@@ -65,6 +72,7 @@ def test_stopping_keeps_the_table_and_resume_does_the_rest(
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors.strip()) == (130, "semanticblur-core: stopped")
     rows = rows_of(tmp_path / "t.csv")
+    numbers = {row["input"]: row["mean_blur"] for row in rows}
     assert 0 < len(rows) < N_IMAGES
     assert {row["status"] for row in rows} == {"done"}
     assert all((tmp_path / row["outputs"]).is_file() for row in rows)
@@ -77,7 +85,8 @@ def test_stopping_keeps_the_table_and_resume_does_the_rest(
     if workers == 1:
         return
     (folder / "zz_broken.png").write_bytes(b"no image")
-    done = detect(*COMMON, f"--workers={workers}", "--resume", "--table=t.csv", cwd=tmp_path)
+    again = ("--resume", "--table=t.csv", "--json=j.json")
+    done = detect(*COMMON, f"--workers={workers}", *again, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "semanticblur-core: in/zz_broken.png: not an image that can be read\n"
     assert f"{N_IMAGES} of {N_IMAGES + 1} images done" in done.stdout
@@ -86,7 +95,45 @@ def test_stopping_keeps_the_table_and_resume_does_the_rest(
     skipped = [row for row in rows if row["status"] == "skipped"]
     assert 8 <= len(skipped) < N_IMAGES
     assert sum(row["status"] == "failed" for row in rows) == 1
+    assert numbers.items() <= {row["input"]: row["mean_blur"] for row in rows}.items()
+    images = json.loads((tmp_path / "j.json").read_text())["images"]
+    assert numbers.keys() <= {image["input"] for image in images}
     assert len(list((tmp_path / "out").glob("*_blur.png"))) == N_IMAGES
+
+
+def test_resume_keeps_what_the_json_says_of_images_done_before(
+    tmp_path: Path, folder: Path
+) -> None:
+    common = ("--output=out", "--method=lbp", "--json=j.json")
+    assert detect("--input=in/photo0[01].png", *common, cwd=tmp_path).returncode == 0
+    first = json.loads((tmp_path / "j.json").read_text())["images"]
+    done = detect("--input=in/photo0[12].png", *common, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "j.json").read_text())
+    assert report["images"][0] == first[1]
+    assert [image["input"] for image in report["images"]] == ["in/photo01.png", "in/photo02.png"]
+    assert report["skipped"] == ["in/photo01.png"]
+    (tmp_path / "j.json").write_text("[]")
+    assert detect("--input=in/photo01.png", *common, "--resume", cwd=tmp_path).returncode == 0
+    assert json.loads((tmp_path / "j.json").read_text())["images"] == []
+
+
+def test_a_resumed_run_that_is_stopped_keeps_the_images_it_did_not_come_to(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [f"--input={folder}/photo0[0-2].png", f"--output={tmp_path}/out", "--method=lbp"]
+    arguments += [f"--json={tmp_path}/j.json"]
+    assert CliRunner().invoke(command, arguments).exit_code == 0
+    first = json.loads((tmp_path / "j.json").read_text())["images"]
+
+    def stopped(*arguments: Any) -> Iterator[FileResult]:
+        yield next(detect_files(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch, "detect_files", stopped)
+    assert CliRunner().invoke(command, [*arguments, "--resume"]).exit_code != 0
+    report = json.loads((tmp_path / "j.json").read_text())
+    assert (report["images"], len(report["skipped"])) == (first, 1)
 
 
 def test_a_parquet_table_holds_the_numbers_of_the_json(tmp_path: Path) -> None:

@@ -2,18 +2,26 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
 import torch
+import zarr
 from PIL import Image
 
-from semanticblur_core import Detector, stacks
+from semanticblur_core import Detector, io, stacks
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import ImageError
 from semanticblur_core.inference import batch
-from semanticblur_core.inference.batch import DetectOptions, Job, detect_files, find_jobs
+from semanticblur_core.inference.batch import (
+    DetectOptions,
+    Job,
+    detect_files,
+    expand_input,
+    find_jobs,
+)
 from semanticblur_core.inference.overlay import draw_overlay
 from semanticblur_core.network import SemanticBlur
 
@@ -49,6 +57,51 @@ def test_a_folder_gives_its_images_and_equal_stems_keep_their_extension(folder: 
 def test_globs_keep_the_folders_below_their_first_wildcard(folder: Path) -> None:
     jobs, _ = find_jobs([f"{folder}/**/a.png"], folder.parent / "out")
     assert stems(jobs) == ["a", "sub/a"]
+
+
+@pytest.fixture
+def arrays(tmp_path: Path) -> Path:
+    """A folder of a Zarr that holds what looks like an image, one further down, a npy file."""
+    root = tmp_path / "slides"
+    for name in ("s.zarr", "sub/t.zarr"):
+        zarr.save(str(root / name), np.zeros((3, 40, 50), np.uint8))
+        (root / name / "thumbnail.png").touch()
+    np.save(root / "n.npy", np.zeros((3, 40, 50), np.uint8))
+    (root / "plain").mkdir()
+    (root / "file.zarr").touch()
+    return root
+
+
+def test_folders_and_globs_give_zarr_and_npy_too(arrays: Path) -> None:
+    out = arrays.parent / "out"
+    for text, recursive, expected in (
+        ("", False, ["n", "s"]),
+        ("", True, ["n", "s", "sub/t"]),
+        ("/*.zarr", False, ["file", "s"]),
+        ("/*.npy", False, ["n"]),
+        ("/**/*.zarr", False, ["file", "s", "sub/t"]),
+        ("/**/[nt]*", False, ["n", "sub/t"]),
+    ):
+        jobs, left_out = find_jobs([f"{arrays}{text}"], out, recursive=recursive)
+        assert (text, stems(jobs), left_out) == (text, expected, [])
+
+
+def test_earlier_results_that_are_zarr_and_npy_are_not_taken_as_input(
+    arrays: Path, detector: Detector
+) -> None:
+    (arrays / "file.zarr").unlink()
+    options = DetectOptions(arrays, size=64, formats=("zarr", "npy"))
+    first, _ = find_jobs([f"{arrays}/*.zarr"], arrays)
+    assert [result.error for result in detect_files(first, detector, options)] == [None]
+    for text in (str(arrays), f"{arrays}/*"):
+        jobs, left_out = find_jobs([text], arrays)
+        assert stems(jobs) == ["n", "s"]
+        assert sorted(left_out) == [f"{arrays}/s_blur.npy", f"{arrays}/s_blur.zarr"]
+
+
+def test_a_check_of_photographs_is_given_no_arrays(arrays: Path) -> None:
+    Image.new("RGB", (50, 40)).save(arrays / "p.png")
+    assert [name for name, _, _ in expand_input(str(arrays), True)] == [f"{arrays}/p.png"]
 
 
 def test_an_input_named_twice_is_done_once(folder: Path) -> None:
@@ -221,11 +274,25 @@ def test_stacks_that_cannot_be_done_as_asked_are_one_line(
         assert not list((tmp_path / "out").glob("**/*"))
 
 
+@pytest.mark.parametrize(
+    ("samples", "how"),
+    [
+        (3, {"photometric": "rgb"}),
+        (3, {"photometric": "rgb", "compression": "zlib", "rowsperstrip": 50}),
+        (1, {"photometric": "miniswhite"}),
+    ],
+)
 def test_a_large_image_streams_to_the_map_of_one_in_memory(
-    tmp_path: Path, detector: Detector, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    detector: Detector,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    samples: int,
+    how: dict[str, Any],
 ) -> None:
-    image = rng.integers(0, 256, (700, 600, 3), np.uint8)
-    tifffile.imwrite(tmp_path / "large.tif", image, photometric="rgb", rowsperstrip=50)
+    pixels = rng.integers(0, 256, (700, 600, samples), np.uint8).squeeze()
+    tifffile.imwrite(tmp_path / "large.tif", pixels, **how)
+    image = io.read_image(tmp_path / "large.tif")
     jobs = [Job(str(tmp_path / "large.tif"), "large")]
     options = DetectOptions(tmp_path / "out", size="native", formats=("tif", "zarr", "npy"))
     monkeypatch.setattr(batch, "STREAMED_PIXELS", 1000)

@@ -1,0 +1,118 @@
+"""The table of a batch that is resumed keeps what was measured before."""
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from semanticblur_core import io
+from semanticblur_core.inference.batch import FileResult
+from semanticblur_core.inference.table import summary_table
+
+SUFFIXES = ("csv", "parquet")
+
+
+def result(name: str, mean_blur: float = 0.25, formats: tuple[str, ...] = ("png",)) -> FileResult:
+    outputs = [Path(f"out/{name}_blur.{one}") for one in formats]
+    return FileResult(f"in/{name}.png", outputs, 4, 5, mean_blur=mean_blur, elapsed_s=7.0)
+
+
+def skipped(name: str) -> FileResult:
+    return FileResult(f"in/{name}.png", [Path(f"out/{name}_blur.png")], elapsed_s=0.0, skipped=True)
+
+
+def write(path: Path, *results: FileResult, resume: bool = False) -> None:
+    with summary_table(path, resume=resume) as table:
+        for one in results:
+            table.add(one)
+
+
+def rows_of(path: Path) -> dict[str, tuple[str, float | None, float]]:
+    """Status, mean blur and seconds by name."""
+    if path.suffix == ".csv":
+        with path.open(newline="") as stream:
+            rows: list[dict[str, Any]] = list(csv.DictReader(stream))
+    else:
+        rows = pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+    names = [Path(row["input"]).stem for row in rows]
+    assert len(set(names)) == len(names)
+    means = [None if row["mean_blur"] in ("", None) else float(row["mean_blur"]) for row in rows]
+    return {
+        name: (row["status"], mean, float(row["elapsed_s"]))
+        for name, row, mean in zip(names, rows, means, strict=True)
+    }
+
+
+@pytest.fixture(params=SUFFIXES)
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    if request.param == "parquet":
+        pytest.importorskip("pyarrow")
+    return tmp_path / f"t.{request.param}"
+
+
+def test_on_resume_skipped_files_keep_their_numbers(path: Path) -> None:
+    failed = FileResult("in/b.png", error="in/b.png: damaged")
+    write(path, result("a"), failed, result("gone"), result("c", 0.5))
+    again = result("c", 0.75)
+    write(path, skipped("a"), skipped("b"), again, resume=True)
+    expected = {"a": ("skipped", 0.25, 7.0), "b": ("skipped", None, 0.0), "c": ("done", 0.75, 7.0)}
+    assert rows_of(path) == expected
+    write(path, skipped("a"), skipped("b"), skipped("c"), resume=True)
+    assert rows_of(path) == expected | {"c": ("skipped", 0.75, 7.0)}
+    write(path, skipped("a"))
+    assert rows_of(path) == {"a": ("skipped", None, 0.0)}
+
+
+def test_numbers_of_other_results_are_not_taken_over(path: Path) -> None:
+    write(path, result("a"), result("b", formats=("png", "tif")))
+    elsewhere = FileResult("in/a.png", [Path("other/a_blur.png")], skipped=True)
+    write(path, elsewhere, skipped("b"), resume=True)
+    assert rows_of(path) == {"a": ("skipped", None, 0.0), "b": ("skipped", 0.25, 7.0)}
+
+
+def test_a_resumed_run_that_is_stopped_keeps_what_it_did_not_come_to(path: Path) -> None:
+    write(path, result("a"), result("b"), result("c"))
+
+    def stopped() -> None:
+        with summary_table(path, resume=True) as table:
+            table.add(skipped("a"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert rows_of(path) == {
+        "a": ("skipped", 0.25, 7.0),
+        "b": ("done", 0.25, 7.0),
+        "c": ("done", 0.25, 7.0),
+    }
+
+
+def test_rows_of_a_run_that_was_killed_are_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    with summary_table(path) as table:
+        table.add(result("b", 0.5))
+        table.add(result("c", 0.75))
+        table.add(result("d"))
+        [part] = io.left_behind(path)
+        left = part.read_bytes()[:-9]  # as a full disk or a power cut leaves the last row
+    write(path, result("a"), result("b"))
+    os.utime(path, (1, 1))
+    io.temporary_name(path).write_bytes(left)
+    write(path, *(skipped(name) for name in "abcd"), resume=True)
+    assert rows_of(path) == {
+        "a": ("skipped", 0.25, 7.0),
+        "b": ("skipped", 0.5, 7.0),
+        "c": ("skipped", 0.75, 7.0),
+        "d": ("skipped", None, 0.0),
+    }
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_no_table_is_replaced(path: Path) -> None:
+    for content in (b"", b"input,mean_blur\nin/a.png,0.5\n", b"\xff\x00PAR1"):
+        path.write_bytes(content)
+        io.temporary_name(path).write_bytes(content)
+        write(path, skipped("a"), resume=True)
+        assert rows_of(path) == {"a": ("skipped", None, 0.0)}
