@@ -346,7 +346,7 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
             table, verdict = outcome_text(tuning.last.result)
             self.table.value = table
             self._say(verdict)
-            if tuning.last.result["is_better"]:
+            if tuning.last.result["is_proven"]:
                 models.recommended.emit(tuning.kept)
 
     def _enable(self, *, running: bool) -> None:

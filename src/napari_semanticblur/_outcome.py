@@ -35,8 +35,13 @@ def outcome_text(result: dict[str, Any]) -> tuple[str, str]:
         f"<table><tr><td></td><td>before&nbsp;&nbsp;</td><td>after</td></tr>{cells}</table>"
         f"<small>held out: {held_out}; labelled pixels only</small>"
     )
-    if result["is_better"]:
+    if result["is_proven"]:
         verdict = "Better, and chosen in Detect."
+    elif result["is_better"]:
+        verdict = (
+            "Better on these labels, but nothing tells whether it is on others: not chosen in "
+            "Detect. With two strokes or more of each class, part of them can be held out."
+        )
     elif result["after"]["mae"] >= result["before"]["mae"]:
         verdict = (
             "NOT better on the held-out labels, so not chosen in Detect. More strokes may help, or "
@@ -70,7 +75,8 @@ def doubts(name: str) -> str:
     if not isinstance(report, dict):
         return ""
     if report.get("is_better"):
-        return "" if report.get("held_out") else "nothing was held out to tell whether it is better"
+        proven = report.get("is_proven", bool(report.get("held_out")))
+        return "" if proven else "nothing was held out to tell whether it is better"
     if "stopped" in report:
         return "its training was stopped, and it was not checked to the end"
     if report.get("has_forgotten"):

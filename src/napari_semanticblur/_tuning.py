@@ -104,7 +104,7 @@ class Tuning:
         self.last: Progress | None = None
         self.kept: str | None = None
         self._process: BackgroundFinetune | None = None
-        self._is_cancelled = False
+        self._is_cancelled = self._is_paused = False
         self._before: NDArray[np.float32] | None = None
         self._latest: NDArray[np.float32] | None = None
         self._shows_before = False
@@ -128,15 +128,17 @@ class Tuning:
     @property
     def is_paused(self) -> bool:
         """Whether it rests."""
-        return self._process is not None and self._process.is_paused
+        return self._is_paused
 
     def pause(self) -> None:
         """Rest after the step under way."""
+        self._is_paused = True
         if self._process is not None:
             self._process.pause()
 
     def resume(self) -> None:
         """Go on."""
+        self._is_paused = False
         if self._process is not None:
             self._process.resume()
 
@@ -205,6 +207,8 @@ class Tuning:
         self._process = BackgroundFinetune(self.command, preview=pixels)
         if self._is_cancelled:
             return
+        if self._is_paused:
+            self._process.pause()
         yield Announcement("Starting the training process ...")
         yield from self._process.updates()
 
@@ -237,15 +241,24 @@ class Tuning:
     def _ended(self, outcome: str | Failure) -> None:
         if self._is_cancelled and self.kept is None:
             outcome = "cancelled"
-            try:
-                self.kept = self._process.keep_best() if self._process is not None else None
-            except SemanticBlurError as error:
-                outcome = Failure(str(error))
+        if outcome != "done":
+            outcome = self._keep_best(outcome)
         layer = self.preview_layer
         if layer is not None and layer in self.viewer.layers and self.kept:
             # Renamed, not removed: Mesa's software renderer crashes on a redraw after that.
             layer.name = layer.name.replace("(fine-tuning)", f"({self.kept})")
         self._on_end(outcome)
+
+    def _keep_best(self, outcome: str | Failure) -> str | Failure:
+        """What a run that did not get to its end leaves."""
+        try:
+            if self.kept is None and self._process is not None:
+                self.kept = self._process.keep_best()
+        except SemanticBlurError as error:
+            return Failure(str(error))
+        if isinstance(outcome, Failure) and self.kept is not None:
+            return Failure(f"{outcome.text}; the best so far is kept as {self.kept}")
+        return outcome
 
 
 class Clock:

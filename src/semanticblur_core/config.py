@@ -220,7 +220,8 @@ class FinetuneConfig(_Config):
     batch_size
         Views of the user's images in each step.
     n_views
-        Views made of them in all: turned, mirrored, cropped and recoloured copies.
+        Views made of them: turned, mirrored, cropped and recoloured copies; more, up to four times
+        as many, where there are more images.
     replay_size
         Generated photographs in each step, on which the network is held to what it said before.
     n_replay

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+import traceback
 
 import click
 
@@ -82,7 +83,15 @@ def main() -> None:
     except SemanticBlurError as error:
         click.echo(f"semanticblur-core: {error}", err=True)
         sys.exit(2)
+    except MemoryError:
+        click.echo("semanticblur-core: out of memory; a smaller size takes less", err=True)
+        sys.exit(2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         click.echo(f"semanticblur-core: {where}{error.strerror or error}", err=True)
+        sys.exit(2)
+    except Exception as error:  # of a kind nobody foresaw; 1 would say that a gate failed
+        traceback.print_exc()
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        click.echo(f"semanticblur-core: unexpected {reason}", err=True)
         sys.exit(2)

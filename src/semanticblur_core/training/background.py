@@ -109,7 +109,7 @@ class BackgroundFinetune:
         self._process: subprocess.Popen[str] | None = None
         self._folder: Path | None = None
         self._lock = threading.Lock()
-        self._cancelled = False
+        self._cancelled = self._is_done = False
 
     def updates(self) -> Iterator[Progress]:
         """Start, and yield what happens; waits for the process between, so call it in a thread.
@@ -117,11 +117,13 @@ class BackgroundFinetune:
         Raises
         ------
         TrainingError
-            If the process ends with an error, with its own words.
+            If the process ends with an error, with its own words. The best weights so far stay
+            until `keep_best` or `forget`.
         """
         weights.next_version(self.command.output)
         # Beside the models, so that what is left of a run that was ended is moved, not copied.
         folder = weights.models_folder()
+        self._is_done = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._folder = Path(tempfile.mkdtemp(prefix=".run-", dir=folder))
@@ -130,7 +132,7 @@ class BackgroundFinetune:
         try:
             yield from self._run(self._folder)
         finally:
-            if not self._cancelled:
+            if self._is_done:
                 self.forget()
 
     def _run(self, folder: Path) -> Iterator[Progress]:
@@ -152,6 +154,8 @@ class BackgroundFinetune:
                 | getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0),
                 env=_environment(),
             )
+        if self.is_paused:  # before there was anything to tell
+            self._tell("pause")
         assert process.stdout is not None
         assert process.stderr is not None
         complaints: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -162,6 +166,7 @@ class BackgroundFinetune:
             for line in process.stdout:
                 update = _parse(line, folder)
                 if update is not None:
+                    self._is_done = self._is_done or update.phase == "done"
                     yield update
             code = process.wait()
         finally:
@@ -169,13 +174,13 @@ class BackgroundFinetune:
             reader.join()
             process.stdout.close()
             process.stderr.close()
-        if not self._cancelled and code not in (0, 1):
+        if not self._cancelled and (code != 0 or not self._is_done):
             raise TrainingError(_last_words(complaints.get(), code))
 
     def pause(self) -> None:
         """Rest after the step that is under way; the memory stays taken."""
-        self._tell("pause")
         self.is_paused = True
+        self._tell("pause")
 
     def resume(self) -> None:
         """Go on."""

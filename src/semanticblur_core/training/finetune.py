@@ -79,8 +79,12 @@ class FinetuneResult:
         None: too few to hold any out).
     forgetting_before, forgetting_after
         MAE on generated photographs that were not trained on.
+    forgetting_first
+        The same of the model that a chain of fine-tunings began with.
     held_out
         What was held out, in words.
+    held_out_both
+        Whether both classes were: else a model that knows no other may look better.
     best_step, n_steps
         Step of the weights that were kept, 0 = the base's own, and steps done.
     """
@@ -91,7 +95,9 @@ class FinetuneResult:
     after: Scores
     forgetting_before: float
     forgetting_after: float
+    forgetting_first: float
     held_out: str | None
+    held_out_both: bool
     best_step: int
     n_steps: int
 
@@ -102,12 +108,18 @@ class FinetuneResult:
 
     @property
     def has_forgotten(self) -> bool:
-        """Whether MAE on generated photographs rose by more than 0.01."""
-        return self.forgetting_after - self.forgetting_before > FORGOTTEN
+        """Whether MAE on generated photographs rose by more than 0.01 since the first model."""
+        return self.forgetting_after - self.forgetting_first > FORGOTTEN
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether it is better on labels of both classes that it did not learn from."""
+        return self.is_better and self.held_out_both
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         values = asdict(self) | {"is_better": self.is_better, "has_forgotten": self.has_forgotten}
+        values |= {"is_proven": self.is_proven}
         return values | {"path": None if self.path is None else str(self.path)}
 
 
@@ -291,7 +303,9 @@ def finetune(
         after=after,
         forgetting_before=forgetting[0],
         forgetting_after=forgetting[1],
+        forgetting_first=_first(info, forgetting[0]),
         held_out=split.how,
+        held_out_both=split.has_both,
         best_step=tuner.best_step,
         n_steps=n_steps,
     )
@@ -378,12 +392,19 @@ def _train(
             continue
         update = look(update)
         if update.held_out_loss is not None:
-            best = min(best, update.held_out_loss)
+            best = update.held_out_loss if update.is_best else best
             counts = not update.is_best and 2 * step > config.n_steps
             n_without_progress = n_without_progress + 1 if counts else 0
         yield update
         if stopping or n_without_progress >= config.patience:
             return
+
+
+def _first(info: weights.WeightsInfo, error: float) -> float:
+    """Error on generated photographs that a chain of fine-tunings began with."""
+    report = info.metrics.get("finetune")
+    first = report.get("forgetting_first") if isinstance(report, dict) else None
+    return min(error, first) if isinstance(first, float) else error
 
 
 def _score(

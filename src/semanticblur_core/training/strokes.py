@@ -22,6 +22,7 @@ from semanticblur_core.errors import DataError
 
 N_CELLS = 8
 MANY_IMAGES = 8
+MOST_VIEWS = 4
 _LEAST_LABELLED_SHARE = 0.2
 
 Size = int | Literal["native"]
@@ -38,18 +39,25 @@ class HeldOut:
     held_out: list[NDArray[np.uint8]]
     how: str | None
 
+    @property
+    def has_both(self) -> bool:
+        """Whether both classes are held out: by one alone, a model that knows no other is best."""
+        return _has_both(self.held_out)
+
 
 def hold_out(images: Sequence[LabelledImage], share: float, rng: np.random.Generator) -> HeldOut:
     """Keep part of the labels for telling whether training helps.
 
     Whole images that are marked ``val``; or of eight and more images a share of them; or else a
     share of the strokes of each class. A stroke is a connected piece of one label; large ones
-    are cut by a grid of 8 x 8 cells over the image, so that wholly labelled images work too.
+    are cut by a grid of 8 x 8 cells over the image, so that wholly labelled images work too. Of
+    the only stroke of a class, one end is held out.
 
     Returns
     -------
     HeldOut
-        At least one piece of each class is left to train on.
+        At least one piece of each class is left to train on. Strokes of both classes are held out,
+        or of none.
     """
     everything = [image.labels for image in images]
     marked = [i for i, image in enumerate(images) if image.split == "val"]
@@ -62,22 +70,39 @@ def hold_out(images: Sequence[LabelledImage], share: float, rng: np.random.Gener
         nothing = [np.zeros_like(labels) for labels in everything]
         training = [nothing[i] if i in marked else everything[i] for i in range(len(images))]
         held_out = [everything[i] if i in marked else nothing[i] for i in range(len(images))]
-        if all(any((part == c).any() for part in training) for c in (SHARP, BLURRED)):
+        if _has_both(training):
             return HeldOut(training, held_out, how)
     training = [labels.copy() for labels in everything]
     held_out = [np.zeros_like(labels) for labels in everything]
     counts = []
     for code in (SHARP, BLURRED):
         pieces = [(i, piece) for i in free for piece in _pieces(everything[i] == code)]
+        if len(pieces) == 1:
+            [(i, piece)] = pieces
+            pieces = [(i, part) for part in _ends(piece)]
         n_held_out = min(math.ceil(share * len(pieces)), len(pieces) - 1) if share else 0
         for k in rng.permutation(len(pieces))[: max(0, n_held_out)]:
             i, piece = pieces[k]
             training[i][piece] = UNLABELLED
             held_out[i][piece] = code
         counts.append(f"{max(0, n_held_out)} of {len(pieces)}")
-    if not any(labels.any() for labels in held_out):
-        return HeldOut(training, held_out, None)
+    if not _has_both(held_out):
+        nothing = [np.zeros_like(labels) for labels in everything]
+        return HeldOut([labels.copy() for labels in everything], nothing, None)
     return HeldOut(training, held_out, f"strokes: {counts[0]} sharp, {counts[1]} blurred")
+
+
+def _has_both(parts: Sequence[NDArray[np.uint8]]) -> bool:
+    return all(any((part == code).any() for part in parts) for code in (SHARP, BLURRED))
+
+
+def _ends(piece: tuple[NDArray[np.intp], ...]) -> list[tuple[NDArray[np.intp], ...]]:
+    """A stroke in four parts along its longer side; whole if it is a dot."""
+    longer = max(piece, key=np.ptp)
+    if np.ptp(longer) + 1 < 4:
+        return [piece]
+    part = (longer - longer.min()) * 4 // (np.ptp(longer) + 1)
+    return [tuple(x[part == k] for x in piece) for k in range(4) if (part == k).any()]
 
 
 def _pieces(mask: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.intp], ...]]:
@@ -99,11 +124,15 @@ def _pieces(mask: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.intp], ...]]:
 
 @dataclass(frozen=True)
 class View:
-    """A square that the network sees: ``image`` ``(3, S, S)`` float32 in 0..1, codes ``(S, S)``."""
+    """A square that the network sees: ``image`` ``(3, S, S)`` float32 in 0..1, codes ``(S, S)``.
+
+    ``of`` is the number of the image that it shows.
+    """
 
     image: Tensor
     training: Tensor
     held_out: Tensor
+    of: int
 
 
 def plain_views(
@@ -115,7 +144,8 @@ def plain_views(
     """
     side = config.image_size_px
     views = []
-    for image, training, held_out in zip(images, split.training, split.held_out, strict=True):
+    parts = zip(images, split.training, split.held_out, strict=True)
+    for i, (image, training, held_out) in enumerate(parts):
         rgb = io.as_rgb(io.to_unit_range(image.image, limits=image.value_range, name=image.name))
         labels = np.stack([training, held_out])
         if size == "native":
@@ -128,11 +158,15 @@ def plain_views(
                 for columns in _windows(rgb.shape[1], side):
                     part = labels[:, rows, columns]
                     if part.any():
-                        views.append(_view(_unit(rgb[rows, columns]), part))
+                        views.append(_view(_unit(rgb[rows, columns]), part, i))
         elif labels.any():
-            views.append(
-                _view(squash(rgb, side, side), np.stack([reduce_labels(x, side) for x in labels]))
-            )
+            reduced = np.stack([reduce_labels(x, side) for x in labels])
+            views.append(_view(squash(rgb, side, side), reduced, i))
+    if not _has_both([view.training.numpy() for view in views]):
+        raise DataError(
+            f"the strokes of a class are thinner than a pixel where the images are squashed to "
+            f"{side} px: paint thicker ones, or analyse at a larger size or native"
+        )
     return views
 
 
@@ -141,11 +175,13 @@ def augmented_views(
 ) -> list[View]:
     """Turned, mirrored, cropped and recoloured copies of views that have labels to train on.
 
-    Cropping enlarges by up to a quarter, as much as leaves sharp what was sharp.
+    Cropping enlarges by up to a quarter, as much as leaves sharp what was sharp. There are n, or as
+    many as there are views, up to four times n: of each image in turn, the views of one in a
+    random order.
     """
-    usable = [view for view in views if (view.training > 0).any()]
+    usable = _in_turn([view for view in views if (view.training > 0).any()], rng)
     made = []
-    for k in range(n):
+    for k in range(max(n, min(len(usable), MOST_VIEWS * n))):
         view = usable[k % len(usable)]
         image, labels = view.image, view.training
         side = image.shape[-1]
@@ -162,8 +198,19 @@ def augmented_views(
         if rng.random() < 0.5:
             image, labels = image.flip(-1), labels.flip(-1)
         image = (image * rng.uniform(0.85, 1.15)).clamp(0, 1) ** rng.uniform(0.85, 1.18)
-        made.append(View(image.contiguous(), labels.contiguous(), torch.zeros_like(labels)))
+        labels = labels.contiguous()
+        made.append(View(image.contiguous(), labels, torch.zeros_like(labels), view.of))
     return made
+
+
+def _in_turn(views: Sequence[View], rng: np.random.Generator) -> list[View]:
+    """A view of each image, then another of each, as long as there are any."""
+    seen: dict[int, int] = {}
+    turns: list[tuple[int, int, int]] = []
+    for k in rng.permutation(len(views)).tolist():
+        turns.append((seen.setdefault(views[k].of, 0), len(turns), k))
+        seen[views[k].of] += 1
+    return [views[k] for _, _, k in sorted(turns)]
 
 
 def reduce_labels(labels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
@@ -192,7 +239,7 @@ def _unit(rgb: NDArray[np.float32] | NDArray[np.uint8]) -> NDArray[np.float32]:
     return rgb.astype(np.float32)
 
 
-def _view(rgb: NDArray[np.float32], labels: NDArray[np.uint8]) -> View:
+def _view(rgb: NDArray[np.float32], labels: NDArray[np.uint8], of: int) -> View:
     image = torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
     training, held_out = torch.from_numpy(np.ascontiguousarray(labels))
-    return View(image, training, held_out)
+    return View(image, training, held_out, of)

@@ -151,3 +151,52 @@ def test_the_command_for_a_shell() -> None:
         "semanticblur-core finetune '--data=my store' --base=default '--output=my model' "
         "--budget=quick --seed=3 --size=320 --device=auto --set=n_steps=9"
     )
+
+
+def stub(path: Path, *lines: str, code: int) -> str:
+    """A program that says these lines, keeps a best so far in its folder, and ends."""
+    script = [
+        "#!/bin/sh",
+        'for a in "$@"; do case "$a" in --events=*) folder="${a#--events=}";; esac; done',
+        'echo best > "$folder/best.safetensors"',
+        *(f"echo '{line}'" for line in lines),
+        "echo Traceback >&2",
+        "echo 'RuntimeError: the memory ran out' >&2",
+        f"exit {code}",
+    ]
+    path.write_text("\n".join(script) + "\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+@pytest.mark.parametrize("code", [0, 1, 3])
+def test_a_process_that_breaks_off_is_no_success(
+    command: FinetuneCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """A Python traceback ends with code 1; and what was learned by then is not thrown away."""
+    step = '{"phase": "training", "step": 1, "total_steps": 9, "loss": 0.5, "held_out_loss": null, '
+    step += '"photographs": null, "is_best": true, "preview": false, "result": null}'
+    monkeypatch.setattr(sys, "executable", stub(tmp_path / "stub", step, code=code))
+    run = BackgroundFinetune(command)
+    seen = []
+    with pytest.raises(TrainingError, match="the memory ran out"):
+        seen.extend(update.step for update in run.updates())
+    assert run.keep_best() == "mine@1"
+    assert weights.resolve("mine").read_text() == "best\n"
+    assert [path.name for path in weights.models_folder().iterdir()] == ["mine@1.safetensors"]
+
+
+def test_a_pause_before_the_process_is_there_holds(command: FinetuneCommand) -> None:
+    run = BackgroundFinetune(command)
+    run.pause()
+    thread, seen = collect(run)
+    until(lambda: bool(seen))
+    time.sleep(1)
+    n_seen = len(seen)
+    assert n_seen <= 2
+    run.resume()
+    until(lambda: len(seen) > n_seen)
+    run.cancel()
+    run.forget()
+    thread.join()

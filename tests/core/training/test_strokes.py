@@ -54,10 +54,58 @@ def test_images_marked_for_validation_are_held_out_and_nothing_else() -> None:
     assert split.how == "1 images marked for validation"
 
 
-def test_one_stroke_of_each_class_is_trained_on_and_nothing_held_out() -> None:
-    split = hold_out([painted(0, n_strokes=2)], 0.25, np.random.default_rng(0))
+def test_of_a_single_stroke_one_end_is_held_out() -> None:
+    """By one class alone, a model that calls everything so would look best."""
+    images = [painted(0, n_strokes=2)]
+    images[0].labels[70:74, 5:60] = 2
+    split = hold_out(images, 0.25, np.random.default_rng(0))
+    assert split.how == "strokes: 1 of 4 sharp, 1 of 2 blurred"
+    assert split.has_both
+    sharp = np.flatnonzero((split.held_out[0] == 1).any(axis=0))
+    assert 12 <= sharp.size <= 15
+    assert np.ptp(sharp) + 1 == sharp.size
+
+
+def test_where_a_class_has_but_a_dot_nothing_is_held_out() -> None:
+    labels = painted(0).labels
+    labels[labels == 1] = 0
+    labels[1, 1] = 1
+    image = LabelledImage("dot", painted(0).image, labels)
+    split = hold_out([image], 0.25, np.random.default_rng(0))
     assert split.how is None
     assert not split.held_out[0].any()
+    np.testing.assert_array_equal(split.training[0], labels)
+
+
+@pytest.mark.parametrize(("n_images", "n_made"), [(3, 30), (60, 60), (200, 120)])
+def test_all_images_are_learned_from(n_images: int, n_made: int) -> None:
+    images = [painted(i) for i in range(n_images)]
+    split = hold_out(images, 0.0, np.random.default_rng(0))
+    plain = plain_views(images, split, 64, FinetuneConfig(image_size_px=64))
+    made = augmented_views(plain, 30, crops=True, rng=np.random.default_rng(0))
+    assert len(made) == n_made
+    counts = np.bincount([view.of for view in made], minlength=n_images)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_windows_of_one_image_do_not_crowd_out_the_others() -> None:
+    large = LabelledImage("large", np.zeros((480, 480), np.uint8), np.ones((480, 480), np.uint8))
+    images = [large, painted(1), painted(2)]
+    split = hold_out(images, 0.0, np.random.default_rng(0))
+    plain = plain_views(images, split, "native", FinetuneConfig(image_size_px=48))
+    assert len(plain) > 100
+    made = augmented_views(plain, 10, crops=False, rng=np.random.default_rng(0))
+    assert {view.of for view in made[:3]} == {0, 1, 2}
+
+
+def test_strokes_that_vanish_are_said_to_be_too_thin() -> None:
+    labels = np.zeros((2400, 2400), np.uint8)
+    labels[100:500:50, 100:2000] = 1
+    labels[1000:1400] = 2
+    image = LabelledImage("wide", np.zeros((2400, 2400), np.uint8), labels)
+    split = hold_out([image], 0.25, np.random.default_rng(0))
+    with pytest.raises(DataError, match="thinner than a pixel where the images are squashed to 64"):
+        plain_views([image], split, 64, FinetuneConfig(image_size_px=64))
 
 
 def test_a_wholly_labelled_image_is_cut_into_pieces() -> None:
