@@ -112,11 +112,10 @@ class Tuning:
         self._preview_source = self._plane(preview) if preview is not None else None
         self._run = Run(
             self._work,
-            title=f"Fine-tune: {command.output}",
+            title=None,  # the widget shows more, and the training needs the processor
             n_steps=0,
             on_update=self._update,
             on_end=self._ended,
-            on_cancel=self.cancel,
         )
 
     def start(self) -> None:

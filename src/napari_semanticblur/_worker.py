@@ -46,7 +46,8 @@ class Run:
     make
         Makes the generator; called in the worker's thread, so imports in it do not block.
     title
-        Name in the activity dock.
+        Name in the activity dock; None for none there. While anything is, napari draws its window
+        20 times a second, half a core's work where no graphics card does it.
     n_steps
         Steps for the progress bar.
     on_update
@@ -61,7 +62,7 @@ class Run:
         self,
         make: Callable[[], Iterator[Any]],
         *,
-        title: str,
+        title: str | None,
         n_steps: int,
         on_update: Callable[[Any], int],
         on_end: Callable[[str | Failure], None],
@@ -71,7 +72,7 @@ class Run:
 
         self._on_update, self._on_end = on_update, on_end
         self._outcome: str | Failure = "cancelled"
-        self._progress = _progress_bar(title, n_steps, on_cancel)
+        self._progress = None if title is None else _progress_bar(title, n_steps, on_cancel)
         self._worker = create_worker(guarded, make, _start_thread=False)
         self._worker.yielded.connect(self._yielded)
         self._worker.returned.connect(self._returned)
@@ -98,7 +99,7 @@ class Run:
 
         Those must not draw in turn, or quick steps nest until Python gives up.
         """
-        if self._advancing:
+        if self._advancing or self._progress is None:
             return
         self._advancing = True
         try:
@@ -117,7 +118,8 @@ class Run:
         if self._ended:
             return
         self._ended = True
-        self._progress.close()
+        if self._progress is not None:
+            self._progress.close()
         self._on_end(self._outcome)
 
 
