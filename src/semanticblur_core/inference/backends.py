@@ -26,6 +26,7 @@ BackendName = Literal["torch", "compile", "onnxruntime", "openvino"]
 Resizing = Literal["bilinear", "nearest-exact"]
 Upsampling = Literal["guided", "bilinear", "nearest-exact"]
 BACKENDS: tuple[BackendName, ...] = ("torch", "compile", "onnxruntime", "openvino")
+_CUDA = "CUDAExecutionProvider"
 
 
 class Backend(Protocol):
@@ -98,8 +99,8 @@ class OnnxRuntimeBackend(_ExportedBackend):
         if precision not in ("auto", "float32"):
             raise ConfigError(f"precision {precision}: onnxruntime computes in float32")
         providers = ["CPUExecutionProvider"]
-        if device != "cpu" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            providers.insert(0, "CUDAExecutionProvider")
+        if device != "cpu" and _CUDA in onnxruntime.get_available_providers():
+            providers.insert(0, _CUDA)
         elif device not in ("auto", "cpu"):
             raise ConfigError(f"device {device!r}: this ONNX Runtime has the CPU only")
         try:
@@ -109,7 +110,10 @@ class OnnxRuntimeBackend(_ExportedBackend):
             raise _unreadable(path, error) from error
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.info = _read_info(path, metadata.get(weights.METADATA_KEY))
-        self.device = "cuda" if len(providers) > 1 else "cpu"
+        # It goes on with the CPU where CUDA's libraries are missing, and only logs that.
+        self.device = "cuda" if _CUDA in self._session.get_providers() else "cpu"
+        if self.device == "cpu" and device not in ("auto", "cpu"):
+            raise ConfigError(f"device {device!r}: ONNX Runtime fails to use the GPU")
         self.reason = f"{path.name} in ONNX Runtime"
 
     def _infer(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -117,6 +117,19 @@ def test_files_that_were_not_exported_are_refused(exported: Path, tmp_path: Path
         Detector("default", backend="abacus")
 
 
+def test_onnxruntime_that_falls_back_to_the_cpu_does_not_claim_the_gpu(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    on_the_cpu = onnxruntime.InferenceSession(str(exported), providers=["CPUExecutionProvider"])
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: on_the_cpu)
+    assert Detector(str(exported), backend="onnxruntime").device == "cpu"
+    with pytest.raises(ConfigError, match="device 'cuda': ONNX Runtime fails to use the GPU"):
+        Detector(str(exported), backend="onnxruntime", device="cuda")
+
+
 def test_an_export_replaces_nothing_unasked(tmp_path: Path) -> None:
     (tmp_path / "there.onnx").write_bytes(b"precious")
     result = CliRunner().invoke(cli, ["export", f"--output={tmp_path / 'there.onnx'}"])
