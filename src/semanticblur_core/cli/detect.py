@@ -216,6 +216,7 @@ def command(
     video a table <name>_blur.csv of its frames. A file that cannot be read is reported, the rest
     is done, and the exit code is 2.
     """
+    from semanticblur_core.inference.backends import is_exported
     from semanticblur_core.inference.batch import DetectOptions, detect_files, find_jobs
     from semanticblur_core.inference.table import require_table_format, summary_table
 
@@ -240,6 +241,8 @@ def command(
     if scheduler is not None and Path(model).is_file():
         model = str(Path(model).absolute())  # workers are in folders of their own
     alone = scheduler is None and workers == 1
+    if not alone and backend == "auto" and not is_exported(model):
+        backend = "torch"  # the same in every worker, whatever was measured on its machine
     make = functools.partial(
         _make_detector,
         method,
@@ -247,8 +250,7 @@ def command(
         device=device,
         precision=precision,
         flip=flip,
-        # Workers share the cores by torch's number of threads.
-        backend=backend if alone or backend != "auto" else "torch",
+        backend=backend,
         n_images=len(jobs) * (_TILES_OF_AN_IMAGE if size == "native" else 1),
         upsampling=upsampling,
         scales=scales,

@@ -20,6 +20,7 @@ from semanticblur_core.inference.backends import (
     Backend,
     Resizing,
     Upsampling,
+    is_exported,
     open_exported,
     resize_map,
 )
@@ -58,7 +59,8 @@ class Detector:
     backend
         ``torch``, ``compile`` (``torch.compile``), ``onnxruntime``, ``openvino``, or ``auto``: what
         was measured to be fastest on this machine, see
-        `semanticblur_core.inference.choice.pick_backend`; torch until something was.
+        `semanticblur_core.inference.choice.pick_backend`; torch until something was. All take the
+        number of threads from ``OMP_NUM_THREADS`` where it is set when they start.
     n_images
         How many are to come, for ``auto``: a back end that starts slowly pays for many.
     upsampling
@@ -119,7 +121,7 @@ class Detector:
         self.sha256: str | None = None
         self.config: ModelConfig
         self._backend: Backend
-        if isinstance(model, str) and model.lower().endswith(".onnx"):
+        if isinstance(model, str) and is_exported(model):
             exported = open_exported(
                 Path(model), backend=backend, device=device, precision=precision
             )

@@ -1,5 +1,7 @@
 """Export, and the back ends that run what was exported."""
 
+import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,16 @@ import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
 from torch.nn import functional as F
+from worker_detectors import named_by_threads, session_threads
 
-from semanticblur_core import Detector, weights
+from semanticblur_core import (
+    DetectionCluster,
+    DetectOptions,
+    Detector,
+    detect_dask,
+    find_jobs,
+    weights,
+)
 from semanticblur_core.cli import cli
 from semanticblur_core.errors import ConfigError, SemanticBlurError, WeightsError
 from semanticblur_core.inference import choice
@@ -128,6 +138,55 @@ def test_onnxruntime_that_falls_back_to_the_cpu_does_not_claim_the_gpu(
     assert Detector(str(exported), backend="onnxruntime").device == "cpu"
     with pytest.raises(ConfigError, match="device 'cuda': ONNX Runtime fails to use the GPU"):
         Detector(str(exported), backend="onnxruntime", device="cuda")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_sessions_keep_to_the_threads_that_torch_would_take(
+    exported: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(backend)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1,4")
+    assert session_threads(Detector(str(exported), backend=backend)) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    assert session_threads(Detector(str(exported), backend=backend)) >= 0  # its own choice
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of dask's own event loop
+def test_workers_share_the_cores_in_onnxruntime_too(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr("semanticblur_core.inference.cluster._count_cores", lambda: 6)
+    make = functools.partial(named_by_threads, str(exported), "onnxruntime")
+    jobs, _ = find_jobs(["sample:cat"], tmp_path)
+    with DetectionCluster(make, n_workers=2) as cluster:
+        [result] = cluster.detect_files(jobs, DetectOptions(tmp_path, size=64))
+        assert (result.error, cluster.detector.name) == (None, "3")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_an_exported_file_in_workers(exported: Path, tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    arguments = ["detect", "--input=sample:cat", "--size=64", f"--output={tmp_path}"]
+    arguments += [f"--model={exported}", "--workers=2", f"--json={tmp_path / 'j.json'}"]
+    done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "j.json").read_text())
+    assert report["protocol"]["backend"] == "onnxruntime"
+
+
+@pytest.mark.parametrize("how", [{}, {"backend": "openvino", "precision": "float32"}])
+def test_an_exported_file_on_dask_arrays_and_threads(
+    exported: Path, in_torch: Detector, how: dict[str, str], rng: np.random.Generator
+) -> None:
+    da = pytest.importorskip("dask.array")
+    pytest.importorskip("openvino")
+    data = rng.integers(0, 255, (6, 70, 80), np.uint8)
+    array = da.from_array(data, chunks=(1, 70, 80))
+    maps = detect_dask(array, "ZYX", size=64, model=str(exported), **how)  # type: ignore[arg-type]
+    expected = [in_torch.detect(plane, size=64) for plane in data]
+    found = maps.compute(scheduler="threads", num_workers=4)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_an_export_replaces_nothing_unasked(tmp_path: Path) -> None:
