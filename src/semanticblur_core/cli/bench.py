@@ -80,21 +80,32 @@ def bench_model(
 
 @command.command(name="backends")
 @click.option("--model", default="default", show_default=True, help="As in detect.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="What detect will be asked for: with a GPU, its time counts for auto and not for cpu.",
+)
 @click.option("--size", "size_px", type=click.IntRange(64), default=320, show_default=True)
 @click.option("--rounds", "n_rounds", type=click.IntRange(3), default=20, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
-def bench_backends(model: str, size_px: int, n_rounds: int, json_path: Path | None) -> None:
-    """Find out which back end is fastest here; `detect` remembers it.
+def bench_backends(
+    model: str, device: str, size_px: int, n_rounds: int, json_path: Path | None
+) -> None:
+    """Find out which back end is fastest here; at 320 px `detect` remembers it.
 
     First each alone, in a process of its own with its start-up; then each in turn with
-    torchvision's bare ResNet-50.
+    torchvision's bare ResNet-50 on the CPU. What is remembered counts for models of the same
+    architecture.
     """
     from semanticblur_core import benchmarks_inference, io, weights
     from semanticblur_core.errors import SemanticBlurError
     from semanticblur_core.inference import choice
 
     alone = []
-    for speed in choice.measure_backends(model, size_px=size_px, n_rounds=n_rounds):
+    measuring = choice.measure_backends(model, device=device, size_px=size_px, n_rounds=n_rounds)
+    for speed in measuring:
         if isinstance(speed, SemanticBlurError):
             click.echo(f"{speed}")
             continue
@@ -119,9 +130,15 @@ def bench_backends(model: str, size_px: int, n_rounds: int, json_path: Path | No
             f"{values['backbone_ms']:.0f} ms, ratio {values['ratio']:.2f}, maps differ from "
             f"float32 by {values['mean_difference']:.2g}"
         )
-    sha256 = weights.read_info(weights.resolve(model)).sha256
-    picks = {n: choice.pick_backend(sha256, n)[0] for n in (1, 10, 100, 1000, 10000)}
-    click.echo("Detector takes " + ", ".join(f"{b} for {n}" for n, b in picks.items()) + " images")
+    picks = {}
+    if size_px == choice.REMEMBERED_SIZE_PX:
+        info = weights.read_info(weights.resolve(model))
+        for n in (1, 10, 100, 1000, 10000):
+            picks[n] = choice.pick_backend(info, n, device=device)[0]
+        picked = ", ".join(f"{backend} for {n}" for n, backend in picks.items())
+        click.echo(f"Detector takes {picked} images")
+    else:
+        click.echo(f"Not remembered: Detector goes by times at {choice.REMEMBERED_SIZE_PX} px")
     if json_path is not None:
         document = {**result, "alone": alone, "picks": picks}
         io.write_text(json_path, json.dumps(document, indent=1) + "\n")

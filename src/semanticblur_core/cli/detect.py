@@ -37,10 +37,6 @@ if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector
 
 
-# A large image is many tiles; how many is not known before it is opened.
-_TILES_OF_AN_IMAGE = 20
-
-
 @click.command(name="detect")
 @click.option(
     "--input",
@@ -219,6 +215,7 @@ def command(
     from semanticblur_core.inference.backends import is_exported
     from semanticblur_core.inference.batch import DetectOptions, detect_files, find_jobs
     from semanticblur_core.inference.table import require_table_format, summary_table
+    from semanticblur_core.inference.workload import count_squares
 
     if scheduler is not None and workers > 1:
         raise click.UsageError("--workers is of this machine; --scheduler has workers of its own")
@@ -251,7 +248,7 @@ def command(
         precision=precision,
         flip=flip,
         backend=backend,
-        n_images=len(jobs) * (_TILES_OF_AN_IMAGE if size == "native" else 1),
+        n_images=count_squares(jobs, options) if backend == "auto" and alone else len(jobs),
         upsampling=upsampling,
         scales=scales,
     )

@@ -257,7 +257,7 @@ def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileR
     with stacks.open_stack(path, axes=options.axes, level=options.level) as stack:
         try:
             planes = Planes(stack.array, stack.axes, options.channels)
-            box = _box(planes, options.planes)
+            box = chosen_planes(planes, options.planes)
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from error
         shape = (*(len(axis) for axis in box), *planes.plane_shape)
@@ -351,8 +351,14 @@ def _is_streamed(path: Path, options: DetectOptions) -> bool:
     return stacks.plane_pixels(path) > STREAMED_PIXELS
 
 
-def _box(planes: Planes, wanted: tuple[slice, ...] | None) -> list[range]:
-    """Indices along each walked axis."""
+def chosen_planes(planes: Planes, wanted: tuple[slice, ...] | None) -> list[range]:
+    """Indices along each walked axis.
+
+    Raises
+    ------
+    ImageError
+        If a slice is of no axis or names no plane.
+    """
     chosen = wanted or ()
     if len(chosen) > len(planes.lengths):
         raise ImageError(

@@ -62,7 +62,8 @@ class Detector:
         `semanticblur_core.inference.choice.pick_backend`; torch until something was. All take the
         number of threads from ``OMP_NUM_THREADS`` where it is set when they start.
     n_images
-        How many are to come, for ``auto``: a back end that starts slowly pays for many.
+        How many are to come, for ``auto``: a back end that starts slowly pays for many. Counted as
+        squares of 320 px: a tile of 512 px is 2.6 of them.
     upsampling
         How a map is brought to the image's size: ``guided`` by the image's own edges (where the
         image is larger than the square that it was squashed to), ``bilinear``, or
@@ -106,7 +107,7 @@ class Detector:
         precision: str = "auto",
         flip: bool = False,
         backend: str = "auto",
-        n_images: int = 1,
+        n_images: float = 1,
         upsampling: Upsampling = "guided",
         scales: Sequence[float] = (1.0,),
         batch_size: int = 0,
@@ -128,11 +129,12 @@ class Detector:
             self._backend, self.config = exported, exported.info.architecture
             self.sha256 = exported.info.sha256
         else:
+            n_images *= (1 + flip) * sum(scale**2 for scale in self.scales)
             self._load(model, device, precision, backend, n_images)
         self._batch_size = batch_size or (1 if self.device == "cpu" else GPU_BATCH_SIZE)
 
     def _load(
-        self, model: str | SemanticBlur, device: str, precision: str, backend: str, n_images: int
+        self, model: str | SemanticBlur, device: str, precision: str, backend: str, n_images: float
     ) -> None:
         """Set what is known of the model, and its back end."""
         why = ""
@@ -144,7 +146,7 @@ class Detector:
             self.info = weights.read_info(weights.resolve(model))
             self.config, self.sha256 = self.info.architecture, self.info.sha256
             if backend == "auto" and device in ("auto", "cpu"):
-                backend, why = pick_backend(self.sha256, n_images, precision)
+                backend, why = pick_backend(self.info, n_images, precision, device)
         if backend in ("onnxruntime", "openvino"):
             assert isinstance(model, str)
             self._backend = open_exported(

@@ -4,6 +4,7 @@ import functools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,12 @@ from semanticblur_core import (
     weights,
 )
 from semanticblur_core.cli import cli
+from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import ConfigError, SemanticBlurError, WeightsError
 from semanticblur_core.inference import choice
-from semanticblur_core.inference.backends import Resizing, Upsampling, resize_map
+from semanticblur_core.inference.backends import BackendName, Resizing, Upsampling, resize_map
 from semanticblur_core.inference.choice import BackendSpeed, pick_backend
+from semanticblur_core.network import SemanticBlur
 
 SIZES = [(320, 320), (64, 200), (223, 131)]
 
@@ -207,26 +210,34 @@ def test_resizing_is_that_of_torch(
     np.testing.assert_allclose(resize_map(blur, shape, mode), expected[0, 0], atol=1e-5)
 
 
-def test_the_pick_counts_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pick_backend("0" * 64) == (
+@pytest.fixture
+def info(random_weights: Path) -> weights.WeightsInfo:
+    """Of a model that nothing is known of yet."""
+    return replace(weights.read_info(random_weights), sha256="0" * 64)
+
+
+def test_the_pick_counts_start_up(
+    info: weights.WeightsInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pick_backend(info) == (
         "torch", "semanticblur-core bench backends finds out whether another is faster",
     )  # fmt: skip
     speeds = {
         "torch": BackendSpeed("torch", 3.0, 0.1, "float32", "cpu"),
         "openvino": BackendSpeed("openvino", 2.9, 0.05, "bfloat16", "cpu"),
     }
-    monkeypatch.setattr(choice, "remembered", lambda: speeds)
+    monkeypatch.setattr(choice, "remembered", lambda *_: speeds)
     # The exported file is not there, so that it would have to be made first.
-    assert pick_backend("0" * 64, 100)[0] == "torch"
-    name, why = pick_backend("0" * 64, 1000)
+    assert pick_backend(info, 100)[0] == "torch"
+    name, why = pick_backend(info, 1000)
     assert (name, why) == ("openvino", "measured: 50 ms an image, torch 100 ms")
     exported_file = choice.exported_file("0" * 64)
     exported_file.parent.mkdir(parents=True)
     exported_file.touch()
-    assert pick_backend("0" * 64, 100)[0] == "openvino"
-    assert pick_backend("0" * 64, 1)[0] == "torch"  # less than a tenth is gained
-    assert pick_backend("0" * 64, 100, "bfloat16")[0] == "openvino"
-    assert pick_backend("0" * 64, 100, "float32")[0] == "torch"  # openvino was faster in another
+    assert pick_backend(info, 100)[0] == "openvino"
+    assert pick_backend(info, 1)[0] == "torch"  # less than a tenth is gained
+    assert pick_backend(info, 100, "bfloat16")[0] == "openvino"
+    assert pick_backend(info, 100, "float32")[0] == "torch"  # openvino was faster in another
     exported_file.unlink()
 
 
@@ -235,12 +246,13 @@ def test_speeds_are_measured_and_remembered(
 ) -> None:
     monkeypatch.setattr(choice, "BACKENDS", ("torch", "onnxruntime"))
     monkeypatch.setattr(choice, "ensure_exported", lambda model: exported)
+    monkeypatch.setattr(choice, "REMEMBERED_SIZE_PX", 64)
     home = choice.exported_file(weights.read_info(random_weights).sha256)
     home.parent.mkdir(parents=True, exist_ok=True)
     home.write_bytes(exported.read_bytes())
     found = list(choice.measure_backends(str(random_weights), size_px=64, n_rounds=3))
     assert not [speed for speed in found if isinstance(speed, SemanticBlurError)]
-    speeds = choice.remembered()
+    speeds = choice.remembered(ModelConfig(), "cpu")
     assert list(speeds.values()) == found
     assert all(speed.startup_s > 0 and speed.seconds_per_image > 0 for speed in speeds.values())
     # A detector takes what is fastest for so many images.
@@ -250,4 +262,48 @@ def test_speeds_are_measured_and_remembered(
         many = Detector(str(random_weights), device="cpu", n_images=10**6)
         assert many.backend == fastest
     choice._record_file().unlink()
-    assert choice.remembered() == {}
+    assert choice.remembered(ModelConfig(), "cpu") == {}
+
+
+def test_speeds_of_another_size_architecture_or_device_do_not_count(
+    random_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig(backbone="resnet34")
+    other = tmp_path / "other.safetensors"
+    weights.save(other, SemanticBlur(config).eval(), provenance={}, metrics={}, licence="test")
+    gpu_of_torch = True
+
+    def measure(backend: BackendName, model: str, device: str, *_: int) -> BackendSpeed:
+        on_gpu = gpu_of_torch and device == "auto" and backend == "torch"
+        return BackendSpeed(backend, 1.0, 0.1, "float32", "cuda" if on_gpu else "cpu")
+
+    monkeypatch.setattr(choice, "_measure_apart", measure)
+    list(choice.measure_backends(str(random_weights), size_px=1024))
+    list(choice.measure_backends(str(other)))
+    assert choice.remembered(ModelConfig()) == {}
+    assert choice.remembered(config)["torch"].device == "cuda"
+    assert choice.remembered(config, "cpu") == {}
+    command = "semanticblur-core bench backends --device=cpu"
+    assert pick_backend(weights.read_info(other), 10, device="cpu")[1].startswith(command)
+    list(choice.measure_backends(str(other), device="cpu"))
+    assert choice.remembered(config)["torch"].device == "cuda"
+    assert choice.remembered(config, "cpu")["torch"].device == "cpu"
+    gpu_of_torch = False  # of a machine without one, auto is the CPU
+    list(choice.measure_backends(str(random_weights)))
+    assert choice.remembered(ModelConfig()) == choice.remembered(ModelConfig(), "cpu") != {}
+    choice._record_file().unlink()
+
+
+def test_flips_and_scales_are_more_to_compute(
+    random_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def pick(info: weights.WeightsInfo, *how: object) -> tuple[str, str]:
+        asked.append(how)
+        return "torch", ""
+
+    monkeypatch.setattr("semanticblur_core.inference.detector.pick_backend", pick)
+    Detector(str(random_weights), device="cpu", n_images=10)
+    Detector(str(random_weights), device="cpu", n_images=10, flip=True, scales=(1, 2))
+    assert asked == [(10, "auto", "cpu"), (100, "auto", "cpu")]
