@@ -127,8 +127,9 @@ def bench_backends(
             f"  {name}: {values['error']}"
             if "error" in values
             else f"  {name}: {values['ms']:.0f} ms in {values['precision']}, backbone "
-            f"{values['backbone_ms']:.0f} ms, ratio {values['ratio']:.2f}, maps differ from "
-            f"float32 by {values['mean_difference']:.2g}"
+            f"{values['backbone_ms']:.0f} ms, ratio {values['ratio']:.2f}, maps of photographs "
+            f"differ from float32 by {values['mean_difference']:.2g}, at most "
+            f"{values['largest_difference']:.2g}"
         )
     picks = {}
     if size_px == choice.REMEMBERED_SIZE_PX:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semanticblur_core import io, stacks
+from semanticblur_core.data.squash import squash
 from semanticblur_core.errors import ImageError, SemanticBlurError
 from semanticblur_core.inference.overlay import draw_overlay
 from semanticblur_core.inference.planes import Channels, DetectUpdate, Planes
@@ -436,6 +437,15 @@ def load(source: str, *, max_pixels: int = io.MAX_PIXELS) -> NDArray[Any]:
         array: NDArray[Any] = getattr(data, SAMPLES[source.removeprefix(_SAMPLE_PREFIX)])()
         return array
     return io.read_image(Path(source), max_pixels=max_pixels)
+
+
+def sample_photographs(height: int, width: int) -> NDArray[np.float32]:
+    """The samples, squashed: ``(3, height, width, 3)`` float32 in 0..1.
+
+    What a network computes is compared on them: on noise its maps are 0 nearly everywhere, and hide
+    most of what differs.
+    """
+    return np.stack([squash(load(f"{_SAMPLE_PREFIX}{name}"), height, width) for name in SAMPLES])
 
 
 def expand_input(text: str, recursive: bool) -> Iterator[tuple[str, Path, bool]]:

@@ -26,7 +26,7 @@ from semanticblur_core import (
 from semanticblur_core.cli import cli
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import ConfigError, SemanticBlurError, WeightsError
-from semanticblur_core.inference import choice
+from semanticblur_core.inference import choice, export
 from semanticblur_core.inference.backends import BackendName, Resizing, Upsampling, resize_map
 from semanticblur_core.inference.choice import BackendSpeed, pick_backend
 from semanticblur_core.network import SemanticBlur
@@ -62,6 +62,25 @@ def test_any_size_gives_the_maps_of_torch(
     np.testing.assert_allclose(
         detector.engine.run(images), in_torch.engine.run(images), atol=1e-4, rtol=0
     )
+
+
+@pytest.mark.parametrize(("offset", "agrees"), [(20.0, True), (20.1, False)])
+def test_a_saturated_map_hides_no_difference(
+    exported: Path, random_weights: Path, tmp_path: Path, offset: float, agrees: bool
+) -> None:
+    """Where every map is 1, only the logits tell that file and network are not the same."""
+    import onnx
+
+    proto = onnx.load(exported)
+    name = "network.decoder.conv3.bias"
+    [bias] = [tensor for tensor in proto.graph.initializer if tensor.name == name]
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 20, name))
+    onnx.save(proto, tmp_path / "saturated.onnx")
+    form = export._ExportForm(weights.load(str(random_weights))[0]).eval()
+    with torch.no_grad():
+        form.network.decoder.conv3.bias += offset
+    difference = export._largest_difference(form, tmp_path / "saturated.onnx")
+    assert (difference <= export.TOLERANCE) == agrees
 
 
 def test_the_whole_way_of_an_image(
