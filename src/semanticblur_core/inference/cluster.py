@@ -312,10 +312,10 @@ def _detect_chunk(
     if n_threads is not None and "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(n_threads)
     results: list[FileResult] = []
-    for task in tasks:
+    for fresh, some in itertools.groupby(tasks, key=lambda task: task.fresh):
         # A result that was not there when the job was handed out is of a worker that died since.
-        own = replace(options, overwrite=True) if task.fresh else options
-        results.extend(detect_files([task.distant], detector, own))
+        own = replace(options, overwrite=True) if fresh else options
+        results.extend(detect_files([task.distant for task in some], detector, own))
     public = {name: getattr(detector, name) for name in _PUBLIC if hasattr(detector, name)}
     return SimpleNamespace(**public), results
 

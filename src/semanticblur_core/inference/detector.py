@@ -25,7 +25,14 @@ from semanticblur_core.inference.backends import (
     resize_map,
 )
 from semanticblur_core.inference.choice import ensure_exported, pick_backend
-from semanticblur_core.inference.planes import ALL, Channels, DetectUpdate, Planes, Region
+from semanticblur_core.inference.planes import (
+    ALL,
+    BATCH_PIXELS,
+    Channels,
+    DetectUpdate,
+    Planes,
+    Region,
+)
 from semanticblur_core.inference.tiling import OVERLAP_PX, TILE_SIZE_PX, Tile, TileGrid
 from semanticblur_core.inference.upsampling import to_logits, upsample_guided
 
@@ -72,12 +79,12 @@ class Detector:
         Squashed images are analysed at ``size`` times each of these and the logits averaged:
         ``(1, 1.4)`` is better on photographs and takes three times as long. Not for native size.
     batch_size
-        Planes or tiles computed at once; 0 is 1 on a CPU and 16 on a GPU.
+        Images, planes or tiles computed at once; 0 is 1 on a CPU and 16 on a GPU.
 
     Attributes
     ----------
-    backend, device, precision, reason
-        What it computes in and on, and why.
+    backend, device, precision, reason, batch_size
+        What it computes in and on, why, and how many at once.
     flip, upsampling, scales
         As given.
     name
@@ -131,7 +138,7 @@ class Detector:
         else:
             n_images *= (1 + flip) * sum(scale**2 for scale in self.scales)
             self._load(model, device, precision, backend, n_images)
-        self._batch_size = batch_size or (1 if self.device == "cpu" else GPU_BATCH_SIZE)
+        self._batch_size = batch_size
 
     def _load(
         self, model: str | SemanticBlur, device: str, precision: str, backend: str, n_images: float
@@ -177,6 +184,11 @@ class Detector:
     def device(self) -> str:
         """``cpu``, ``cuda`` ...; another one after a GPU ran out of memory."""
         return self._backend.device
+
+    @property
+    def batch_size(self) -> int:
+        """Images, planes or tiles computed at once."""
+        return self._batch_size or (1 if self.device == "cpu" else GPU_BATCH_SIZE)
 
     @property
     def precision(self) -> str:
@@ -317,9 +329,11 @@ class Detector:
         views = [planes.view(i) for i in (planes.indices() if indices is None else indices)]
         if size != "native":
             n_done = 0
-            for some in _batched(views, self._batch_size):
+            n_held = max(1, BATCH_PIXELS // math.prod(planes.plane_shape))
+            for some in _batched(views, min(self.batch_size, n_held)):
                 pixels = [io.as_rgb(view.read_unit(limits=limits)) for view in some]
                 maps = self._run_squashed(pixels, size, upsampling or self.upsampling)
+                del pixels  # not in memory beside the next
                 for view, blur in zip(some, maps, strict=True):
                     n_done += 1
                     yield DetectUpdate(view.index, n_done, len(views), blur, ALL, True)
@@ -356,7 +370,7 @@ class Detector:
             tiles.sort(
                 key=lambda tile: not (_overlap(tile.rows, rows) and _overlap(tile.columns, columns))
             )
-        for some in _batched(tiles, self._batch_size):
+        for some in _batched(tiles, self.batch_size):
             pixels = [_as_unit_float(io.as_rgb(read(tile.rows, tile.columns))) for tile in some]
             for tile, blur in zip(some, self._run(np.stack(pixels)), strict=True):
                 yield tile, blur * grid.weights(tile)

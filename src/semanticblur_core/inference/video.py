@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,14 @@ from semanticblur_core.inference.batch import (
     FileResult,
     Job,
     MapMaker,
+    batched,
+    images_at_once,
     is_done,
     result_paths,
 )
+
+if TYPE_CHECKING:
+    from semanticblur_core.inference.detector import Detector
 
 FORMATS = ("csv", "json", "mp4")
 _COLUMNS = ("frame", "time_s", "mean_blur", "blurred_fraction")
@@ -142,13 +147,7 @@ def detect_video(job: Job, detector: MapMaker, options: DetectOptions) -> FileRe
         writers = [
             resources.enter_context(_WRITERS[name](target)) for name, target in targets.items()
         ]
-        for frame, rate in iter_frames(path, every=options.every, max_pixels=options.max_pixels):
-            try:
-                blur = detector.detect(
-                    frame.pixels, size=options.size, value_range=options.value_range
-                )
-            except SemanticBlurError as error:
-                raise ImageError(f"{path}: frame {frame.number}: {error}") from error
+        for frame, rate, blur in _iter_maps(path, detector, options):
             mean = float(blur.mean(dtype=np.float64))
             fraction = float((blur > options.threshold).mean())
             row = (frame.number, round(frame.time_s, 6), mean, fraction)
@@ -165,6 +164,29 @@ def detect_video(job: Job, detector: MapMaker, options: DetectOptions) -> FileRe
         mean_blur=total / n_frames,
         n_frames=n_frames,
     )
+
+
+def _iter_maps(
+    path: Path, detector: MapMaker, options: DetectOptions
+) -> Iterator[tuple[Frame, Fraction, NDArray[np.float32]]]:
+    """Frames with their rate and map, as many at once as the detector takes."""
+    how: Any = {"size": options.size, "value_range": options.value_range}
+    frames = iter_frames(path, every=options.every, max_pixels=options.max_pixels)
+    for some in batched(frames, images_at_once(detector, options), _frame_pixels):
+        pixels = [frame.pixels for frame, _ in some]
+        try:
+            if len(some) == 1:
+                maps = [detector.detect(pixels[0], **how)]
+            else:
+                maps = cast("Detector", detector).detect_batch(pixels, **how)
+        except SemanticBlurError as error:
+            raise ImageError(f"{path}: frame {some[0][0].number}: {error}") from error
+        for (frame, rate), blur in zip(some, maps, strict=True):
+            yield frame, rate, blur
+
+
+def _frame_pixels(item: tuple[Frame, Fraction]) -> float:
+    return float(item[0].pixels[..., 0].size)
 
 
 class _Writer(Protocol):
