@@ -39,6 +39,15 @@ def command() -> None:
     show_default=True,
 )
 @device_option
+@click.option(
+    "--batch",
+    "batch_size",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Images at once.",
+)
+@click.option("--compile", "compiled", is_flag=True, help="Both through torch.compile.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
 def bench_model(
     size_px: int,
@@ -46,9 +55,15 @@ def bench_model(
     n_threads: int,
     precisions: tuple[str, ...],
     device: str,
+    batch_size: int,
+    compiled: bool,
     json_path: Path | None,
 ) -> None:
-    """Time the whole network against torchvision's bare ResNet-50 backbone."""
+    """Time the whole network against torchvision's bare ResNet-50 backbone.
+
+    Images a second, and floating-point operations a second beside those of a large matrix product,
+    in practice the most that the processor does.
+    """
     from semanticblur_core import benchmarks, io
     from semanticblur_core.device import choose_device, keep_freed_memory
 
@@ -60,14 +75,21 @@ def bench_model(
         n_threads=n_threads,
         precisions=precisions,
         device=str(chosen),
+        batch_size=batch_size,
+        compiled=compiled,
     )
     result = _run(measuring)
     for timing in result["timings"]:
         click.echo(
             f"{timing['precision']}: network {timing['network_ms']:.0f} ms, bare ResNet-50 "
             f"{timing['backbone_ms']:.0f} ms, ratio {timing['ratio']:.2f} (medians of "
-            f"{timing['n_rounds']} rounds in turn, {size_px} x {size_px} px, batch 1, "
-            f"{n_threads} threads, {chosen})"
+            f"{timing['n_rounds']} rounds in turn, {size_px} x {size_px} px, batch {batch_size}, "
+            f"{'compiled' if compiled else 'eager'}, {n_threads} threads, {chosen})\n"
+            f"  {timing['network_images_per_s']:.4g} images/s, {timing['share_of_backbone']:.0%} "
+            f"of the backbone's {timing['backbone_images_per_s']:.4g}; "
+            f"{timing['network_tflops']:.3g} TFLOP/s (backbone {timing['backbone_tflops']:.3g}), "
+            f"{timing['share_of_limit']:.0%} of a large matrix product's "
+            f"{timing['limit_tflops']:.3g}"
         )
     counts = result["n_parameters"]
     click.echo(
