@@ -48,7 +48,8 @@ def page(results: dict[str, Any]) -> str:
         "",
         f"`bench backends`: one image of {backends['size_px']} x {backends['size_px']}, each "
         f"in turn with the bare ResNet-50 in bfloat16, eager, {backends['n_rounds']} rounds. "
-        "Start-up is from the start of a process to its first map.",
+        "Start-up is from the start of a process to its first map; off float32 by: the mean "
+        "difference of the maps of three photographs.",
         "",
         "| back end | precision | ms | backbone, ms | ratio | start-up, s | off float32 by |",
         "| --- | --- | --- | --- | --- | --- | --- |",

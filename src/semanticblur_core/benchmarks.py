@@ -7,10 +7,11 @@ import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 from semanticblur_core.config import TrainConfig
@@ -32,17 +33,37 @@ _LOADED_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class ModelTiming:
-    """Forward times in one precision; ``ratio`` is network over backbone, of the medians."""
+    """Forward times of a batch in one precision, medians.
+
+    ``ratio`` is the network's time over the backbone's, ``share_of_backbone`` its images a second
+    as a share of the backbone's. TFLOP/s are 10^12 floating-point operations a second, a
+    multiply-add being two; ``limit_tflops`` those of a large matrix product in the same precision,
+    and ``share_of_limit`` the network's as a share of it.
+    """
 
     precision: str
     backbone_ms: float
     network_ms: float
     ratio: float
     n_rounds: int
+    backbone_images_per_s: float
+    network_images_per_s: float
+    share_of_backbone: float
+    backbone_tflops: float
+    network_tflops: float
+    limit_tflops: float
+    share_of_limit: float
 
 
 def bench_model(
-    *, size_px: int, n_rounds: int, n_threads: int, precisions: tuple[str, ...], device: str = "cpu"
+    *,
+    size_px: int,
+    n_rounds: int,
+    n_threads: int,
+    precisions: tuple[str, ...],
+    device: str = "cpu",
+    batch_size: int = 1,
+    compiled: bool = False,
 ) -> Generator[tuple[int, int], None, dict[str, Any]]:
     """Time the whole network against torchvision's bare ResNet-50 backbone.
 
@@ -51,7 +72,7 @@ def bench_model(
     size_px
         Side of the square images.
     n_rounds
-        Rounds per precision; each times both on one new image, in alternating order, after three
+        Rounds per precision; each times both on one new batch, in alternating order, after three
         rounds of warm-up.
     n_threads
         Threads that torch may use.
@@ -59,6 +80,10 @@ def bench_model(
         Of ``float32`` and ``bfloat16``; the backbone runs in the same.
     device
         Where to run.
+    batch_size
+        Images at once.
+    compiled
+        Both through ``torch.compile``, in the warm-up.
 
     Yields
     ------
@@ -68,12 +93,14 @@ def bench_model(
     Returns
     -------
     dict
-        JSON values: machine, settings, a `ModelTiming` for each precision, numbers of parameters.
+        JSON values: machine, settings, a `ModelTiming` for each precision, numbers of parameters,
+        10^9 floating-point operations an image.
 
     Notes
     -----
-    Batch 1, eager. The network is as `Detector` runs it (batch normalisations folded), the backbone
-    as torchvision gives it: convolutions of ResNet-50 without pooling and classifier.
+    The network is as `Detector` runs it (batch normalisations folded), the backbone as torchvision
+    gives it: convolutions of ResNet-50 without pooling and classifier. Operations are those of
+    convolutions and matrix products, counted by torch as the network is run; nothing else counts.
     """
     threads_before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
@@ -81,6 +108,10 @@ def bench_model(
     warm_up = 3
     total = (n_rounds + warm_up) * len(precisions)
     timings = []
+    flops = {
+        "backbone": count_flops(bare_backbone(), size_px),
+        "network": count_flops(network.for_inference(), size_px),
+    }
     try:
         for index, precision in enumerate(precisions):
             dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
@@ -88,20 +119,40 @@ def bench_model(
                 "backbone": bare_backbone().to(device, dtype, memory_format=torch.channels_last),  # type: ignore[call-overload]
                 "network": network.for_inference(dtype).to(device),
             }
+            if compiled:
+                contestants = {
+                    name: cast(nn.Module, torch.compile(module, dynamic=False))
+                    for name, module in contestants.items()
+                }
+            limit = _matrix_flops_per_s(torch.device(device), dtype)
             seconds: dict[str, list[float]] = {name: [] for name in contestants}
             for i in range(n_rounds + warm_up):
-                image = torch.rand(1, 3, size_px, size_px, device=device).to(
+                images = torch.rand(batch_size, 3, size_px, size_px, device=device).to(
                     dtype, memory_format=torch.channels_last
                 )
                 names = list(contestants)
                 for name in names if i % 2 else reversed(names):
-                    elapsed = _time_forward(contestants[name], image)
+                    elapsed = _time_forward(contestants[name], images)
                     if i >= warm_up:
                         seconds[name].append(elapsed)
                 yield index * (n_rounds + warm_up) + i + 1, total
             backbone, whole = (statistics.median(seconds[name]) for name in ("backbone", "network"))
+            achieved = batch_size * flops["network"] / whole
             timings.append(
-                ModelTiming(precision, backbone * 1e3, whole * 1e3, whole / backbone, n_rounds)
+                ModelTiming(
+                    precision=precision,
+                    backbone_ms=backbone * 1e3,
+                    network_ms=whole * 1e3,
+                    ratio=whole / backbone,
+                    n_rounds=n_rounds,
+                    backbone_images_per_s=batch_size / backbone,
+                    network_images_per_s=batch_size / whole,
+                    share_of_backbone=backbone / whole,
+                    backbone_tflops=batch_size * flops["backbone"] / backbone / 1e12,
+                    network_tflops=achieved / 1e12,
+                    limit_tflops=limit / 1e12,
+                    share_of_limit=achieved / limit,
+                )
             )
     finally:
         torch.set_num_threads(threads_before)
@@ -109,8 +160,10 @@ def bench_model(
         "machine": describe_machine(),
         "device": device,
         "size_px": size_px,
-        "batch_size": 1,
+        "batch_size": batch_size,
+        "compiled": compiled,
         "n_threads": n_threads,
+        "gflop_per_image": {name: count / 1e9 for name, count in flops.items()},
         "timings": [asdict(timing) for timing in timings],
         "n_parameters": {
             "total": _n_parameters(network),
@@ -219,13 +272,47 @@ def bare_backbone() -> nn.Module:
     ).eval()
 
 
+def count_flops(module: nn.Module, size_px: int) -> int:
+    """Floating-point operations of an image: two for each multiply-add of layers and products."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(torch.zeros(1, 3, size_px, size_px))
+    return int(counter.get_total_flops())
+
+
+def _matrix_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
+    """Rate of a large matrix product, the best of ten: the limit of arithmetic in practice."""
+    n = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions by default
+    try:
+        seconds = [_clock(lambda: left @ right, device) for _ in range(12)]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return 2 * n**3 / min(seconds[2:])
+
+
 @torch.inference_mode()
-def _time_forward(module: nn.Module, image: Tensor) -> float:
+def _time_forward(module: nn.Module, images: Tensor) -> float:
+    return _clock(lambda: module(images), images.device)
+
+
+def _clock(action: Callable[[], object], device: torch.device) -> float:
+    """Seconds of an action alone, with nothing under way before and after it."""
+    _synchronize(device)
     start = time.perf_counter()
-    module(image)
-    if image.device.type == "cuda":
-        torch.cuda.synchronize()
+    action()
+    _synchronize(device)
     return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait for what a GPU was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def _n_parameters(module: nn.Module) -> int:

@@ -23,13 +23,17 @@ from semanticblur_core.errors import SemanticBlurError
 from semanticblur_core.focus import classical
 from semanticblur_core.focus.scores import tile_means
 from semanticblur_core.inference.backends import BACKENDS
-from semanticblur_core.inference.batch import DetectOptions, detect_files, find_jobs
+from semanticblur_core.inference.batch import (
+    DetectOptions,
+    detect_files,
+    find_jobs,
+    sample_photographs,
+)
 from semanticblur_core.inference.detector import Detector
 from semanticblur_core.machine import describe_machine
 
 _T = TypeVar("_T")
 _HIFST_MEGAPIXELS = 4
-_N_COMPARED = 3
 
 
 def bench_backends(
@@ -42,8 +46,8 @@ def bench_backends(
     size_px
         Side of the square images.
     n_rounds
-        Rounds for each back end, after three of warm-up; each times it and the backbone on one new
-        image, in turn.
+        Rounds for each back end, after three of warm-up; each times it and the backbone on one of
+        three photographs (scikit-image's), in turn.
     model
         Packaged model, own model or file of weights.
 
@@ -56,7 +60,8 @@ def bench_backends(
     -------
     dict
         JSON values: machine, and for each back end ``ms``, ``backbone_ms``, their ``ratio``,
-        ``precision``, and ``mean_difference`` of its maps from torch's in float32; or ``error``.
+        ``precision``, and ``mean_difference`` and ``largest_difference`` of its maps of the
+        photographs from torch's in float32; or ``error``.
 
     Notes
     -----
@@ -67,6 +72,8 @@ def bench_backends(
     precision = "bfloat16"
     backbone = bare_backbone().to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
     reference = Detector(model, device="cpu", precision="float32", backend="torch").engine
+    photographs = sample_photographs(size_px, size_px)
+    expected = [reference.run(image[None])[0] for image in photographs]
     found: dict[str, dict[str, Any]] = {}
     warm_up, total = 3, n_rounds + 3
     for i, name in enumerate(BACKENDS):
@@ -75,11 +82,11 @@ def bench_backends(
         except SemanticBlurError as error:
             found[name] = {"error": str(error)}
             continue
-        rng = np.random.default_rng(0)
         seconds: dict[str, list[float]] = {"backbone": [], name: []}
-        difference = 0.0
+        differences = []
         for k in range(total):
-            images = rng.random((1, size_px, size_px, 3), np.float32)
+            which_photograph = k % len(photographs)
+            images = photographs[which_photograph][None]
             tensor = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.bfloat16)
             for which in seconds if k % 2 else reversed(seconds):
                 start = time.perf_counter()
@@ -89,8 +96,8 @@ def bench_backends(
                 else:
                     maps = backend.run(images)
                 seconds[which].append(time.perf_counter() - start)
-            if k < _N_COMPARED:
-                difference += float(np.abs(maps - reference.run(images)).mean()) / _N_COMPARED
+            if k < len(photographs):
+                differences.append(np.abs(maps[0] - expected[which_photograph]))
             yield i * total + k + 1, len(BACKENDS) * total
         ms, backbone_ms = (
             statistics.median(seconds[which][warm_up:]) * 1e3 for which in (name, "backbone")
@@ -100,7 +107,8 @@ def bench_backends(
             "backbone_ms": backbone_ms,
             "ratio": ms / backbone_ms,
             "precision": backend.precision,
-            "mean_difference": difference,
+            "mean_difference": float(np.mean(differences)),
+            "largest_difference": float(np.max(differences)),
         }
     return {
         "machine": describe_machine(),
@@ -195,7 +203,7 @@ def bench_batch(
     Parameters
     ----------
     n_images
-        Photographs, after two of warm-up.
+        Photographs, after two of warm-up (or a batch, where the detector takes several at once).
     detector
         What finds blur.
 
@@ -212,19 +220,21 @@ def bench_batch(
     from PIL import Image
     from skimage.data import astronaut
 
+    warm_up = max(2, detector.batch_size)
+    total = n_images + warm_up
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         photo = Image.fromarray(astronaut()).resize((1224, 816))
-        for i in range(n_images + 2):
+        for i in range(total):
             photo.save(folder / f"{i:06d}.jpg", quality=92)
         jobs, _ = find_jobs([name], folder / "maps")
         start = time.perf_counter()
         for i, result in enumerate(detect_files(jobs, detector, DetectOptions(folder / "maps"))):
             if result.error is not None:
                 raise SemanticBlurError(result.error)
-            if i == 1:
+            if i + 1 == warm_up:
                 start = time.perf_counter()
-            yield i + 1, n_images + 2
+            yield i + 1, total
         elapsed_s = time.perf_counter() - start
     return {
         "machine": describe_machine(),

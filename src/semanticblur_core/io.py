@@ -99,6 +99,23 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
     return array
 
 
+def read_shape(path: Path) -> tuple[int, int]:
+    """Height and width of a photograph as its header states them, unturned.
+
+    Raises
+    ------
+    ImageError
+        If the header cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with _open_pillow(path) as opened:
+                return opened.height, opened.width
+    except Exception as error:  # Pillow raises many kinds
+        raise ImageError(f"{path}: damaged or unreadable: {error}") from error
+
+
 def read_orientation(path: Path) -> int:
     """EXIF or TIFF orientation (1 to 8) that `read_image` applies; 1 where the file says none.
 

@@ -5,6 +5,7 @@ import signal
 
 import numpy as np
 
+from semanticblur_core import Detector
 from semanticblur_core.errors import WeightsError
 
 
@@ -21,3 +22,18 @@ class KillsItsProcess:
 
 def no_such_model(name: str) -> None:
     raise WeightsError(f"{name}: no such model")
+
+
+def named_by_threads(model: str, backend: str) -> Detector:
+    """A detector whose name is the number of threads that computes it."""
+    detector = Detector(model, device="cpu", backend=backend)
+    detector.name = str(session_threads(detector))
+    return detector
+
+
+def session_threads(detector: Detector) -> int:
+    """Threads of ONNX Runtime's session or OpenVINO's request."""
+    engine = detector.engine
+    if detector.backend == "onnxruntime":
+        return engine._session.get_session_options().intra_op_num_threads
+    return engine._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS")

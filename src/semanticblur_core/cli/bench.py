@@ -39,6 +39,15 @@ def command() -> None:
     show_default=True,
 )
 @device_option
+@click.option(
+    "--batch",
+    "batch_size",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Images at once.",
+)
+@click.option("--compile", "compiled", is_flag=True, help="Both through torch.compile.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
 def bench_model(
     size_px: int,
@@ -46,9 +55,15 @@ def bench_model(
     n_threads: int,
     precisions: tuple[str, ...],
     device: str,
+    batch_size: int,
+    compiled: bool,
     json_path: Path | None,
 ) -> None:
-    """Time the whole network against torchvision's bare ResNet-50 backbone."""
+    """Time the whole network against torchvision's bare ResNet-50 backbone.
+
+    Images a second, and floating-point operations a second beside those of a large matrix product,
+    in practice the most that the processor does.
+    """
     from semanticblur_core import benchmarks, io
     from semanticblur_core.device import choose_device, keep_freed_memory
 
@@ -60,14 +75,21 @@ def bench_model(
         n_threads=n_threads,
         precisions=precisions,
         device=str(chosen),
+        batch_size=batch_size,
+        compiled=compiled,
     )
     result = _run(measuring)
     for timing in result["timings"]:
         click.echo(
             f"{timing['precision']}: network {timing['network_ms']:.0f} ms, bare ResNet-50 "
             f"{timing['backbone_ms']:.0f} ms, ratio {timing['ratio']:.2f} (medians of "
-            f"{timing['n_rounds']} rounds in turn, {size_px} x {size_px} px, batch 1, "
-            f"{n_threads} threads, {chosen})"
+            f"{timing['n_rounds']} rounds in turn, {size_px} x {size_px} px, batch {batch_size}, "
+            f"{'compiled' if compiled else 'eager'}, {n_threads} threads, {chosen})\n"
+            f"  {timing['network_images_per_s']:.4g} images/s, {timing['share_of_backbone']:.0%} "
+            f"of the backbone's {timing['backbone_images_per_s']:.4g}; "
+            f"{timing['network_tflops']:.3g} TFLOP/s (backbone {timing['backbone_tflops']:.3g}), "
+            f"{timing['share_of_limit']:.0%} of a large matrix product's "
+            f"{timing['limit_tflops']:.3g}"
         )
     counts = result["n_parameters"]
     click.echo(
@@ -80,21 +102,32 @@ def bench_model(
 
 @command.command(name="backends")
 @click.option("--model", default="default", show_default=True, help="As in detect.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="What detect will be asked for: with a GPU, its time counts for auto and not for cpu.",
+)
 @click.option("--size", "size_px", type=click.IntRange(64), default=320, show_default=True)
 @click.option("--rounds", "n_rounds", type=click.IntRange(3), default=20, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
-def bench_backends(model: str, size_px: int, n_rounds: int, json_path: Path | None) -> None:
-    """Find out which back end is fastest here; `detect` remembers it.
+def bench_backends(
+    model: str, device: str, size_px: int, n_rounds: int, json_path: Path | None
+) -> None:
+    """Find out which back end is fastest here; at 320 px `detect` remembers it.
 
     First each alone, in a process of its own with its start-up; then each in turn with
-    torchvision's bare ResNet-50.
+    torchvision's bare ResNet-50 on the CPU. What is remembered counts for models of the same
+    architecture.
     """
     from semanticblur_core import benchmarks_inference, io, weights
     from semanticblur_core.errors import SemanticBlurError
     from semanticblur_core.inference import choice
 
     alone = []
-    for speed in choice.measure_backends(model, size_px=size_px, n_rounds=n_rounds):
+    measuring = choice.measure_backends(model, device=device, size_px=size_px, n_rounds=n_rounds)
+    for speed in measuring:
         if isinstance(speed, SemanticBlurError):
             click.echo(f"{speed}")
             continue
@@ -116,12 +149,19 @@ def bench_backends(model: str, size_px: int, n_rounds: int, json_path: Path | No
             f"  {name}: {values['error']}"
             if "error" in values
             else f"  {name}: {values['ms']:.0f} ms in {values['precision']}, backbone "
-            f"{values['backbone_ms']:.0f} ms, ratio {values['ratio']:.2f}, maps differ from "
-            f"float32 by {values['mean_difference']:.2g}"
+            f"{values['backbone_ms']:.0f} ms, ratio {values['ratio']:.2f}, maps of photographs "
+            f"differ from float32 by {values['mean_difference']:.2g}, at most "
+            f"{values['largest_difference']:.2g}"
         )
-    sha256 = weights.read_info(weights.resolve(model)).sha256
-    picks = {n: choice.pick_backend(sha256, n)[0] for n in (1, 10, 100, 1000, 10000)}
-    click.echo("Detector takes " + ", ".join(f"{b} for {n}" for n, b in picks.items()) + " images")
+    picks = {}
+    if size_px == choice.REMEMBERED_SIZE_PX:
+        info = weights.read_info(weights.resolve(model))
+        for n in (1, 10, 100, 1000, 10000):
+            picks[n] = choice.pick_backend(info, n, device=device)[0]
+        picked = ", ".join(f"{backend} for {n}" for n, backend in picks.items())
+        click.echo(f"Detector takes {picked} images")
+    else:
+        click.echo(f"Not remembered: Detector goes by times at {choice.REMEMBERED_SIZE_PX} px")
     if json_path is not None:
         document = {**result, "alone": alone, "picks": picks}
         io.write_text(json_path, json.dumps(document, indent=1) + "\n")

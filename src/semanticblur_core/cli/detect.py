@@ -37,10 +37,6 @@ if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector
 
 
-# A large image is many tiles; how many is not known before it is opened.
-_TILES_OF_AN_IMAGE = 20
-
-
 @click.command(name="detect")
 @click.option(
     "--input",
@@ -216,8 +212,10 @@ def command(
     video a table <name>_blur.csv of its frames. A file that cannot be read is reported, the rest
     is done, and the exit code is 2.
     """
+    from semanticblur_core.inference.backends import is_exported
     from semanticblur_core.inference.batch import DetectOptions, detect_files, find_jobs
     from semanticblur_core.inference.table import require_table_format, summary_table
+    from semanticblur_core.inference.workload import count_squares
 
     if scheduler is not None and workers > 1:
         raise click.UsageError("--workers is of this machine; --scheduler has workers of its own")
@@ -242,6 +240,8 @@ def command(
     if scheduler is not None and Path(model).is_file():
         model = str(Path(model).absolute())  # workers are in folders of their own
     alone = scheduler is None and workers == 1
+    if not alone and backend == "auto" and not is_exported(model):
+        backend = "torch"  # the same in every worker, whatever was measured on its machine
     make = functools.partial(
         _make_detector,
         method,
@@ -249,9 +249,8 @@ def command(
         device=device,
         precision=precision,
         flip=flip,
-        # Workers share the cores by torch's number of threads.
-        backend=backend if alone or backend != "auto" else "torch",
-        n_images=len(jobs) * (_TILES_OF_AN_IMAGE if size == "native" else 1),
+        backend=backend,
+        n_images=count_squares(jobs, options) if backend == "auto" and alone else len(jobs),
         upsampling=upsampling,
         scales=scales,
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -26,6 +28,7 @@ BackendName = Literal["torch", "compile", "onnxruntime", "openvino"]
 Resizing = Literal["bilinear", "nearest-exact"]
 Upsampling = Literal["guided", "bilinear", "nearest-exact"]
 BACKENDS: tuple[BackendName, ...] = ("torch", "compile", "onnxruntime", "openvino")
+_CUDA = "CUDAExecutionProvider"
 
 
 class Backend(Protocol):
@@ -98,18 +101,23 @@ class OnnxRuntimeBackend(_ExportedBackend):
         if precision not in ("auto", "float32"):
             raise ConfigError(f"precision {precision}: onnxruntime computes in float32")
         providers = ["CPUExecutionProvider"]
-        if device != "cpu" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            providers.insert(0, "CUDAExecutionProvider")
+        if device != "cpu" and _CUDA in onnxruntime.get_available_providers():
+            providers.insert(0, _CUDA)
         elif device not in ("auto", "cpu"):
             raise ConfigError(f"device {device!r}: this ONNX Runtime has the CPU only")
         try:
-            self._session = onnxruntime.InferenceSession(str(path), providers=providers)
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = _n_threads()
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         # Its exceptions share no base but Exception.
         except Exception as error:
             raise _unreadable(path, error) from error
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.info = _read_info(path, metadata.get(weights.METADATA_KEY))
-        self.device = "cuda" if len(providers) > 1 else "cpu"
+        # It goes on with the CPU where CUDA's libraries are missing, and only logs that.
+        self.device = "cuda" if _CUDA in self._session.get_providers() else "cpu"
+        if self.device == "cpu" and device not in ("auto", "cpu"):
+            raise ConfigError(f"device {device!r}: ONNX Runtime fails to use the GPU")
         self.reason = f"{path.name} in ONNX Runtime"
 
     def _infer(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -137,6 +145,7 @@ class OpenVinoBackend(_ExportedBackend):
         hints: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": "bf16" if use_bfloat16 else "f32",
             "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": _n_threads(),
         }
         try:
             model = core.read_model(str(path))
@@ -147,14 +156,16 @@ class OpenVinoBackend(_ExportedBackend):
         except RuntimeError as error:
             raise _unreadable(path, error) from error
         self._request = compiled.create_infer_request()
+        self._lock = threading.Lock()  # a request serves one thread at a time
         self.reason = f"{path.name} in OpenVINO; {self.precision}"
 
     def _infer(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        try:
-            found = self._request.infer({0: batch}, share_inputs=True)
-        except RuntimeError as error:
-            raise SemanticBlurError(f"OpenVINO failed: {_first_line(error)}") from error
-        return np.array(found[0], np.float32)
+        with self._lock:
+            try:
+                found = self._request.infer({0: batch}, share_inputs=True)
+            except RuntimeError as error:
+                raise SemanticBlurError(f"OpenVINO failed: {_first_line(error)}") from error
+            return np.array(found[0], np.float32)
 
 
 def open_exported(
@@ -194,6 +205,11 @@ def open_exported(
     raise ConfigError(f"{path}: runs in onnxruntime or openvino, not {backend}")
 
 
+def is_exported(model: str) -> bool:
+    """Whether a model is an exported file by its name, for which torch is no back end."""
+    return model.lower().endswith(".onnx")
+
+
 def installed(backend: str) -> bool:
     """Whether the package of a back end can be imported."""
     return find_spec({"compile": "torch"}.get(backend, backend)) is not None
@@ -205,6 +221,12 @@ def resize_map(
     """``(h, w)`` to ``(H, W)``, as torch's ``interpolate`` does it."""
     resize = upsample_bilinear if mode == "bilinear" else upsample_nearest
     return resize(blur, shape)
+
+
+def _n_threads() -> int:
+    """Threads of a session: ``OMP_NUM_THREADS``, as torch takes it; else 0, its own choice."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() else 0
 
 
 def _read_info(path: Path, text: str | None) -> ExportedInfo:

@@ -13,15 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from semanticblur_core import io, stacks
+from semanticblur_core.data.squash import squash
 from semanticblur_core.errors import ImageError, SemanticBlurError
 from semanticblur_core.inference.overlay import draw_overlay
-from semanticblur_core.inference.planes import Channels, DetectUpdate, Planes
+from semanticblur_core.inference.planes import BATCH_PIXELS, Channels, DetectUpdate, Planes
 from semanticblur_core.inference.tiling import TileGrid
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ _RESULT_NAME = re.compile(r"_blur\.(png|tif|npy|zarr|csv|json|mp4)$|_overlay\.pn
 _SAMPLE_PREFIX = "sample:"
 _IMAGE_FORMATS = ("png", "tif", "npy", "zarr")
 STREAMED_PIXELS = 64_000_000
+_T = TypeVar("_T")
 
 
 class MapMaker(Protocol):
@@ -106,9 +108,9 @@ class DetectOptions:
 class FileResult:
     """What became of one input; ``error`` is None where it was done.
 
-    ``mean_blur`` and ``blurred_fraction`` are in 0..1; ``elapsed_s`` covers reading, analysis and
-    writing. ``planes`` are those of a stack, ``n_frames`` the analysed ones of a video. ``skipped``
-    says that all of it was there before.
+    ``mean_blur`` and ``blurred_fraction`` are in 0..1; ``elapsed_s`` covers reading, analysis (of
+    several at once its share) and writing. ``planes`` are those of a stack, ``n_frames`` the
+    analysed ones of a video. ``skipped`` says that all of it was there before.
     """
 
     source: str
@@ -184,20 +186,101 @@ def find_jobs(
 def detect_files(
     jobs: Iterable[Job], detector: MapMaker, options: DetectOptions
 ) -> Iterator[FileResult]:
-    """Detect and write; yields a result per job, failed ones included. Close it to stop."""
-    for job in jobs:
-        start = time.perf_counter()
-        try:
-            result = _detect_file(job, detector, options)
-        except SemanticBlurError as error:
-            result = FileResult(job.source, error=str(error))
-        except (MemoryError, OSError, RuntimeError) as error:  # torch's out of memory is the last
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            result = FileResult(job.source, error=f"{job.source}: {reason}")
-        except Exception as error:  # of a kind nobody foresaw; the rest is done all the same
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            result = FileResult(job.source, error=f"{job.source}: unexpected {reason}")
-        yield replace(result, elapsed_s=time.perf_counter() - start)
+    """Detect and write; yields a result per job, failed ones included. Close it to stop.
+
+    Where the detector takes several images at once (on a GPU), as many photographs are read ahead.
+    """
+    begun = (_begin(job, options) for job in jobs)
+    for some in batched(begun, images_at_once(detector, options), _Begun.n_pixels):
+        _detect_together([item for item in some if item.image is not None], detector, options)
+        for item in some:
+            start = time.perf_counter()
+            result = item.result
+            if result is None:
+                result = _attempt(item.job, functools.partial(_finish, item, detector, options))
+            item.image = item.blur = None  # not in memory beside the next
+            yield replace(result, elapsed_s=item.elapsed_s + time.perf_counter() - start)
+
+
+@dataclass
+class _Begun:
+    """A job under way: over, or a photograph with its map or without, or all to be done."""
+
+    job: Job
+    result: FileResult | None = None
+    image: NDArray[Any] | None = None
+    blur: NDArray[np.float32] | None = None
+    elapsed_s: float = 0.0
+
+    def n_pixels(self) -> float:
+        """What it holds; a stack or a video waits for nothing and lets nothing wait."""
+        if self.image is not None:
+            return math.prod(self.image.shape[:2])
+        return math.inf if self.result is None else 0
+
+
+def _begin(job: Job, options: DetectOptions) -> _Begun:
+    """Read a photograph, unless its results are there."""
+    start = time.perf_counter()
+    found = _attempt(job, functools.partial(_read_photograph, job, options))
+    elapsed_s = time.perf_counter() - start
+    if isinstance(found, FileResult):
+        return _Begun(job, result=found, elapsed_s=elapsed_s)
+    return _Begun(job, image=found, elapsed_s=elapsed_s)
+
+
+def _attempt(job: Job, action: Callable[[], _T]) -> _T | FileResult:
+    """What an action returns, or how the job failed."""
+    try:
+        return action()
+    except SemanticBlurError as error:
+        return FileResult(job.source, error=str(error))
+    except (MemoryError, OSError, RuntimeError) as error:  # torch's out of memory is the last
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return FileResult(job.source, error=f"{job.source}: {reason}")
+    except Exception as error:  # of a kind nobody foresaw; the rest is done all the same
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return FileResult(job.source, error=f"{job.source}: unexpected {reason}")
+
+
+def images_at_once(detector: MapMaker, options: DetectOptions) -> int:
+    """How many images the detector computes in one pass; at native size it takes tiles of one."""
+    return 1 if options.size == "native" else int(getattr(detector, "batch_size", 1))
+
+
+def batched(items: Iterable[_T], n: int, n_pixels: Callable[[_T], float]) -> Iterator[list[_T]]:
+    """Up to ``n`` items at a time, in order, that hold at most `BATCH_PIXELS` unless it is one."""
+    held: list[_T] = []
+    total = 0.0
+    for item in items:
+        if held and total + n_pixels(item) > BATCH_PIXELS:
+            yield held
+            held, total = [], 0.0
+        held.append(item)
+        total += n_pixels(item)
+        if len(held) >= n or total >= BATCH_PIXELS:
+            yield held
+            held, total = [], 0.0
+    if held:
+        yield held
+
+
+def _detect_together(photographs: list[_Begun], detector: MapMaker, options: DetectOptions) -> None:
+    """Maps of several photographs in one pass; if that fails they are left to be done singly."""
+    if len(photographs) < 2:
+        return
+    start = time.perf_counter()
+    images = [item.image for item in photographs if item.image is not None]
+    try:
+        # Only the network takes several at once.
+        maps = cast("Detector", detector).detect_batch(
+            images, size=options.size, value_range=options.value_range
+        )
+    except Exception:  # told of the file that it is of, when that is done alone
+        return
+    for item, blur in zip(photographs, maps, strict=True):
+        item.blur = blur
+        item.elapsed_s += (time.perf_counter() - start) / len(photographs)
 
 
 def _require_one_range(job: Job, options: DetectOptions) -> None:
@@ -208,29 +291,53 @@ def _require_one_range(job: Job, options: DetectOptions) -> None:
         )
 
 
-def _detect_file(job: Job, detector: MapMaker, options: DetectOptions) -> FileResult:
+def _is_video(job: Job) -> bool:
+    return Path(job.source).suffix.lower() in io.VIDEO_SUFFIXES
+
+
+def _is_photograph(job: Job, options: DetectOptions) -> bool:
+    """Whether it is neither a video nor a stack nor to be read piece by piece."""
     path = Path(job.source)
-    if path.suffix.lower() in io.VIDEO_SUFFIXES:
+    return is_sample(job.source) or not (
+        _is_video(job) or stacks.is_stack(path, axes=options.axes) or _is_streamed(path, options)
+    )
+
+
+def _read_photograph(job: Job, options: DetectOptions) -> NDArray[Any] | FileResult | None:
+    """Its pixels, or its results that are there before; None of other kinds."""
+    if not _is_photograph(job, options):
+        return None
+    _require_one_range(job, options)
+    targets, overlay = _photograph_outputs(job, options)
+    outputs = [*targets.values(), *overlay]
+    if is_done(outputs, options):
+        return FileResult(job.source, outputs, skipped=True)
+    return load(job.source, max_pixels=options.max_pixels)
+
+
+def _photograph_outputs(job: Job, options: DetectOptions) -> tuple[dict[str, Path], list[Path]]:
+    """Files of its map by format, and the file of its overlay if one is wanted."""
+    base = options.output / job.output_stem
+    overlay = [base.with_name(f"{base.name}_overlay.png")] if options.overlay else []
+    return result_paths(job, options, "png", _IMAGE_FORMATS), overlay
+
+
+def _finish(begun: _Begun, detector: MapMaker, options: DetectOptions) -> FileResult:
+    """Detect what is not detected yet, and write."""
+    job, image, blur = begun.job, begun.image, begun.blur
+    if image is None and _is_video(job):
         from semanticblur_core.inference.video import detect_video
 
         _require_one_range(job, options)
         return detect_video(job, detector, options)
-    if not is_sample(job.source) and (
-        stacks.is_stack(path, axes=options.axes) or _is_streamed(path, options)
-    ):
+    if image is None:
         return _detect_stack(job, detector, options)
-    _require_one_range(job, options)
-    targets = result_paths(job, options, "png", _IMAGE_FORMATS)
-    base = options.output / job.output_stem
-    overlay_path = base.with_name(f"{base.name}_overlay.png")
-    outputs = [*targets.values(), *([overlay_path] if options.overlay else [])]
-    if is_done(outputs, options):
-        return FileResult(job.source, outputs, skipped=True)
-    image = load(job.source, max_pixels=options.max_pixels)
-    try:
-        blur = detector.detect(image, size=options.size, value_range=options.value_range)
-    except SemanticBlurError as error:
-        raise ImageError(f"{job.source}: {error}") from error
+    if blur is None:
+        try:
+            blur = detector.detect(image, size=options.size, value_range=options.value_range)
+        except SemanticBlurError as error:
+            raise ImageError(f"{job.source}: {error}") from error
+    targets, overlay = _photograph_outputs(job, options)
     if "png" in targets:
         io.write_png(targets["png"], np.round(blur * 255).astype(np.uint8))
     if "tif" in targets:
@@ -241,14 +348,14 @@ def _detect_file(job: Job, detector: MapMaker, options: DetectOptions) -> FileRe
         with stacks.new_map(targets["zarr"], blur.shape) as maps:
             maps.append(blur)
             stacks.write_zarr(targets["zarr"], maps, axes="YX", pixel_size_um={})
-    if options.overlay:
+    for path in overlay:
         drawn = draw_overlay(
             image, blur, threshold=options.threshold, value_range=options.value_range
         )
-        io.write_png(overlay_path, drawn)
+        io.write_png(path, drawn)
     return FileResult(
         source=job.source,
-        outputs=outputs,
+        outputs=[*targets.values(), *overlay],
         height=blur.shape[0],
         width=blur.shape[1],
         blurred_fraction=float((blur > options.threshold).mean()),
@@ -269,7 +376,7 @@ def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileR
     with stacks.open_stack(path, axes=options.axes, level=options.level) as stack:
         try:
             planes = Planes(stack.array, stack.axes, options.channels)
-            box = _box(planes, options.planes)
+            box = chosen_planes(planes, options.planes)
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from error
         shape = (*(len(axis) for axis in box), *planes.plane_shape)
@@ -306,41 +413,48 @@ def _append_planes(
     detector: MapMaker,
     options: DetectOptions,
 ) -> Iterator[PlaneResult]:
-    """Detect planes one after the other; at native size in strips, a plane is never held whole."""
-    if options.channel_ranges is not None:
-        limits: list[tuple[float, float]] | None = planes.as_limits(options.channel_ranges)
-    elif options.value_range is None:
-        limits = planes.estimate_range()
-    else:
-        limits = planes.as_limits(options.value_range)
+    """Detect planes in order and append their maps."""
     n_pixels = math.prod(planes.plane_shape)
-    for index in itertools.product(*box):
-        view = planes.view(index)
-        strips: Iterable[NDArray[np.float32]]
-        if options.size == "native":
-            read = _banded(functools.partial(view.read_unit, limits=limits))
-            grid = TileGrid(*planes.plane_shape)
-            # Only the network has a native size: other methods always work at the image's own.
-            network = cast("Detector", detector)
-            strips = (strip for _, strip in network.iter_strips(read, grid))
-        else:
-            if n_pixels > options.max_pixels:
-                raise ImageError(
-                    f"planes of {n_pixels / 1e6:.0f} million pixels are too large to be squashed; "
-                    "--size=native streams them, --level takes a coarser one of a pyramid, "
-                    "--max-pixels raises the limit"
-                )
-            [update] = detector.iter_planes(
-                planes.array, planes.axes, indices=[index], channels=planes.channels,
-                size=options.size, value_range=limits,
-            )  # fmt: skip
-            strips = [update.blur]
+    for index, strips in _iter_strips(planes, box, detector, options):
         n_blurred, total = 0, 0.0
         for strip in strips:
             maps.append(strip)
             n_blurred += int(np.count_nonzero(strip > options.threshold))
             total += float(strip.sum(dtype=np.float64))
         yield PlaneResult(index, n_blurred / n_pixels, total / n_pixels)
+
+
+def _iter_strips(
+    planes: Planes, box: list[range], detector: MapMaker, options: DetectOptions
+) -> Iterator[tuple[tuple[int, ...], Iterable[NDArray[np.float32]]]]:
+    """Each plane's index and map; at native size in strips, a plane is never held whole."""
+    limits: list[tuple[float, float]] | None
+    if options.channel_ranges is not None:
+        limits = planes.as_limits(options.channel_ranges)
+    elif options.value_range is None:
+        limits = planes.estimate_range()
+    else:
+        limits = planes.as_limits(options.value_range)
+    if options.size == "native":
+        grid = TileGrid(*planes.plane_shape)
+        # Only the network has a native size: other methods always work at the image's own.
+        network = cast("Detector", detector)
+        for index in itertools.product(*box):
+            read = _banded(functools.partial(planes.view(index).read_unit, limits=limits))
+            yield index, (strip for _, strip in network.iter_strips(read, grid))
+        return
+    n_pixels = math.prod(planes.plane_shape)
+    if n_pixels > options.max_pixels:
+        raise ImageError(
+            f"planes of {n_pixels / 1e6:.0f} million pixels are too large to be squashed; "
+            "--size=native streams them, --level takes a coarser one of a pyramid, "
+            "--max-pixels raises the limit"
+        )
+    for update in detector.iter_planes(
+        planes.array, planes.axes, indices=list(itertools.product(*box)),
+        channels=planes.channels, size=options.size, value_range=limits,
+    ):  # fmt: skip
+        yield update.index, [update.blur]
 
 
 def _banded(
@@ -365,8 +479,14 @@ def _is_streamed(path: Path, options: DetectOptions) -> bool:
     return stacks.plane_pixels(path) > STREAMED_PIXELS
 
 
-def _box(planes: Planes, wanted: tuple[slice, ...] | None) -> list[range]:
-    """Indices along each walked axis."""
+def chosen_planes(planes: Planes, wanted: tuple[slice, ...] | None) -> list[range]:
+    """Indices along each walked axis.
+
+    Raises
+    ------
+    ImageError
+        If a slice is of no axis or names no plane.
+    """
     chosen = wanted or ()
     if len(chosen) > len(planes.lengths):
         raise ImageError(
@@ -444,6 +564,15 @@ def load(source: str, *, max_pixels: int = io.MAX_PIXELS) -> NDArray[Any]:
         array: NDArray[Any] = getattr(data, SAMPLES[source.removeprefix(_SAMPLE_PREFIX)])()
         return array
     return io.read_image(Path(source), max_pixels=max_pixels)
+
+
+def sample_photographs(height: int, width: int) -> NDArray[np.float32]:
+    """The samples, squashed: ``(3, height, width, 3)`` float32 in 0..1.
+
+    What a network computes is compared on them: on noise its maps are 0 nearly everywhere, and hide
+    most of what differs.
+    """
+    return np.stack([squash(load(f"{_SAMPLE_PREFIX}{name}"), height, width) for name in SAMPLES])
 
 
 def expand_input(

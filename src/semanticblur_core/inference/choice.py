@@ -1,6 +1,6 @@
 """Which back end is fastest on this machine: measured once in processes of their own, remembered.
 
-``python -m semanticblur_core.inference.choice BACKEND MODEL SIZE ROUNDS`` is one measurement.
+``python -m semanticblur_core.inference.choice BACKEND MODEL DEVICE SIZE ROUNDS`` measures one.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from semanticblur_core import io, weights
+from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import SemanticBlurError
 from semanticblur_core.inference.backends import BACKENDS, BackendName, installed
 from semanticblur_core.machine import processor_name
 
+# Speeds are remembered for squares of this size only; other sizes count by their area.
+REMEMBERED_SIZE_PX = 320
 # Below this gain another back end is not worth a second code path.
 WORTHWHILE = 0.9
 _Records = dict[str, dict[str, dict[str, Any]]]
@@ -42,14 +45,22 @@ class BackendSpeed:
 
 
 def measure_backends(
-    model: str = "default", *, size_px: int = 320, n_rounds: int = 10
+    model: str = "default",
+    *,
+    device: str = "auto",
+    size_px: int = REMEMBERED_SIZE_PX,
+    n_rounds: int = 10,
 ) -> Iterator[BackendSpeed | SemanticBlurError]:
-    """Time each back end that is installed, and remember the results for this machine.
+    """Time each back end that is installed; remember the results if the size is 320 px.
+
+    They count for this machine, the model's architecture and the device that was asked for.
 
     Parameters
     ----------
     model
         Packaged model, own model or file of weights.
+    device
+        ``auto`` or ``cpu``, as it will be asked for.
     size_px
         Side of the square images.
     n_rounds
@@ -65,49 +76,68 @@ def measure_backends(
         if not installed(backend):
             yield SemanticBlurError(f"{backend}: not installed")
             continue
-        found = _measure_apart(backend, model, size_px, n_rounds)
+        found = _measure_apart(backend, model, device, size_px, n_rounds)
         if isinstance(found, BackendSpeed):
             speeds.append(found)
         yield found
+    if size_px != REMEMBERED_SIZE_PX:
+        return
+    config = weights.read_info(weights.resolve(model)).architecture
+    asked = {device}
+    if all(speed.device == "cpu" for speed in speeds):
+        asked.add("cpu")  # no GPU was taken, so that auto is the CPU here
     records = _read()
-    records[_machine()] = {speed.backend: asdict(speed) for speed in speeds}
+    for name in asked:
+        records[_key(config, name)] = {speed.backend: asdict(speed) for speed in speeds}
     io.write_text(_record_file(), json.dumps(records, indent=1) + "\n")
 
 
-def remembered() -> dict[str, BackendSpeed]:
-    """Speeds measured on this machine with the packages installed now; empty if none were."""
+def remembered(config: ModelConfig, device: str = "auto") -> dict[str, BackendSpeed]:
+    """Speeds of an architecture on this machine with the packages of now; empty if none is known.
+
+    ``device`` is the one asked for, ``auto`` or ``cpu``.
+    """
     try:
-        found = _read().get(_machine(), {})
+        found = _read().get(_key(config, device), {})
         return {name: BackendSpeed(**values) for name, values in found.items()}
     except (TypeError, AttributeError):  # written by another version
         return {}
 
 
 def pick_backend(
-    sha256: str, n_images: int = 1, precision: str = "auto"
+    info: weights.WeightsInfo,
+    n_images: float = 1,
+    precision: str = "auto",
+    device: str = "auto",
 ) -> tuple[BackendName, str]:
     """Back end that finishes first, start-up included, and why (one line for people).
 
     Parameters
     ----------
-    sha256
+    info
         Of the weights; an exported file that must first be made counts against a back end.
     n_images
-        How many are to come.
+        How many are to come, as squares of 320 px.
     precision
         Other than ``auto``: only torch and those that were measured in it.
+    device
+        As asked for, ``auto`` or ``cpu``: speeds measured for the other one do not count.
     """
     speeds = {
         name: speed
-        for name, speed in remembered().items()
+        for name, speed in remembered(info.architecture, device).items()
         if precision in ("auto", speed.precision) or name == "torch"
     }
     if "torch" not in speeds:
-        return "torch", "semanticblur-core bench backends finds out whether another is faster"
+        flag = " --device=cpu" if device == "cpu" else ""
+        command = f"semanticblur-core bench backends{flag}"
+        return "torch", f"{command} finds out whether another is faster"
+
+    is_exported = exported_file(info.sha256).is_file()
 
     def total_s(speed: BackendSpeed) -> float:
         making = 0.0
-        if speed.backend in ("onnxruntime", "openvino") and not exported_file(sha256).is_file():
+        if speed.backend in ("onnxruntime", "openvino") and not is_exported:
             making = _EXPORT_S
         return making + speed.startup_s + n_images * speed.seconds_per_image
 
@@ -146,7 +176,7 @@ def ensure_exported(model: str) -> Path:
 
 
 def _measure_apart(
-    backend: BackendName, model: str, size_px: int, n_rounds: int
+    backend: BackendName, model: str, device: str, size_px: int, n_rounds: int
 ) -> BackendSpeed | SemanticBlurError:
     if backend in ("onnxruntime", "openvino"):
         try:
@@ -157,7 +187,7 @@ def _measure_apart(
     start = time.time()
     try:
         done = subprocess.run(
-            [*command, backend, model, str(size_px), str(n_rounds)],
+            [*command, backend, model, device, str(size_px), str(n_rounds)],
             capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
@@ -170,7 +200,7 @@ def _measure_apart(
     return BackendSpeed(backend=backend, startup_s=startup_s, **values)
 
 
-def _measure_here(backend: str, model: str, size_px: int, n_rounds: int) -> None:
+def _measure_here(backend: str, model: str, device: str, size_px: int, n_rounds: int) -> None:
     """Print a line of JSON for `_measure_apart`."""
     import numpy as np
 
@@ -178,7 +208,7 @@ def _measure_here(backend: str, model: str, size_px: int, n_rounds: int) -> None
 
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (size_px, size_px, 3), np.uint8)
-    detector = Detector(model, backend=backend)
+    detector = Detector(model, backend=backend, device=device)
     detector.detect(image, size=size_px)
     first_map_at = time.time()
     seconds = []
@@ -207,7 +237,7 @@ def _read() -> _Records:
     return cast("_Records", found if isinstance(found, dict) else {})
 
 
-def _machine() -> str:
+def _key(config: ModelConfig, device: str) -> str:
     """What the speeds depend on; a change of any part asks for a new measurement."""
     versions = []
     for package in _PACKAGES:
@@ -216,8 +246,10 @@ def _machine() -> str:
         except PackageNotFoundError:
             versions.append(f"no {package}")
     gpu = "GPU" if shutil.which("nvidia-smi") else "no GPU"
-    return ", ".join([processor_name(), f"{os.cpu_count()} cores", gpu, *versions])
+    machine = [processor_name(), f"{os.cpu_count()} cores", gpu, *versions]
+    architecture = json.dumps(config.to_dict(), sort_keys=True)
+    return ", ".join([*machine, f"device {device}", architecture])
 
 
 if __name__ == "__main__":
-    _measure_here(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    _measure_here(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))

@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -59,7 +60,8 @@ class DetectionCluster:
     ----------
     make_detector
         Called once in each worker process; must be picklable, such as
-        ``functools.partial(Detector, "default")``.
+        ``functools.partial(Detector, "default", backend="torch")``. Name the back end: with
+        ``auto`` each machine would take what was measured there.
     n_workers
         Processes on this machine; the cores are divided among them. Scripts need the usual
         ``if __name__ == "__main__":``, since processes are spawned.
@@ -81,7 +83,7 @@ class DetectionCluster:
 
     Examples
     --------
-    >>> make = functools.partial(Detector, "default", device="cpu")
+    >>> make = functools.partial(Detector, "default", device="cpu", backend="torch")
     >>> jobs, _ = find_jobs(["photos"], Path("maps"))
     >>> with DetectionCluster(make, n_workers=2) as cluster:
     ...     for result in cluster.detect_files(jobs, DetectOptions(Path("maps"))):
@@ -102,7 +104,7 @@ class DetectionCluster:
         self.detector: Any = None
         self._make = make_detector
         self._resources = ExitStack()
-        self._n_threads: int | None = None  # of torch, in each worker process of this machine
+        self._n_threads: int | None = None  # in each worker process of this machine
         try:
             if scheduler is not None:
                 self._client = self._connect(scheduler)
@@ -306,16 +308,14 @@ def dask_setup(worker: Any) -> None:
 def _detect_chunk(
     pickled_make: bytes, tasks: list[_Task], options: DetectOptions, n_threads: int | None
 ) -> tuple[SimpleNamespace, list[FileResult]]:
-    if n_threads is not None:
-        import torch
-
-        torch.set_num_threads(n_threads)
     detector = process_detector(pickled_make)
+    if n_threads is not None and "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(n_threads)
     results: list[FileResult] = []
-    for task in tasks:
+    for fresh, some in itertools.groupby(tasks, key=lambda task: task.fresh):
         # A result that was not there when the job was handed out is of a worker that died since.
-        own = replace(options, overwrite=True) if task.fresh else options
-        results.extend(detect_files([task.distant], detector, own))
+        own = replace(options, overwrite=True) if fresh else options
+        results.extend(detect_files([task.distant for task in some], detector, own))
     public = {name: getattr(detector, name) for name in _PUBLIC if hasattr(detector, name)}
     return SimpleNamespace(**public), results
 

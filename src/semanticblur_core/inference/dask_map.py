@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semanticblur_core.errors import ConfigError, ImageError
+from semanticblur_core.inference.backends import is_exported
 from semanticblur_core.inference.cluster import process_detector
 from semanticblur_core.inference.planes import Channels, Planes, range_of_samples
 
@@ -25,7 +26,7 @@ def detect_dask(
     device: str = "auto",
     precision: str = "auto",
     flip: bool = False,
-    backend: str = "torch",
+    backend: str = "auto",
     size: int | Literal["native"] = 320,
     channels: Channels = "each",
     value_range: tuple[float, float] | Sequence[tuple[float, float]] | None = None,
@@ -42,8 +43,8 @@ def detect_dask(
         See `semanticblur_core.Detector`; each process of a dask.distributed cluster loads its own
         once, a file of weights under the same absolute path.
     backend
-        Likewise; by default torch, so that all machines compute the same way and several threads
-        can.
+        Likewise, but ``auto`` is torch on all machines, whatever was measured there; of an
+        exported file, ONNX Runtime.
     size
         As in `semanticblur_core.Detector.detect`.
     value_range
@@ -74,6 +75,8 @@ def detect_dask(
     except ImportError:
         raise ConfigError("this needs dask: pip install 'napari-semanticblur[cluster]'") from None
 
+    if backend == "auto" and not is_exported(model):
+        backend = "torch"
     if Path(model).is_file():
         model = str(Path(model).absolute())  # workers are in folders of their own
     array = da.asarray(array)

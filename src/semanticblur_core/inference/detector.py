@@ -20,11 +20,19 @@ from semanticblur_core.inference.backends import (
     Backend,
     Resizing,
     Upsampling,
+    is_exported,
     open_exported,
     resize_map,
 )
 from semanticblur_core.inference.choice import ensure_exported, pick_backend
-from semanticblur_core.inference.planes import ALL, Channels, DetectUpdate, Planes, Region
+from semanticblur_core.inference.planes import (
+    ALL,
+    BATCH_PIXELS,
+    Channels,
+    DetectUpdate,
+    Planes,
+    Region,
+)
 from semanticblur_core.inference.tiling import OVERLAP_PX, TILE_SIZE_PX, Tile, TileGrid
 from semanticblur_core.inference.upsampling import to_logits, upsample_guided
 
@@ -58,9 +66,11 @@ class Detector:
     backend
         ``torch``, ``compile`` (``torch.compile``), ``onnxruntime``, ``openvino``, or ``auto``: what
         was measured to be fastest on this machine, see
-        `semanticblur_core.inference.choice.pick_backend`; torch until something was.
+        `semanticblur_core.inference.choice.pick_backend`; torch until something was. All take the
+        number of threads from ``OMP_NUM_THREADS`` where it is set when they start.
     n_images
-        How many are to come, for ``auto``: a back end that starts slowly pays for many.
+        How many are to come, for ``auto``: a back end that starts slowly pays for many. Counted as
+        squares of 320 px: a tile of 512 px is 2.6 of them.
     upsampling
         How a map is brought to the image's size: ``guided`` by the image's own edges (where the
         image is larger than the square that it was squashed to), ``bilinear``, or
@@ -69,12 +79,12 @@ class Detector:
         Squashed images are analysed at ``size`` times each of these and the logits averaged:
         ``(1, 1.4)`` is better on photographs and takes three times as long. Not for native size.
     batch_size
-        Planes or tiles computed at once; 0 is 1 on a CPU and 16 on a GPU.
+        Images, planes or tiles computed at once; 0 is 1 on a CPU and 16 on a GPU.
 
     Attributes
     ----------
-    backend, device, precision, reason
-        What it computes in and on, and why.
+    backend, device, precision, reason, batch_size
+        What it computes in and on, why, and how many at once.
     flip, upsampling, scales
         As given.
     name
@@ -104,7 +114,7 @@ class Detector:
         precision: str = "auto",
         flip: bool = False,
         backend: str = "auto",
-        n_images: int = 1,
+        n_images: float = 1,
         upsampling: Upsampling = "guided",
         scales: Sequence[float] = (1.0,),
         batch_size: int = 0,
@@ -119,18 +129,19 @@ class Detector:
         self.sha256: str | None = None
         self.config: ModelConfig
         self._backend: Backend
-        if isinstance(model, str) and model.lower().endswith(".onnx"):
+        if isinstance(model, str) and is_exported(model):
             exported = open_exported(
                 Path(model), backend=backend, device=device, precision=precision
             )
             self._backend, self.config = exported, exported.info.architecture
             self.sha256 = exported.info.sha256
         else:
+            n_images *= (1 + flip) * sum(scale**2 for scale in self.scales)
             self._load(model, device, precision, backend, n_images)
-        self._batch_size = batch_size or (1 if self.device == "cpu" else GPU_BATCH_SIZE)
+        self._batch_size = batch_size
 
     def _load(
-        self, model: str | SemanticBlur, device: str, precision: str, backend: str, n_images: int
+        self, model: str | SemanticBlur, device: str, precision: str, backend: str, n_images: float
     ) -> None:
         """Set what is known of the model, and its back end."""
         why = ""
@@ -142,7 +153,7 @@ class Detector:
             self.info = weights.read_info(weights.resolve(model))
             self.config, self.sha256 = self.info.architecture, self.info.sha256
             if backend == "auto" and device in ("auto", "cpu"):
-                backend, why = pick_backend(self.sha256, n_images, precision)
+                backend, why = pick_backend(self.info, n_images, precision, device)
         if backend in ("onnxruntime", "openvino"):
             assert isinstance(model, str)
             self._backend = open_exported(
@@ -173,6 +184,11 @@ class Detector:
     def device(self) -> str:
         """``cpu``, ``cuda`` ...; another one after a GPU ran out of memory."""
         return self._backend.device
+
+    @property
+    def batch_size(self) -> int:
+        """Images, planes or tiles computed at once."""
+        return self._batch_size or (1 if self.device == "cpu" else GPU_BATCH_SIZE)
 
     @property
     def precision(self) -> str:
@@ -313,9 +329,11 @@ class Detector:
         views = [planes.view(i) for i in (planes.indices() if indices is None else indices)]
         if size != "native":
             n_done = 0
-            for some in _batched(views, self._batch_size):
+            n_held = max(1, BATCH_PIXELS // math.prod(planes.plane_shape))
+            for some in _batched(views, min(self.batch_size, n_held)):
                 pixels = [io.as_rgb(view.read_unit(limits=limits)) for view in some]
                 maps = self._run_squashed(pixels, size, upsampling or self.upsampling)
+                del pixels  # not in memory beside the next
                 for view, blur in zip(some, maps, strict=True):
                     n_done += 1
                     whole = np.broadcast_to(np.True_, blur.shape)
@@ -357,7 +375,7 @@ class Detector:
             tiles.sort(
                 key=lambda tile: not (_overlap(tile.rows, rows) and _overlap(tile.columns, columns))
             )
-        for some in _batched(tiles, self._batch_size):
+        for some in _batched(tiles, self.batch_size):
             pixels = [_as_unit_float(io.as_rgb(read(tile.rows, tile.columns))) for tile in some]
             for tile, blur in zip(some, self._run(np.stack(pixels)), strict=True):
                 yield tile, blur * grid.weights(tile)

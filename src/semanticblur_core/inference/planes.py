@@ -21,6 +21,8 @@ ALL: Region = (slice(None), slice(None))
 # What an estimate of the intensity range reads at most.
 RANGE_PLANES = 16
 RANGE_SAMPLES_PER_PLANE = 250_000
+# What the images or planes of one batch hold at most, so that large ones do not fill the memory.
+BATCH_PIXELS = 32_000_000
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ class TorchBackend:
                 raise
         if len(images) > 1:
             half = len(images) // 2
-            return torch.cat([self.tensors(images[:half]), self.tensors(images[half:])])
+            first, second = self.tensors(images[:half]), self.tensors(images[half:])
+            return torch.cat([first.to(second.device), second])  # the second may be the CPU's
         if self.device == "cpu":
             height, width = images.shape[1:3]
             raise SemanticBlurError(

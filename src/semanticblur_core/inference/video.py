@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,14 @@ from semanticblur_core.inference.batch import (
     FileResult,
     Job,
     MapMaker,
+    batched,
+    images_at_once,
     is_done,
     result_paths,
 )
+
+if TYPE_CHECKING:
+    from semanticblur_core.inference.detector import Detector
 
 FORMATS = ("csv", "json", "mp4")
 _COLUMNS = ("frame", "time_s", "mean_blur", "blurred_fraction")
@@ -104,6 +109,25 @@ def iter_frames(
         raise ImageError(f"{path}: damaged or unreadable: {reason.splitlines()[0]}") from error
 
 
+def count_frames(path: Path) -> tuple[int, tuple[int, int]]:
+    """How many frames a video states, or its length and rate give; and their height and width.
+
+    Raises
+    ------
+    ImageError
+        If it is no video.
+    """
+    av = _import_av(path)
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            stream = container.streams.video[0]
+            rate = stream.average_rate or stream.guessed_rate or 25
+            n_frames = stream.frames or round(_stated_length_s(stream) * rate)
+            return int(n_frames), (stream.codec_context.height, stream.codec_context.width)
+    except Exception as error:  # as in `iter_frames`
+        raise ImageError(f"{path}: damaged or unreadable: {error}") from error
+
+
 def detect_video(job: Job, detector: MapMaker, options: DetectOptions) -> FileResult:
     """Table of a video's frames, and where asked for a grey video of their maps.
 
@@ -123,13 +147,7 @@ def detect_video(job: Job, detector: MapMaker, options: DetectOptions) -> FileRe
         writers = [
             resources.enter_context(_WRITERS[name](target)) for name, target in targets.items()
         ]
-        for frame, rate in iter_frames(path, every=options.every, max_pixels=options.max_pixels):
-            try:
-                blur = detector.detect(
-                    frame.pixels, size=options.size, value_range=options.value_range
-                )
-            except SemanticBlurError as error:
-                raise ImageError(f"{path}: frame {frame.number}: {error}") from error
+        for frame, rate, blur in _iter_maps(path, detector, options):
             mean = float(blur.mean(dtype=np.float64))
             fraction = float((blur > options.threshold).mean())
             row = (frame.number, round(frame.time_s, 6), mean, fraction)
@@ -146,6 +164,29 @@ def detect_video(job: Job, detector: MapMaker, options: DetectOptions) -> FileRe
         mean_blur=total / n_frames,
         n_frames=n_frames,
     )
+
+
+def _iter_maps(
+    path: Path, detector: MapMaker, options: DetectOptions
+) -> Iterator[tuple[Frame, Fraction, NDArray[np.float32]]]:
+    """Frames with their rate and map, as many at once as the detector takes."""
+    how: Any = {"size": options.size, "value_range": options.value_range}
+    frames = iter_frames(path, every=options.every, max_pixels=options.max_pixels)
+    for some in batched(frames, images_at_once(detector, options), _frame_pixels):
+        pixels = [frame.pixels for frame, _ in some]
+        try:
+            if len(some) == 1:
+                maps = [detector.detect(pixels[0], **how)]
+            else:
+                maps = cast("Detector", detector).detect_batch(pixels, **how)
+        except SemanticBlurError as error:
+            raise ImageError(f"{path}: frame {some[0][0].number}: {error}") from error
+        for (frame, rate), blur in zip(some, maps, strict=True):
+            yield frame, rate, blur
+
+
+def _frame_pixels(item: tuple[Frame, Fraction]) -> float:
+    return float(item[0].pixels[..., 0].size)
 
 
 class _Writer(Protocol):
@@ -235,12 +276,7 @@ def _encoder() -> str:
 
 def _refuse_truncated(path: Path, stream: Any, n_frames: int, end_s: float) -> None:
     """Compare what was read with the length that the file states, if it states one."""
-    stated_s = 0.0
-    if stream.duration is not None and stream.time_base is not None:
-        stated_s = float(((stream.start_time or 0) + stream.duration) * stream.time_base)
-    elif "DURATION" in stream.metadata:  # Matroska, 00:01:02.5
-        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-        stated_s = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    stated_s = _stated_length_s(stream)
     if end_s + _SLACK_S + _SLACK_SHARE * stated_s < stated_s:
         raise ImageError(
             f"{path}: truncated: ends after {n_frames} frames, {end_s:.2f} of {stated_s:.2f} s"
@@ -248,6 +284,16 @@ def _refuse_truncated(path: Path, stream: Any, n_frames: int, end_s: float) -> N
     # AVI: FFmpeg takes the length from the size of the file, but not this number.
     if n_frames + _SLACK_FRAMES + _SLACK_SHARE * stream.frames < stream.frames:
         raise ImageError(f"{path}: truncated: ends after {n_frames} of {stream.frames} frames")
+
+
+def _stated_length_s(stream: Any) -> float:
+    """When the file says that the last frame ends; 0 if it does not."""
+    if stream.duration is not None and stream.time_base is not None:
+        return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+    if "DURATION" in stream.metadata:  # Matroska, 00:01:02.5
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    return 0.0
 
 
 def _import_av(path: Path) -> Any:

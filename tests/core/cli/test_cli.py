@@ -162,11 +162,15 @@ def test_bench_model_reports_ratios_and_counts(tmp_path: Path) -> None:
         "--size=64",
         "--rounds=3",
         "--precision=float32",
+        "--batch=2",
+        "--device=cpu",
         "--json=b.json",
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
+    assert "batch 2, eager" in done.stdout
     result = json.loads((tmp_path / "b.json").read_text())
+    assert (result["batch_size"], result["compiled"]) == (2, False)
     (timing,) = result["timings"]
     assert timing["ratio"] == pytest.approx(timing["network_ms"] / timing["backbone_ms"])
     assert result["n_parameters"]["total"] == 25_280_866

@@ -320,6 +320,113 @@ def test_resume_skips_what_is_whole_and_does_the_rest(folder: Path, detector: De
     assert [result.skipped for result in detect_files(jobs, detector, both)] == [False] * 3
 
 
+class SeveralAtOnce:
+    """A detector that takes three images at once, and remembers how many it was given."""
+
+    name, batch_size = "several", 3
+
+    def __init__(self) -> None:
+        self.given: list[int] = []
+
+    def detect(self, image: np.ndarray, **keywords: object) -> np.ndarray:
+        return self.detect_batch([image])[0]
+
+    def detect_batch(self, images: list[np.ndarray], **keywords: object) -> list[np.ndarray]:
+        self.given.append(len(images))
+        if any(image.shape[1] == 51 for image in images):
+            raise ImageError("what a width")
+        return [np.full(image.shape[:2], image.mean() / 255, np.float32) for image in images]
+
+
+def test_a_detector_gets_as_many_photographs_as_it_takes(
+    tmp_path: Path, detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(8):
+        Image.new("L", (50, 40), 20 * i).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes(b"no image")
+    np.save(tmp_path / "stack.npy", np.zeros((2, 40, 50), np.uint8))
+    jobs, _ = find_jobs([str(tmp_path)], tmp_path / "out")
+    jobs.insert(6, Job(str(tmp_path / "stack.npy"), "stack"))
+    several, options = SeveralAtOnce(), DetectOptions(tmp_path / "out", resume=True)
+    monkeypatch.setattr(batch, "_detect_stack", lambda job, *_: batch.FileResult(job.source))
+    results = list(detect_files(jobs, several, options))  # type: ignore[arg-type]
+    assert [r.source for r in results] == [job.source for job in jobs]
+    # Two and a broken one; three; then a stack, for which nothing waits; two.
+    assert several.given == [2, 3, 2]
+    assert [r.error is None for r in results] == [True, False, *[True] * 7]
+    means = [r.mean_blur for r in results if r.error is None and "stack" not in r.source]
+    np.testing.assert_allclose(means, np.array([0, 2, 3, 4, 5, 6, 7]) * 20 / 255, atol=1e-6)
+    again = list(detect_files(jobs[2:6], several, options))  # type: ignore[arg-type]
+    assert all(result.skipped for result in again)
+    monkeypatch.setattr(batch, "BATCH_PIXELS", 4000)
+    anew = replace(options, overwrite=True, resume=False)
+    list(detect_files(jobs[2:6], several, anew))  # type: ignore[arg-type]
+    assert several.given[3:] == [2, 2]
+
+
+def test_a_photograph_that_fails_in_a_batch_costs_no_other(tmp_path: Path) -> None:
+    for i, width in enumerate((50, 51, 52)):
+        Image.new("L", (width, 40)).save(tmp_path / f"{i}.png")
+    jobs, _ = find_jobs([str(tmp_path)], tmp_path / "out")
+    several = SeveralAtOnce()
+    results = list(detect_files(jobs, several, DetectOptions(tmp_path / "out")))  # type: ignore[arg-type]
+    assert several.given == [3, 1, 1, 1]
+    assert [result.error for result in results] == [None, f"{jobs[1].source}: what a width", None]
+
+
+def test_what_is_stopped_leaves_no_result_unreported(tmp_path: Path) -> None:
+    for i in range(3):
+        Image.new("L", (50, 40)).save(tmp_path / f"{i}.png")
+    jobs, _ = find_jobs([str(tmp_path)], tmp_path / "out")
+    coming = detect_files(jobs, SeveralAtOnce(), DetectOptions(tmp_path / "out"))  # type: ignore[arg-type]
+    next(coming)
+    coming.close()  # type: ignore[attr-defined]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0_blur.png"]
+
+
+def test_one_at_a_time_is_read_when_it_is_due(
+    folder: Path, detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on the CPU: no second photograph is in memory."""
+    read: list[str] = []
+
+    def load(source: str, **how: int) -> np.ndarray:
+        read.append(source)
+        return np.zeros((40, 50), np.uint8)
+
+    monkeypatch.setattr(batch, "load", load)
+    jobs, _ = find_jobs([str(folder)], folder.parent / "out")
+    coming = detect_files(jobs, detector, DetectOptions(folder.parent / "out", 64))
+    for n_done, _ in enumerate(coming, start=1):
+        assert len(read) == n_done
+
+
+def test_several_at_once_give_the_same_results(
+    folder: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    torch.manual_seed(1)
+    network = SemanticBlur(ModelConfig(backbone="resnet34"))
+    np.save(tmp_path / "stack.npy", rng.integers(0, 60_000, (5, 40, 50), np.uint16))
+    inputs = [str(folder), str(tmp_path / "stack.npy")]
+    found = []
+    for batch_size in (1, 3):
+        detector = Detector(network, device="cpu", precision="float32", batch_size=batch_size)
+        run, given = detector.engine.run, []
+
+        def counted(images: np.ndarray, run=run, given=given) -> np.ndarray:  # type: ignore[no-untyped-def]
+            given.append(len(images))
+            return run(images)
+
+        detector.engine.run = counted  # type: ignore[method-assign]
+        options = DetectOptions(tmp_path / f"out{batch_size}", size=34)
+        found.append(list(detect_files(find_jobs(inputs, options.output)[0], detector, options)))
+        assert given == ([1] * 8 if batch_size == 1 else [3, 3, 2])
+    for one, several in zip(*found, strict=True):
+        assert one.error is several.error is None
+        assert several.mean_blur == pytest.approx(one.mean_blur, abs=1e-4)
+        assert [p.index for p in several.planes] == [p.index for p in one.planes]
+
+
 class DividesByZero:
     """A detector with a bug that one image brings out."""
 

@@ -1,7 +1,10 @@
 """Export, and the back ends that run what was exported."""
 
+import functools
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +13,23 @@ import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
 from torch.nn import functional as F
+from worker_detectors import named_by_threads, session_threads
 
-from semanticblur_core import Detector, weights
+from semanticblur_core import (
+    DetectionCluster,
+    DetectOptions,
+    Detector,
+    detect_dask,
+    find_jobs,
+    weights,
+)
 from semanticblur_core.cli import cli
+from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import ConfigError, SemanticBlurError, WeightsError
-from semanticblur_core.inference import choice
-from semanticblur_core.inference.backends import Resizing, Upsampling, resize_map
+from semanticblur_core.inference import choice, export
+from semanticblur_core.inference.backends import BackendName, Resizing, Upsampling, resize_map
 from semanticblur_core.inference.choice import BackendSpeed, pick_backend
+from semanticblur_core.network import SemanticBlur
 
 SIZES = [(320, 320), (64, 200), (223, 131)]
 
@@ -49,6 +62,25 @@ def test_any_size_gives_the_maps_of_torch(
     np.testing.assert_allclose(
         detector.engine.run(images), in_torch.engine.run(images), atol=1e-4, rtol=0
     )
+
+
+@pytest.mark.parametrize(("offset", "agrees"), [(20.0, True), (20.1, False)])
+def test_a_saturated_map_hides_no_difference(
+    exported: Path, random_weights: Path, tmp_path: Path, offset: float, agrees: bool
+) -> None:
+    """Where every map is 1, only the logits tell that file and network are not the same."""
+    import onnx
+
+    proto = onnx.load(exported)
+    name = "network.decoder.conv3.bias"
+    [bias] = [tensor for tensor in proto.graph.initializer if tensor.name == name]
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 20, name))
+    onnx.save(proto, tmp_path / "saturated.onnx")
+    form = export._ExportForm(weights.load(str(random_weights))[0]).eval()
+    with torch.no_grad():
+        form.network.decoder.conv3.bias += offset
+    difference = export._largest_difference(form, tmp_path / "saturated.onnx")
+    assert (difference <= export.TOLERANCE) == agrees
 
 
 def test_the_whole_way_of_an_image(
@@ -117,6 +149,68 @@ def test_files_that_were_not_exported_are_refused(exported: Path, tmp_path: Path
         Detector("default", backend="abacus")
 
 
+def test_onnxruntime_that_falls_back_to_the_cpu_does_not_claim_the_gpu(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    on_the_cpu = onnxruntime.InferenceSession(str(exported), providers=["CPUExecutionProvider"])
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: on_the_cpu)
+    assert Detector(str(exported), backend="onnxruntime").device == "cpu"
+    with pytest.raises(ConfigError, match="device 'cuda': ONNX Runtime fails to use the GPU"):
+        Detector(str(exported), backend="onnxruntime", device="cuda")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_sessions_keep_to_the_threads_that_torch_would_take(
+    exported: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(backend)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1,4")
+    assert session_threads(Detector(str(exported), backend=backend)) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    assert session_threads(Detector(str(exported), backend=backend)) >= 0  # its own choice
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of dask's own event loop
+def test_workers_share_the_cores_in_onnxruntime_too(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr("semanticblur_core.inference.cluster._count_cores", lambda: 6)
+    make = functools.partial(named_by_threads, str(exported), "onnxruntime")
+    jobs, _ = find_jobs(["sample:cat"], tmp_path)
+    with DetectionCluster(make, n_workers=2) as cluster:
+        [result] = cluster.detect_files(jobs, DetectOptions(tmp_path, size=64))
+        assert (result.error, cluster.detector.name) == (None, "3")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_an_exported_file_in_workers(exported: Path, tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    arguments = ["detect", "--input=sample:cat", "--size=64", f"--output={tmp_path}"]
+    arguments += [f"--model={exported}", "--workers=2", f"--json={tmp_path / 'j.json'}"]
+    done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "j.json").read_text())
+    assert report["protocol"]["backend"] == "onnxruntime"
+
+
+@pytest.mark.parametrize("how", [{}, {"backend": "openvino", "precision": "float32"}])
+def test_an_exported_file_on_dask_arrays_and_threads(
+    exported: Path, in_torch: Detector, how: dict[str, str], rng: np.random.Generator
+) -> None:
+    da = pytest.importorskip("dask.array")
+    pytest.importorskip("openvino")
+    data = rng.integers(0, 255, (6, 70, 80), np.uint8)
+    array = da.from_array(data, chunks=(1, 70, 80))
+    maps = detect_dask(array, "ZYX", size=64, model=str(exported), **how)  # type: ignore[arg-type]
+    expected = [in_torch.detect(plane, size=64) for plane in data]
+    found = maps.compute(scheduler="threads", num_workers=4)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def test_an_export_replaces_nothing_unasked(tmp_path: Path) -> None:
     (tmp_path / "there.onnx").write_bytes(b"precious")
     result = CliRunner().invoke(cli, ["export", f"--output={tmp_path / 'there.onnx'}"])
@@ -135,26 +229,34 @@ def test_resizing_is_that_of_torch(
     np.testing.assert_allclose(resize_map(blur, shape, mode), expected[0, 0], atol=1e-5)
 
 
-def test_the_pick_counts_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pick_backend("0" * 64) == (
+@pytest.fixture
+def info(random_weights: Path) -> weights.WeightsInfo:
+    """Of a model that nothing is known of yet."""
+    return replace(weights.read_info(random_weights), sha256="0" * 64)
+
+
+def test_the_pick_counts_start_up(
+    info: weights.WeightsInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pick_backend(info) == (
         "torch", "semanticblur-core bench backends finds out whether another is faster",
     )  # fmt: skip
     speeds = {
         "torch": BackendSpeed("torch", 3.0, 0.1, "float32", "cpu"),
         "openvino": BackendSpeed("openvino", 2.9, 0.05, "bfloat16", "cpu"),
     }
-    monkeypatch.setattr(choice, "remembered", lambda: speeds)
+    monkeypatch.setattr(choice, "remembered", lambda *_: speeds)
     # The exported file is not there, so that it would have to be made first.
-    assert pick_backend("0" * 64, 100)[0] == "torch"
-    name, why = pick_backend("0" * 64, 1000)
+    assert pick_backend(info, 100)[0] == "torch"
+    name, why = pick_backend(info, 1000)
     assert (name, why) == ("openvino", "measured: 50 ms an image, torch 100 ms")
     exported_file = choice.exported_file("0" * 64)
     exported_file.parent.mkdir(parents=True)
     exported_file.touch()
-    assert pick_backend("0" * 64, 100)[0] == "openvino"
-    assert pick_backend("0" * 64, 1)[0] == "torch"  # less than a tenth is gained
-    assert pick_backend("0" * 64, 100, "bfloat16")[0] == "openvino"
-    assert pick_backend("0" * 64, 100, "float32")[0] == "torch"  # openvino was faster in another
+    assert pick_backend(info, 100)[0] == "openvino"
+    assert pick_backend(info, 1)[0] == "torch"  # less than a tenth is gained
+    assert pick_backend(info, 100, "bfloat16")[0] == "openvino"
+    assert pick_backend(info, 100, "float32")[0] == "torch"  # openvino was faster in another
     exported_file.unlink()
 
 
@@ -163,12 +265,13 @@ def test_speeds_are_measured_and_remembered(
 ) -> None:
     monkeypatch.setattr(choice, "BACKENDS", ("torch", "onnxruntime"))
     monkeypatch.setattr(choice, "ensure_exported", lambda model: exported)
+    monkeypatch.setattr(choice, "REMEMBERED_SIZE_PX", 64)
     home = choice.exported_file(weights.read_info(random_weights).sha256)
     home.parent.mkdir(parents=True, exist_ok=True)
     home.write_bytes(exported.read_bytes())
     found = list(choice.measure_backends(str(random_weights), size_px=64, n_rounds=3))
     assert not [speed for speed in found if isinstance(speed, SemanticBlurError)]
-    speeds = choice.remembered()
+    speeds = choice.remembered(ModelConfig(), "cpu")
     assert list(speeds.values()) == found
     assert all(speed.startup_s > 0 and speed.seconds_per_image > 0 for speed in speeds.values())
     # A detector takes what is fastest for so many images.
@@ -178,4 +281,48 @@ def test_speeds_are_measured_and_remembered(
         many = Detector(str(random_weights), device="cpu", n_images=10**6)
         assert many.backend == fastest
     choice._record_file().unlink()
-    assert choice.remembered() == {}
+    assert choice.remembered(ModelConfig(), "cpu") == {}
+
+
+def test_speeds_of_another_size_architecture_or_device_do_not_count(
+    random_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig(backbone="resnet34")
+    other = tmp_path / "other.safetensors"
+    weights.save(other, SemanticBlur(config).eval(), provenance={}, metrics={}, licence="test")
+    gpu_of_torch = True
+
+    def measure(backend: BackendName, model: str, device: str, *_: int) -> BackendSpeed:
+        on_gpu = gpu_of_torch and device == "auto" and backend == "torch"
+        return BackendSpeed(backend, 1.0, 0.1, "float32", "cuda" if on_gpu else "cpu")
+
+    monkeypatch.setattr(choice, "_measure_apart", measure)
+    list(choice.measure_backends(str(random_weights), size_px=1024))
+    list(choice.measure_backends(str(other)))
+    assert choice.remembered(ModelConfig()) == {}
+    assert choice.remembered(config)["torch"].device == "cuda"
+    assert choice.remembered(config, "cpu") == {}
+    command = "semanticblur-core bench backends --device=cpu"
+    assert pick_backend(weights.read_info(other), 10, device="cpu")[1].startswith(command)
+    list(choice.measure_backends(str(other), device="cpu"))
+    assert choice.remembered(config)["torch"].device == "cuda"
+    assert choice.remembered(config, "cpu")["torch"].device == "cpu"
+    gpu_of_torch = False  # of a machine without one, auto is the CPU
+    list(choice.measure_backends(str(random_weights)))
+    assert choice.remembered(ModelConfig()) == choice.remembered(ModelConfig(), "cpu") != {}
+    choice._record_file().unlink()
+
+
+def test_flips_and_scales_are_more_to_compute(
+    random_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def pick(info: weights.WeightsInfo, *how: object) -> tuple[str, str]:
+        asked.append(how)
+        return "torch", ""
+
+    monkeypatch.setattr("semanticblur_core.inference.detector.pick_backend", pick)
+    Detector(str(random_weights), device="cpu", n_images=10)
+    Detector(str(random_weights), device="cpu", n_images=10, flip=True, scales=(1, 2))
+    assert asked == [(10, "auto", "cpu"), (100, "auto", "cpu")]

@@ -77,6 +77,23 @@ def test_a_gpu_without_memory_hands_over_to_the_cpu(
     assert (backend.device, backend.reason) == ("cpu", "cuda:0 ran out of memory")
 
 
+def test_halves_on_two_devices_come_together(
+    network: SemanticBlur, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first half still fitted on the GPU; "meta" stands for the device of the second."""
+    backend = TorchBackend(network, device="cpu", precision="float32")
+    devices = iter(["cpu", "meta"])
+
+    def infer(images: NDArray[np.float32]) -> torch.Tensor:
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros(images.shape[:3], device=next(devices))
+
+    monkeypatch.setattr(backend, "_infer", infer)
+    maps = backend.tensors(np.zeros((4, 64, 80, 3), np.float32))
+    assert (maps.shape, maps.device.type) == ((4, 64, 80), "meta")
+
+
 def test_a_cpu_without_memory_says_what_would_do(
     network: SemanticBlur, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -96,6 +97,26 @@ def test_frames_go_through_the_network(tmp_path: Path) -> None:
     assert len(frames) == 3
     expected = np.mean([detector.detect(pixels, size=64).mean() for pixels in frames])
     assert result.mean_blur == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_frames_are_computed_as_many_at_once_as_the_detector_takes(tmp_path: Path) -> None:
+    class FiveAtOnce(MeanIsBlur):
+        batch_size = 5
+        given: ClassVar[list[int]] = []
+
+        def detect_batch(self, images: list[np.ndarray], **keywords: object) -> list[np.ndarray]:
+            self.given.append(len(images))
+            return [self.detect(image) for image in images]
+
+    path = make_clip(tmp_path / "clip.mp4")
+    tables = []
+    for detector in (MeanIsBlur(), FiveAtOnce()):
+        options = DetectOptions(tmp_path / detector.__class__.__name__)
+        [result] = detect_files([Job(str(path), "clip")], detector, options)  # type: ignore[arg-type]
+        assert result.error is None
+        tables.append(result.outputs[0].read_text())
+    assert FiveAtOnce.given == [5, 5, 2]
+    assert tables[0] == tables[1]
 
 
 @pytest.mark.parametrize(
