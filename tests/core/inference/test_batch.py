@@ -344,8 +344,8 @@ def test_a_detector_gets_as_many_photographs_as_it_takes(
     for i in range(8):
         Image.new("L", (50, 40), 20 * i).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes(b"no image")
-    np.save(tmp_path / "stack.npy", np.zeros((2, 40, 50), np.uint8))
     jobs, _ = find_jobs([str(tmp_path)], tmp_path / "out")
+    np.save(tmp_path / "stack.npy", np.zeros((2, 40, 50), np.uint8))
     jobs.insert(6, Job(str(tmp_path / "stack.npy"), "stack"))
     several, options = SeveralAtOnce(), DetectOptions(tmp_path / "out", resume=True)
     monkeypatch.setattr(batch, "_detect_stack", lambda job, *_: batch.FileResult(job.source))

@@ -79,8 +79,9 @@ def result_of(updates: list[FinetuneUpdate]) -> FinetuneResult:
 
 def test_it_learns_and_the_name_is_usable_at_once(home: Path) -> None:
     images = [swapped(image) for image in noise_and_smooth()]
-    result = result_of(run("default", images=images, output="my microscope"))
-    assert result.after.mae < 0.6 * result.before.mae
+    config = dataclasses.replace(TINY, n_steps=24)  # 12 end where both classes are 0.5
+    result = result_of(run("default", config, images=images, output="my microscope"))
+    assert result.after.mae < 0.5 * result.before.mae
     assert result.path == home / "models" / "my microscope@1.safetensors"
     detector = Detector(result.model or "", device="cpu", precision="float32")
     blur = detector.detect(images[0].image, size=64)
@@ -89,7 +90,7 @@ def test_it_learns_and_the_name_is_usable_at_once(home: Path) -> None:
     info = weights.read_info(result.path)
     assert info.metrics["mae"] == result.after.mae
     assert info.metrics["finetune"]["before"]["mae"] == result.before.mae
-    assert info.provenance["recipe"]["n_steps"] == TINY.n_steps
+    assert info.provenance["recipe"]["n_steps"] == config.n_steps
     assert info.provenance["start"]["from"] == weights.resolve("default").name
 
 
