@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import shlex
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -46,6 +47,10 @@ Kind = Literal["map", "labels"]
 
 # A redraw of a large layer takes longer than a tile: no more often than that.
 _REFRESH_S = 0.1
+# Longest that the worker waits for its layers to be added.
+_ADDING_S = 1.0
+# Time for the event loop between two steps of that.
+_STEP_MS = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +164,9 @@ class Detection:
         self._put_away: dict[Kind, dict[str, Any]] = {}
         self.limits: Limits | None = None
         self._layers: dict[Kind, Any] = {}
+        self._adding: Iterator[None] | None = None
+        self._hidden: list[Any] = []
+        self._are_added = threading.Event()
         self._refreshed = 0.0
         self._reason = ""
         self._sha256: str | None = None
@@ -200,6 +208,7 @@ class Detection:
     def cancel(self) -> None:
         """Stop at the next tile or plane; what is done is kept."""
         self._run.cancel()
+        self._are_added.set()
 
     @property
     def _made(self) -> tuple[range, ...]:
@@ -266,6 +275,8 @@ class Detection:
         ):
             self._write(update)
             yield update
+            if update.n_done == 1:  # adding them takes half the time where nothing else is computed
+                self._are_added.wait(_ADDING_S)
 
     def _find_limits(self) -> Generator[None, None, Limits | None]:
         whole = self.settings.scope == "all" or isinstance(self.source.array, np.ndarray)
@@ -300,16 +311,41 @@ class Detection:
         if isinstance(update, Announcement):
             self._on_status(update.text)
             return 0
-        # napari takes about a tenth of a second to add a layer: one a turn of the event loop.
-        if "map" not in self._layers:
-            self._show("map")
-        elif "labels" not in self._layers:
-            self._show("labels")
-        else:
-            self._refresh(update.index)
+        if self._adding is None:
+            self._adding = self._add_layers()
+            self._add_more()
+        if not self._are_added.is_set():
+            return 0
+        self._refresh(update.index)
         self._on_progress(update.n_done, self.n_steps)
         self._on_status(f"{update.n_done} of {self.n_steps} done")
         return int(update.n_done)
+
+    def _add_more(self) -> None:
+        """Take a step in adding the layers, the next one in another turn of the event loop."""
+        from qtpy.QtCore import QTimer
+
+        assert self._adding is not None
+        if next(self._adding, "over") is None:
+            QTimer.singleShot(_STEP_MS, self._add_more)
+        else:
+            self._are_added.set()
+
+    def _add_layers(self) -> Iterator[None]:
+        """Steps of which napari takes up to a tenth of a second for each."""
+        selected = self.viewer.layers.selection.active
+        self._show("map")
+        yield
+        self._show("labels")
+        yield
+        layers = self.viewer.layers
+        if unwrapped(layers.selection.active) in self._layers.values() and (
+            selected is None or selected in layers
+        ):
+            layers.selection.active = selected
+        yield
+        for layer in self._hidden:
+            layer.visible = True
 
     def _show(self, kind: Kind) -> None:
         """Add a layer, or give the one of an earlier run the new data; once a run."""
@@ -342,7 +378,6 @@ class Detection:
         self._layers[kind] = layer
 
     def _add(self, kind: Kind, array: Any, **keywords: Any) -> Any:
-        selected = self.viewer.layers.selection.active
         if kind == "map":
             layer = self.viewer.add_image(
                 array,
@@ -358,9 +393,10 @@ class Detection:
                 name=f"{self.layer.name} blur",
                 colormap=label_colormap(),
                 opacity=0.4,
+                visible=False,
                 **keywords,
             )
-        self.viewer.layers.selection.active = selected
+            self._hidden.append(unwrapped(layer))
         return unwrapped(layer)
 
     def _placed(self, made: Any) -> tuple[Any, dict[str, Any]]:
@@ -430,9 +466,9 @@ class Detection:
         self.viewer.layers.events.removed.disconnect(self._layer_removed)
         self.layer.events.data.disconnect(self._data_changed)
         _running.discard(self)
+        for _ in self._adding or ():
+            pass
         is_back = outcome != "done" and self._restore()
-        if "map" in self._layers and not is_back:
-            self._show("labels")
         for kind, layer in self._layers.items():
             if not is_back:
                 layer.metadata = {**layer.metadata, METADATA_KEY: self._record(kind)}

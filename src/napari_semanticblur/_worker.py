@@ -99,11 +99,11 @@ class Run:
 
         Those must not draw in turn, or quick steps nest until Python gives up.
         """
-        if self._advancing or self._progress is None:
+        if self._advancing or self._progress is None or n_done <= self._progress.n:
             return
         self._advancing = True
         try:
-            self._progress.update(max(0, n_done - self._progress.n))
+            self._progress.update(n_done - self._progress.n)
         finally:
             self._advancing = False
 
