@@ -49,6 +49,8 @@ RAW_SUFFIXES = (
     *(".heic", ".heif"),
 )
 MAX_PIXELS = 1_000_000_000
+# What others' maps may be off 0..1 by: the last bits of a sum or a sigmoid in float32.
+_ROUNDING = 1e-6
 _pillow_limit = threading.Lock()
 
 
@@ -215,9 +217,9 @@ def read_map(path: Path) -> NDArray[np.float32]:
     elif array.dtype != np.bool_ and not np.issubdtype(array.dtype, np.floating):
         raise ImageError(f"{path}: expected a map of 8 or 16 bits or of floats, got {array.dtype}")
     low, high = float(array.min()), float(array.max())
-    if not 0 <= low <= high <= largest:
+    if not -_ROUNDING <= low <= high <= largest + _ROUNDING:
         raise ImageError(f"{path}: expected floats in 0..1, got {low:g}..{high:g}")
-    result: NDArray[np.float32] = (array / np.float64(largest)).astype(np.float32)
+    result: NDArray[np.float32] = (array / np.float64(largest)).clip(0, 1).astype(np.float32)
     return result
 
 

@@ -347,7 +347,7 @@ class Detector:
             to_come, finished = grid.tiles_over(), np.zeros(view.shape, np.bool_)
             for i, (tile, part) in enumerate(self.iter_tiles(read, grid, visible=visible)):
                 region = (tile.rows, tile.columns)
-                blur[region] += part
+                blur[region] = _summed(blur[region], part)
                 to_come[region] -= 1
                 finished[region] = to_come[region] == 0
                 n_done += 1
@@ -394,7 +394,7 @@ class Detector:
         starts = [*grid.row_starts, grid.height]
         pending = np.zeros((height, grid.width), np.float32)
         for tile, part in self.iter_tiles(read, grid):
-            pending[:, tile.columns] += part
+            pending[:, tile.columns] = _summed(pending[:, tile.columns], part)
             if tile.column + 1 < len(grid.column_starts):
                 continue
             top, following = starts[tile.row], starts[tile.row + 1]
@@ -410,7 +410,8 @@ class Detector:
         grid = TileGrid(*pixels.shape[:2])
         blur = np.zeros(pixels.shape[:2], np.float32)
         for tile, part in self.iter_tiles(lambda rows, columns: pixels[rows, columns], grid):
-            blur[tile.rows, tile.columns] += part
+            region = (tile.rows, tile.columns)
+            blur[region] = _summed(blur[region], part)
         return blur
 
     def _require_one_scale(self) -> None:
@@ -488,6 +489,11 @@ def _require_native(height: int, width: int) -> None:
         raise ImageError(
             f"native size needs at least {MIN_SIZE_PX} x {MIN_SIZE_PX} px, got {height} x {width}"
         )
+
+
+def _summed(blur: NDArray[np.float32], part: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sum of weighted maps, which rounding must not lift above 1."""
+    return np.minimum(blur + part, np.float32(1))
 
 
 def _overlap(a: slice, b: slice) -> bool:

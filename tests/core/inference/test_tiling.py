@@ -68,6 +68,24 @@ def test_strips_and_any_order_give_one_map(detector: Detector, rng: np.random.Ge
     assert 0 <= maps[0].min() <= maps[0].max() <= 1
 
 
+def test_rounding_lifts_no_map_above_one(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        detector, "_run", lambda images: np.ones(images.shape[:3], np.float32), raising=True
+    )
+    grid, image = TileGrid(290, 331, 64, 20), np.zeros((290, 331), np.uint8)
+    plain = np.zeros((290, 331), np.float32)
+    for tile, part in detector.iter_tiles(lambda r, c: image[r, c], grid):
+        plain[tile.rows, tile.columns] += part
+    assert plain.max() > 1  # so that there is something to round
+    *_, update = detector.iter_planes(image, "YX", size="native", tile_size_px=64, overlap_px=20)
+    strips = [blur for _, blur in detector.iter_strips(lambda r, c: image[r, c], grid)]
+    for blur in (update.blur, np.concatenate(strips)):
+        assert blur.max() == 1
+        assert blur.min() > 1 - 1e-6
+
+
 def test_visible_tiles_come_first(detector: Detector) -> None:
     grid = TileGrid(33, 200, 40, 0)
     image = np.zeros((33, 200), np.float32)
