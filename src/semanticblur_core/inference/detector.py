@@ -493,7 +493,8 @@ def _require_native(height: int, width: int) -> None:
 
 def _summed(blur: NDArray[np.float32], part: NDArray[np.float32]) -> NDArray[np.float32]:
     """Sum of weighted maps, which rounding must not lift above 1."""
-    return np.minimum(blur + part, np.float32(1))
+    total: NDArray[np.float32] = np.minimum(blur + part, np.float32(1))
+    return total
 
 
 def _overlap(a: slice, b: slice) -> bool:
