@@ -41,6 +41,15 @@ def user_journals() -> Path:
     return io.user_folder() / JOURNALS
 
 
+def _require_fitting(
+    name: str, labels: NDArray[np.uint8], saved: NDArray[np.uint8] | None
+) -> None:
+    if labels.dtype != np.uint8 or labels.ndim < 2:
+        raise DataError(f"{name}: expected labels (..., H, W) of uint8, got {labels.dtype}")
+    if saved is not None and saved.shape != labels.shape:
+        raise DataError(f"{name}: labels of {saved.shape} saved, of {labels.shape} painted")
+
+
 class Autosave:
     """Keeps the journal of one array of labels.
 
@@ -56,6 +65,9 @@ class Autosave:
         Of the image, for who finds the journals.
     facts
         More JSON values that help to find the image again.
+    lock
+        On ``folder``, if it is held already: what is on the disk can only be known under it. It is
+        let go here at the end, also where this fails.
 
     Attributes
     ----------
@@ -82,13 +94,15 @@ class Autosave:
         saved: NDArray[np.uint8] | None = None,
         name: str,
         facts: dict[str, Any] | None = None,
+        lock: Lock | None = None,
     ) -> None:
-        if labels.dtype != np.uint8 or labels.ndim < 2:
-            raise DataError(f"{name}: expected labels (..., H, W) of uint8, got {labels.dtype}")
-        if saved is not None and saved.shape != labels.shape:
-            raise DataError(f"{name}: labels of {saved.shape} saved, of {labels.shape} painted")
+        self._lock = lock or Lock(folder)
+        try:
+            _require_fitting(name, labels, saved)
+        except DataError:
+            self._lock.close()
+            raise
         self.folder, self.labels, self.error = folder, labels, ""
-        self._lock = Lock(folder)
         self._facts = new_facts(labels.shape, name, **(facts or {}))
         # np.zeros takes memory only where it is written, so empty planes cost nothing.
         self._known = np.zeros(labels.shape, np.uint8) if saved is None else saved.copy()

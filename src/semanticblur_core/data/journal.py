@@ -33,7 +33,6 @@ from semanticblur_core.errors import DataError
 MAGIC = b"SBJ1"
 _FRAME = struct.Struct("<II")
 _SUFFIX = ".journal"
-_LOCK_NAME = "lock"
 
 
 @dataclass(frozen=True)
@@ -312,6 +311,13 @@ class Lock:
 
     Where the file system knows no locks nobody is kept out.
 
+    Parameters
+    ----------
+    folder
+        Made if it is not there.
+    name
+        Of the file in it that is locked.
+
     Raises
     ------
     LockedError
@@ -320,8 +326,8 @@ class Lock:
         If the file cannot be made.
     """
 
-    def __init__(self, folder: Path) -> None:
-        path = folder / _LOCK_NAME
+    def __init__(self, folder: Path, name: str = "lock") -> None:
+        path = folder / name
         while True:
             try:
                 folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -26,15 +25,21 @@ from PIL import Image
 
 from semanticblur_core import io
 from semanticblur_core.data.datasets import Pair, list_images
+from semanticblur_core.data.journal import Lock, LockedError
 from semanticblur_core.errors import DataError, SemanticBlurError
 
 FORMAT_VERSION = 1
 UNLABELLED, SHARP, BLURRED = 0, 1, 2
 N_PREVIOUS = 20
-_LOCK_WAIT_S = 10.0
-_LOCK_STALE_S = 30.0
+# A first save of a large stack over a network takes its time.
+_LOCK_WAIT_S = 60.0
+_LOCK_NAME = ".lock"
 
 Split = Literal["train", "val"]
+
+
+class OtherImageError(DataError):
+    """The store holds another image of that name."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,7 @@ class AnnotationStore:
         axes: str | None = None,
         plane: Sequence[int] | None = None,
         polarity: Literal["blur", "sharp"] | None = None,
-        split: Split | None = None,
+        split: Split | Literal["open"] | None = None,
     ) -> Path:
         """Write the labels of an image; those they replace are kept.
 
@@ -184,7 +189,7 @@ class AnnotationStore:
         image
             The image: a file to copy, or an array. None when the store holds it already.
         source, axes, plane, polarity, split
-            See `Item`; None keeps what is known.
+            See `Item`; None keeps what is known. A split of ``"open"`` forgets it.
 
         Returns
         -------
@@ -193,9 +198,11 @@ class AnnotationStore:
 
         Raises
         ------
+        OtherImageError
+            If the store holds another image of that name.
         DataError
-            If the name cannot be a file's, the labels are of another kind, the store holds another
-            image of that name or none, or somebody else has kept the store locked.
+            If the name cannot be a file's, the labels are of another kind, the store holds no image
+            of that name, or somebody else has kept the store locked.
         ImageError
             If a file cannot be written; the labels before it are untouched.
         """
@@ -226,10 +233,34 @@ class AnnotationStore:
             given = {"source": source, "axes": axes, "polarity": polarity, "split": split}
             given["plane"] = None if plane is None else list(plane)  # type: ignore[assignment]
             values |= {key: value for key, value in given.items() if value is not None}
+            if split == "open":
+                del values["split"]
             values["time"] = datetime.now(UTC).isoformat(timespec="seconds")
-            with io.replacing(self.folder / "dataset.json", durable=True) as temporary:
-                temporary.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", "utf-8")
+            self._write_index(index)
         return path
+
+    def split_of(self, name: str) -> Split | None:
+        """Whether an image is held out; None where nothing is said or there is none."""
+        found: Split | None = self._read_index()["items"].get(name, {}).get("split")
+        return found
+
+    def set_split(self, name: str, split: Split | None) -> None:
+        """Say whether an image is held out; it need not have labels yet.
+
+        Raises
+        ------
+        DataError
+            If ``dataset.json`` is damaged, or somebody else has kept the store locked.
+        ImageError
+            If it cannot be written.
+        """
+        with self._locked():
+            index = self._read_index()
+            values = index["items"].setdefault(name, {})
+            values.pop("split", None)
+            if split is not None:
+                values["split"] = split
+            self._write_index(index)
 
     def previous(self, name: str) -> list[Path]:
         """Kept earlier labels of an image, oldest first; at most the last 20."""
@@ -307,10 +338,12 @@ class AnnotationStore:
             same = (
                 _sha256(held) == _sha256(image)
                 if isinstance(image, Path)
-                else np.array_equal(read_array(held), image)
+                else same_pixels(read_array(held), image)
             )
             if not same:
-                raise DataError(f"{held}: is another image of that name; choose another name")
+                raise OtherImageError(
+                    f"{held}: is another image of that name; choose another name"
+                )
             return _sha256(held)
         with io.replacing(target, durable=True) as temporary:
             if isinstance(image, Path):
@@ -354,35 +387,29 @@ class AnnotationStore:
         result: dict[str, Any] = index
         return result
 
+    def _write_index(self, index: dict[str, Any]) -> None:
+        with io.replacing(self.folder / "dataset.json", durable=True) as temporary:
+            temporary.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", "utf-8")
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """One writer at a time, also of other processes."""
-        lock = self.folder / ".lock"
         deadline = time.monotonic() + _LOCK_WAIT_S
         while True:
             try:
-                os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                lock = Lock(self.folder, _LOCK_NAME)
                 break
-            except FileExistsError:
-                # A writer that was killed leaves its lock; no write takes half a minute.
-                try:
-                    age_s = time.time() - lock.stat().st_mtime
-                except OSError:
-                    continue
-                if age_s > _LOCK_STALE_S:
-                    lock.unlink(missing_ok=True)
-                elif time.monotonic() > deadline:
+            except LockedError:
+                if time.monotonic() > deadline:
                     raise DataError(
-                        f"{lock}: another program is writing to the store; try again"
+                        f"{self.folder}: another program has been writing to the store for "
+                        f"{_LOCK_WAIT_S:.0f} s; try again"
                     ) from None
-                else:
-                    time.sleep(0.02)
-            except OSError as error:
-                raise DataError(f"{lock}: cannot be written: {error.strerror}") from error
+                time.sleep(0.02)
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            lock.close(delete=True)
 
 
 def is_store(folder: Path) -> bool:
@@ -434,6 +461,11 @@ def read_labels(path: Path) -> NDArray[np.uint8]:
 def labels_of_mask(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """Labels of a mask that is True where blurred: every pixel is labelled."""
     return np.where(mask, np.uint8(BLURRED), np.uint8(SHARP))
+
+
+def same_pixels(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    """Whether arrays are equal, NaN where the other is NaN too."""
+    return np.array_equal(one, other, equal_nan=one.dtype.kind in "fc")
 
 
 def read_store(folder: Path) -> list[LabelledImage]:

@@ -10,8 +10,10 @@ import pytest
 import tifffile
 from PIL import Image
 
+from semanticblur_core.data.journal import Lock
 from semanticblur_core.data.store import (
     AnnotationStore,
+    OtherImageError,
     check_store,
     is_store,
     read_labels,
@@ -128,11 +130,45 @@ def test_names_that_leave_the_store_are_refused(tmp_path: Path, name: str) -> No
 
 def test_the_lock_of_a_killed_writer_is_lifted(tmp_path: Path) -> None:
     store = AnnotationStore(tmp_path, create=True)
-    lock = tmp_path / ".lock"
-    lock.touch()
-    os.utime(lock, (time.time() - 60, time.time() - 60))
+    (tmp_path / ".lock").touch()  # the system has let go of it
     store.write("a", strokes(), image=photo())
-    assert not lock.exists()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_writer_waits_as_long_as_another_one_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    with Lock(tmp_path, ".lock"):
+        # An old lock is a lock: a first save of a large stack takes more than a moment.
+        os.utime(tmp_path / ".lock", (time.time() - 600, time.time() - 600))
+        monkeypatch.setattr("semanticblur_core.data.store._LOCK_WAIT_S", 0.1)
+        with pytest.raises(DataError, match="another program has been writing"):
+            store.write("a", strokes(), image=photo())
+    store.write("a", strokes(), image=photo())
+
+
+def test_an_image_with_nan_is_known_again(tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    image = photo().astype(np.float32)
+    image[3, 4] = np.nan
+    store.write("a", strokes(), image=image)
+    store.write("a", strokes(2), image=image.copy())
+    image[0, 0] += 1
+    with pytest.raises(OtherImageError, match="another image of that name"):
+        store.write("a", strokes(), image=image)
+
+
+def test_an_image_is_held_out_and_no_longer(tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    store.set_split("a", "val")
+    store.write("a", strokes(), image=photo())
+    assert store.split_of("a") == "val"
+    assert [image.split for image in read_store(tmp_path)] == ["val"]
+    store.write("a", strokes(), split="open")
+    assert store.split_of("a") is None
+    assert store.split_of("unknown") is None
+    assert [image.split for image in read_store(tmp_path)] == [None]
 
 
 def test_check_says_what_is_wrong(tmp_path: Path) -> None:
