@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import numpy as np
 from magicgui.types import FileDialogMode
@@ -31,12 +31,13 @@ from napari_semanticblur._annotation_source import (
 )
 from napari_semanticblur._colors import BLURRED, SHARP, UNLABELLED
 from napari_semanticblur._detection import Detection, Settings
+from napari_semanticblur._dialogs import ask
 from napari_semanticblur._layers import METADATA_KEY, find_result, is_image, unwrapped
 from napari_semanticblur._recovery import Offer, find_offers, image_of, offer, strokes
 from napari_semanticblur._settings import preferences
 from semanticblur_core import io
 from semanticblur_core.data.datasets import list_images
-from semanticblur_core.data.journal import replay
+from semanticblur_core.data.journal import Leftover, replay
 from semanticblur_core.data.labelling import most_uncertain
 from semanticblur_core.data.store import AnnotationStore, read_array
 from semanticblur_core.errors import SemanticBlurError
@@ -55,6 +56,7 @@ MEANINGS = {
     "1 = sharp, 2 = blurred, 0 = unlabelled": "codes",
 }
 STACKS = (".npy",)
+_opened: list[ReferenceType[AnnotateWidget]] = []
 
 
 class AnnotateWidget(Container):  # type: ignore[type-arg]
@@ -77,6 +79,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self._told = ""
         self._detection: Detection | None = None
         self.is_closed = False
+        self.ask = ask
 
         self.layer = ComboBox(choices=self._images, label="image")
         self.store = FileEdit(
@@ -88,7 +91,14 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self.save_button = PushButton(text="Save", tooltip="Writes the labels into the store.")
         self.found = ComboBox(choices=self._offers, label="recovered")
         self.restore_button = PushButton(text="Restore")
-        self.discard_button = PushButton(text="Discard")
+        self.discard_button = PushButton(
+            text="Discard", tooltip="Deletes what is listed for good, after a question."
+        )
+        self.take_back_button = PushButton(
+            text="Take back what was recovered",
+            tooltip="Leaves what was painted since. Ctrl+Z brings it back.",
+        )
+        self.hold_out = CheckBox(text="Hold out", tooltip=_HOLD_OUT_TIP)
         self.sharp_button = PushButton(text="Sharp (S)")
         self.blurred_button = PushButton(text="Blurred (D)")
         self.erase_button = PushButton(text="Erase (U)")
@@ -122,7 +132,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         super().__init__(
             widgets=[
                 self.layer, self.store, _row(self.start_button, self.save_button),
-                self.found, self._recovery,
+                self.hold_out, self.found, self._recovery, self.take_back_button,
                 _row(self.sharp_button, self.blurred_button, self.erase_button), self.brush,
                 _row(self.polygon_button, self.superpixels), self.superpixel_px,
                 self.planes, self.confidence, _row(self.map_button, self.next_place_button),
@@ -136,11 +146,39 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         for line in (self.progress, self.status):
             line.native.setWordWrap(True)
         self._tools = Tools(self)
+        self._adopt()
         self._typing = _pause(self.native, self.guarded(self._folder_chosen))
         self._connect()
         self._timer = _timer(self.native, self._tick, self._closed)
-        self._look_for_leftovers()
+        if not self._annotations:
+            self._look_for_leftovers()
         self._show_what_applies()
+
+    def _adopt(self) -> None:
+        """Take over from a widget of this viewer whose dock was closed; its annotations go on."""
+        for other in [each for each in (known() for known in _opened) if each is not None]:
+            if not other.is_closed and unwrapped(other.viewer) is unwrapped(self.viewer):
+                annotations, closing = other.hand_over()
+                self._annotations += annotations
+                self._closing += closing
+                self.store.value = other.store.value
+                for image, path in other._paths.items():
+                    self._paths[image] = path
+        _opened[:] = [known for known in _opened if known() is not None]
+        _opened.append(ref(self))
+        for annotation in self._annotations:
+            self._tools.attach(annotation)
+
+    def hand_over(self) -> tuple[list[Annotation], list[Annotation]]:
+        """Let go of what is annotated, and of what is being closed, without ending it."""
+        self.is_closed = True
+        self._timer.stop()
+        self._typing.stop()
+        if self._detection is not None:
+            self._detection.cancel()
+        for annotation in self._annotations:
+            self._tools.detach(annotation)
+        return self._annotations, self._closing
 
     def _connect(self) -> None:
         for button, action in {
@@ -148,6 +186,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             self.save_button: self.save,
             self.restore_button: self.restore,
             self.discard_button: self.discard,
+            self.take_back_button: self.take_back,
             self.sharp_button: lambda: self.choose(SHARP),
             self.blurred_button: lambda: self.choose(BLURRED),
             self.erase_button: lambda: self.choose(UNLABELLED),
@@ -164,6 +203,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self.layer.changed.connect(self._layer_chosen)
         self.store.changed.connect(self.guarded(self._store_chosen))
         self.folder.changed.connect(lambda: self._typing.start())
+        self.hold_out.changed.connect(self.guarded(self._hold_out_switched))
         self.brush.changed.connect(self._tools.brush_moved)
         self.superpixels.changed.connect(self._tools.superpixels_switched)
         self.viewer.layers.events.removed.connect(self._layer_removed)
@@ -258,12 +298,13 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self.viewer.layers.selection.active = layer
         self._tools.attach(annotation)
         self.import_from.reset_choices()
+        self._look_for_leftovers()
         if annotation.problem:
             self._say(annotation.problem)
         elif annotation.n_recovered:
             self._say(
                 f"Recovered {strokes(annotation.n_recovered)} of {annotation.title} that were not "
-                "saved. Discard takes them back."
+                "saved."
             )
         else:
             self._say(f"Paint on {annotation.title}: S sharp, D blurred, U erases. All is kept.")
@@ -280,10 +321,17 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             If none is chosen.
         """
         annotation = self._require()
+        n_added = 0
         if annotation.store is None and self._store is not None:
-            annotation.move_to(self._store)
+            n_added = annotation.move_to(self._store)
         annotation.save()
-        self._say("Saving ...")
+        if n_added:
+            self._say(
+                f"Saving, with {n_added} pixels that {annotation.store} had labelled before. "
+                "Ctrl+Z takes them out again."
+            )
+        else:
+            self._say("Saving ...")
         self._timer.start(SOON_MS)
 
     def choose(self, code: int) -> None:
@@ -416,39 +464,73 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self._show_what_applies()
 
     def restore(self) -> None:
-        """Open what was recovered, on its image if that can be found."""
+        """Open what was recovered, on its image if that can be found.
+
+        Raises
+        ------
+        SemanticBlurError
+            If it cannot be read or written.
+        """
         if self.found.value is None:
             return
         leftover, store = self._found[self.found.value]
         path = Path(leftover.facts["path"]) if leftover.facts.get("path") else None
         image = image_of(leftover, self._images(None))
+        note = ""
         if image is None and path is not None and path.is_file():
-            image = self._open(path)
+            image = self._open_unchanged(path, leftover)
+            if image is None:
+                note = f" {path.name} is no longer the image that was painted on: without it."
         if image is not None and find_annotation(self.viewer, image) is not None:
             self.layer.value = image
             labels = np.zeros(leftover.shape, np.uint8)
             replay(leftover.changes, labels)
-            _labelling.import_labels(self._require().layer, None, labels)
+            annotation = self._require()
+            _labelling.import_labels(annotation.layer, None, labels)
+            annotation.secure()
+            leftover.discard()
             self._tick()
-            autosave = self._require().autosave
-            if autosave is not None and autosave.flush(5):
-                leftover.discard()
         else:
             self._begin(Annotation(self.viewer, image, store=store, path=path, leftover=leftover))
             if image is not None:
                 self.layer.value = image
         self._look_for_leftovers()
+        self._say(f"{offer(leftover)}.{note}")
+
+    def _open_unchanged(self, path: Path, leftover: Leftover) -> Image | None:
+        """The image, if its file still holds what was painted on."""
+        try:
+            image = self._open(path)
+        except SemanticBlurError:
+            return None
+        if image_of(leftover, [image]) is not None:
+            return image
+        self.viewer.layers.remove(image)
+        return None
 
     def discard(self) -> None:
-        """Delete what was recovered, or take it back where it is shown already."""
-        annotation = self.current
-        if self.found.value is not None:
-            self._found[self.found.value][0].discard()
+        """Delete the strokes listed, after a question."""
+        if self.found.value is None:
+            return
+        leftover, _ = self._found[self.found.value]
+        if self.ask(f"{offer(leftover)}. Delete them for good?"):
+            leftover.discard()
             self._say("Discarded.")
-        elif annotation is not None and annotation.n_recovered:
+        self._look_for_leftovers()
+
+    def take_back(self) -> None:
+        """Take what was recovered out of the layer again; what was painted since stays."""
+        annotation = self.current
+        if annotation is not None:
             annotation.forget_recovered()
             self._say("As it was saved. Ctrl+Z brings the strokes back.")
-        self._look_for_leftovers()
+        self._show_what_applies()
+
+    def _hold_out_switched(self) -> None:
+        annotation, on = self.current, bool(self.hold_out.value)
+        if annotation is not None and (annotation.split == "val") != on:
+            annotation.hold_out(on)
+            self._timer.start(SOON_MS)
 
     # A folder of images.
 
@@ -480,6 +562,9 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             self._say("That was the last image." if by > 0 else "That was the first image.")
             return
         before = [image for image in self._images(None) if self._paths.get(image) in self._files]
+        for annotation in self._annotations:
+            if annotation.image in before:
+                annotation.secure()  # or the layer, about to go, would be all there is of it
         image = self._open(self._files[index])
         self._file_index = index
         self.layer.value = image
@@ -487,10 +572,11 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             self._remove(old)
         self.annotate()
         self.viewer.reset_view()
-        annotation = self._require()
+        opened = self._annotation_of(image)
+        n_recovered = 0 if opened is None else opened.n_recovered
         self._say(
             f"{self._files[index].name}: {index + 1} of {len(self._files)}"
-            + (f", {strokes(annotation.n_recovered)} recovered" * bool(annotation.n_recovered))
+            + (f", {strokes(n_recovered)} recovered" * bool(n_recovered))
         )
 
     def _open(self, path: Path) -> Image:
@@ -515,13 +601,19 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             return
         soon = False
         for annotation in self._annotations:
+            was_read_only = annotation.is_read_only
             soon = annotation.poll() or soon
+            if was_read_only and not annotation.is_read_only:
+                self._say(f"{annotation.title} can be painted on now.")
         for annotation in (*self._annotations, *self._closing):
             outcome = annotation.take_outcome()
             if outcome is not None:
                 self._saved(annotation, outcome)
             soon = soon or annotation.is_saving
-        self._closing = [each for each in self._closing if each.is_saving]
+        # Not all of an annotation may be written yet when its layer is gone: the disk may be full.
+        self._closing = [
+            each for each in self._closing if not each.finish_closing() or each.is_saving
+        ]
         self._tell_problems()
         current = self.current
         self.progress.value = "" if current is None else current.progress
@@ -535,11 +627,13 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             self._say(f"{problem}. What is painted is kept; save again.")
         elif annotation in self._annotations:
             self._say(f"Saved {annotation.name} in {annotation.store}.")
+            self._show_what_applies()
 
     def _tell_problems(self) -> None:
         from napari.utils.notifications import show_warning
 
-        problems = [annotation.trouble for annotation in self._annotations if annotation.trouble]
+        everything = (*self._annotations, *self._closing)
+        problems = [annotation.trouble for annotation in everything if annotation.trouble]
         text = problems[0] if problems else ""
         if text == self._told:
             return
@@ -555,8 +649,10 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
                 self._annotations.remove(annotation)
                 annotation.close()
                 self._closing.append(annotation)
+                self._timer.start(SOON_MS)
                 if annotation.store is None:
                     self._look_for_leftovers()
+                self._show_what_applies()
                 break
 
     def _closed(self, *_: Any) -> None:
@@ -566,7 +662,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self.is_closed = True
         if self._detection is not None:
             self._detection.cancel()
-        for annotation in self._annotations:
+        for annotation in (*self._annotations, *self._closing):
             annotation.close()
 
     def _layer_chosen(self, *_: Any) -> None:
@@ -586,6 +682,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         annotation = self.current
         if annotation is not None and annotation.image in self.layer.choices:
             self.layer.value = annotation.image
+        self._show_what_applies()
 
     def _store_chosen(self) -> None:
         """Only looks: while a path is typed, each letter is a choice."""
@@ -598,9 +695,10 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
 
     def _show_what_applies(self) -> None:
         annotation = self.current
-        recovered = annotation is not None and annotation.n_recovered > 0
-        self.found.visible = self.restore_button.visible = bool(self._found)
-        self._recovery.visible = bool(self._found) or recovered
+        self.take_back_button.visible = annotation is not None and annotation.n_recovered > 0
+        self.found.visible = self._recovery.visible = bool(self._found)
+        self.hold_out.visible = annotation is not None
+        self.hold_out.value = annotation is not None and annotation.split == "val"
         image = self.layer.value
         self.planes.visible = image is not None and image.ndim > 2
 
@@ -650,4 +748,5 @@ def _pause(parent: Any, callback: Callable[[], None]) -> Any:
 
 _POLYGON_TIP = "Click the corners; Enter or a double click closes the polygon, Escape drops it."
 _SUPERPIXEL_TIP = "A click labels the region of alike pixels around it; a drag moves the view."
+_HOLD_OUT_TIP = "Fine-tuning does not learn from this image but judges models by it."
 _WHERE_TIP = "Goes where the model's map is least sure and nothing is labelled yet."

@@ -48,6 +48,14 @@ class Tools:
             layer.events.brush_size.connect(self._brush_changed)
             layer.events.mode.connect(self._mode_changed)
 
+    def detach(self, annotation: Annotation) -> None:
+        """Leave a layer to the tools of another widget."""
+        layer = annotation.layer
+        if self._annotations.pop(layer, None) is not None:
+            layer.mouse_drag_callbacks.remove(self._clicked)
+            layer.events.brush_size.disconnect(self._brush_changed)
+            layer.events.mode.disconnect(self._mode_changed)
+
     def brush_moved(self, size_px: int) -> None:
         """Give the layer the brush of the slider."""
         annotation = self._widget.current

@@ -7,6 +7,7 @@ Its metadata, under the key of `METADATA_KEY`: ``role`` ("annotation"), ``source
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 from collections.abc import Callable
@@ -31,14 +32,11 @@ from napari_semanticblur._annotation_source import (
     slug,
 )
 from napari_semanticblur._colors import BLURRED, SHARP, label_colormap
-from napari_semanticblur._labelling import set_all
-from napari_semanticblur._layers import (
-    METADATA_KEY,
-    result_placement,
-)
+from napari_semanticblur._labelling import add_labels, set_all
+from napari_semanticblur._layers import METADATA_KEY, result_placement
 from semanticblur_core.data.autosave import JOURNALS, Autosave, user_journals
-from semanticblur_core.data.journal import Leftover, LockedError, read_leftover, replay
-from semanticblur_core.data.store import AnnotationStore, read_array
+from semanticblur_core.data.journal import Leftover, Lock, LockedError, read_leftover, replay
+from semanticblur_core.data.store import AnnotationStore, Split, read_array, same_pixels
 from semanticblur_core.errors import DataError, SemanticBlurError
 
 if TYPE_CHECKING:
@@ -69,9 +67,11 @@ class Annotation:
     layer
         The Labels layer.
     is_read_only
-        Another viewer has the image open: nothing is journaled or saved from here.
-    n_recovered
-        Strokes that came from the journal of a program that did not end well.
+        Another viewer has the image open: nothing is journaled or saved from here until it lets go.
+    is_closed
+        It has let go, though strokes may be left to write: see `finish_closing`.
+    split
+        ``"val"`` where the image is held out of fine-tuning, to judge by.
 
     Raises
     ------
@@ -110,25 +110,38 @@ class Annotation:
             folder = Path(layer.metadata[METADATA_KEY]["journal"])
         else:
             folder = user_journals() / f"{slug(name)}-{secrets.token_hex(4)}"
-        saved, n_strokes = _read_saved(store, self.name, folder, shape)
-        self.n_recovered = 0 if layer is not None else n_strokes
-        if layer is None:
-            # Memory that np.zeros gives costs nothing until it is painted on.
-            shown = np.zeros(shape, np.uint8) if saved is None else saved.copy()
-            layer = self._add_layer(shown, leftover)
-        self.layer: Labels = layer
+        self._folder = folder
         self.autosave: Autosave | None = None
-        self.is_read_only = False
+        self.is_read_only = self.is_closed = False
         self.problem = ""
+        self.split: Split | None = None if store is None else store_there.split_of(self.name)
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="semanticblur-save")
         self._saving: Future[None] | None = None
-        self._start: Callable[[], Autosave] = partial(
-            self._journal_to, folder, saved, name=self.name, store=store
-        )
-        self._try_to_start()
+        self._is_over = False
+        lock = self._try_to_lock()
+        try:
+            saved, recovered = _read_saved(store, self.name, folder, shape)
+            self._recovered = recovered if layer is None else None
+            if layer is None:
+                # Memory that np.zeros gives costs nothing until it is painted on.
+                shown = np.zeros(shape, np.uint8) if saved is None else saved.copy()
+                layer = self._add_layer(shown, leftover)
+            self.layer: Labels = layer
+            self.layer.editable = not self.is_read_only
+            if lock is not None:
+                self._begin(lock, saved)
+        except BaseException:
+            if lock is not None:
+                lock.close(delete=True)
+            raise
         self.layer.events.paint.connect(self._painted)
         self.layer.events.set_data.connect(self._drawn)
         self.layer.events.selected_label.connect(self._label_chosen)
+
+    @property
+    def n_recovered(self) -> int:
+        """Strokes that came from the journal of a program that did not end well."""
+        return 0 if self._recovered is None else self._recovered.n_strokes
 
     @property
     def title(self) -> str:
@@ -140,10 +153,10 @@ class Annotation:
         """What keeps strokes from being saved, in one line; empty when all is well."""
         if self.problem or self.autosave is None or not self.autosave.error:
             return self.problem
-        return (
-            f"Autosave cannot write to {self.autosave.folder}: {self.autosave.error}. "
-            "Painting goes on in memory; it tries again every second"
-        )
+        where = f"Autosave cannot write to {self.autosave.folder}: {self.autosave.error}. "
+        if self.is_closed:
+            return f"{where}The strokes on {self.title} are in memory; it tries again every second"
+        return f"{where}Painting goes on in memory; it tries again every second"
 
     @property
     def progress(self) -> str:
@@ -190,12 +203,45 @@ class Annotation:
         return self.autosave.poll(None if in_depth else shown_plane(self.viewer, self.layer))
 
     def forget_recovered(self) -> None:
-        """Take back, in one step of undo, what was recovered: the labels are the store's again."""
-        labels = None if self.store is None else AnnotationStore(self.store).labels_of(self.name)
-        if labels is None:
-            labels = np.zeros(self.layer.data.shape, np.uint8)
-        set_all(self.layer, labels.reshape(self.layer.data.shape))
-        self.n_recovered = 0
+        """Take back, in one step of undo, what was recovered and not painted over since."""
+        if self._recovered is None:
+            return
+        held = None if self.store is None else AnnotationStore(self.store).labels_of(self.name)
+        shape = self.layer.data.shape
+        before = np.zeros(shape, np.uint8) if held is None else held.reshape(shape)
+        recovered = before.copy()
+        replay(self._recovered.changes, recovered)
+        now = self.layer.data
+        set_all(self.layer, np.where(now == recovered, before, now))
+        self._recovered = None
+
+    def hold_out(self, on: bool) -> None:
+        """Keep the image out of fine-tuning, to judge by; the store is told in the background."""
+        self.split = "val" if on else None
+        if self.store is None:
+            return
+        store = AnnotationStore(self.store)
+        self._in_background(partial(store.set_split, self.name, self.split))
+
+    def secure(self) -> None:
+        """Wait until all that was painted is on the disk.
+
+        Raises
+        ------
+        DataError
+            If it cannot be written.
+        """
+        if self.is_read_only:
+            return
+        self.poll()
+        if self.problem:
+            if self.autosave is None and not self.layer.data.any():
+                return
+            raise DataError(self.problem)
+        if self.autosave is not None:
+            self.autosave.finish_looking()
+            if not self.autosave.flush(10):
+                raise DataError(self.trouble or f"{self.title}: the disk does not answer")
 
     def save(self) -> None:
         """Write the labels into the store, in the background; `take_outcome` tells the end.
@@ -209,9 +255,18 @@ class Annotation:
             raise DataError(f"{self.title}: choose a folder for the store first")
         if self.autosave is None:
             raise DataError(self.trouble)
-        if self._saving is not None:
-            return
-        self._saving = self._saver.submit(self.autosave.save(self._write))
+        self._in_background(self.autosave.save(self._write))
+
+    def _in_background(self, run: Callable[[], object]) -> None:
+        """One after the other; a problem of the one before is told with this one's end."""
+        earlier = self._saving
+
+        def run_in_turn() -> None:
+            run()
+            if earlier is not None:
+                earlier.result()
+
+        self._saving = self._saver.submit(run_in_turn)
 
     @property
     def is_saving(self) -> bool:
@@ -224,12 +279,21 @@ class Annotation:
             return None
         error = self._saving.exception()
         self._saving = None
-        if error is None or isinstance(error, SemanticBlurError):
-            return str(error or "")
-        return f"{self.title}: {error}"
+        if error is None:
+            self._recovered = None
+            return ""
+        return str(error) if isinstance(error, SemanticBlurError) else f"{self.title}: {error}"
 
-    def move_to(self, store: Path) -> None:
+    def move_to(self, store: Path) -> int:
         """Journal into a store from now on; what was in the user's folder moves there.
+
+        Labels that the store holds of the image are added where none are painted here, in one step
+        of undo.
+
+        Returns
+        -------
+        int
+            Pixels that were added.
 
         Raises
         ------
@@ -239,47 +303,81 @@ class Annotation:
         folder_store = AnnotationStore(store, create=True)
         name = self._free_name(folder_store, self.name)
         folder = store / JOURNALS / name
-        saved, _ = _read_saved(store, name, folder, self.layer.data.shape)
-        before, place = self.autosave, (self.name, self.store, self.layer.metadata)
+        lock = Lock(folder)
+        before, n_added = self.autosave, 0
+        place = (self.name, self.store, self._folder, self.layer.metadata)
         self.autosave = None
         try:
-            moved = self._journal_to(folder, saved, name=name, store=store)
+            saved, _ = _read_saved(store, name, folder, self.layer.data.shape)
+            if saved is not None:
+                n_added = add_labels(self.layer, saved)
+            self._folder = folder
+            moved = self._journal_to(lock, saved, name=name, store=store)
             moved.finish_looking()
             if not moved.flush(10):
                 moved.close()
                 raise DataError(f"{folder}: cannot be written: {moved.error or 'no answer'}")
         except SemanticBlurError:
+            lock.close(delete=True)
+            if n_added:
+                self.layer.undo()
             self.autosave = before
-            self.name, self.store, self.layer.metadata = place
+            self.name, self.store, self._folder, self.layer.metadata = place
             raise
         if before is not None:
             before.discard()
-
-    def close(self, *, save: bool = True) -> None:
-        """Journal the last strokes, save in the background if there is a store, and let go."""
-        autosave, self.autosave = self.autosave, None
-        self.is_read_only = True
-        self.layer.events.paint.disconnect(self._painted)
-        self.layer.events.set_data.disconnect(self._drawn)
-        self.layer.events.selected_label.disconnect(self._label_chosen)
-        if autosave is None:
-            return
-        if autosave.labels is self.layer.data:
-            autosave.finish_looking()
-        autosave.flush()
-        if save and self.store is not None and autosave.has_unsaved:
-            run = autosave.save(self._write)
-
-            def finish() -> None:
-                try:
-                    run()
-                finally:
-                    autosave.close()
-
-            self._saving = self._saver.submit(finish)
+        if self.split is None:
+            self.split = folder_store.split_of(name)
         else:
-            autosave.close()
+            self.hold_out(self.split == "val")
+        return n_added
+
+    def close(self) -> bool:
+        """Journal the last strokes, save in the background if there is a store, and let go.
+
+        Returns
+        -------
+        bool
+            Whether that is done; if not, as on a full disk, `finish_closing` tries again.
+        """
+        if not self.is_closed:
+            self.is_closed = True
+            self.layer.events.paint.disconnect(self._painted)
+            self.layer.events.set_data.disconnect(self._drawn)
+            self.layer.events.selected_label.disconnect(self._label_chosen)
+        return self.finish_closing()
+
+    def finish_closing(self) -> bool:
+        """Try again to write what a closed annotation holds; whether nothing is left."""
+        if self._is_over:
+            return True
+        if self.autosave is None and not self.is_read_only and self.layer.data.any():
+            self._try_to_start()
+            if self.autosave is None:
+                return False
+        if self.autosave is not None:
+            if self.autosave.labels is self.layer.data:
+                self.autosave.finish_looking()
+            if not self.autosave.flush():
+                return False
+            self._end(self.autosave)
+        self._is_over, self.autosave, self.is_read_only = True, None, True
         self._saver.shutdown(wait=False)
+        return True
+
+    def _end(self, autosave: Autosave) -> None:
+        if self.store is None or not autosave.has_unsaved:
+            autosave.close()
+            return
+        run = autosave.save(self._write)
+
+        def finish() -> None:
+            try:
+                run()
+            finally:
+                autosave.close()
+
+        self._in_background(finish)
 
     def wait(self) -> None:
         """Wait for saves that are under way."""
@@ -302,20 +400,42 @@ class Annotation:
                 return candidate
         raise DataError(f"{name}: the store has too many images of that name")
 
-    def _try_to_start(self) -> None:
-        """Begin the journal, or say why that is not possible now; a full disk may have room yet."""
-        if self.is_read_only:
-            return
+    def _try_to_lock(self) -> Lock | None:
+        """The lock on the journals, or None with the reason in `problem`."""
         try:
-            self._start()
+            return Lock(self._folder)
         except LockedError as error:
             self.is_read_only = True
-            self.layer.editable = False
-            self.problem = f"{error}; it is shown read-only here"
-        except SemanticBlurError as error:
+            if f"process {os.getpid()} " in str(error):
+                self.problem = f"{self.title}: is open in another window, or still being saved"
+            else:
+                self.problem = str(error)
+            self.problem += "; it is shown read-only here until that ends"
+        except DataError as error:
             self.problem = str(error)
-        else:
-            self.problem = ""
+        return None
+
+    def _try_to_start(self) -> None:
+        """Begin the journal if that is possible by now: there is room, or the other let go."""
+        lock = self._try_to_lock()
+        if lock is None:
+            return
+        try:
+            shape = self.layer.data.shape
+            saved, recovered = _read_saved(self.store, self.name, self._folder, shape)
+            if self.is_read_only:  # what is shown is as old as the opening
+                self.layer.data = np.zeros(shape, np.uint8) if saved is None else saved.copy()
+                self._recovered = recovered
+            self._begin(lock, saved)
+            self.is_read_only = False
+            self.layer.editable = True
+        except SemanticBlurError as error:
+            lock.close(delete=True)
+            self.problem = str(error)
+
+    def _begin(self, lock: Lock, saved: NDArray[np.uint8] | None) -> None:
+        self._journal_to(lock, saved, name=self.name, store=self.store)
+        self.problem = ""
 
     def _add_layer(self, labels: NDArray[np.uint8], leftover: Leftover | None) -> Labels:
         from napari.layers import Labels
@@ -336,7 +456,7 @@ class Annotation:
 
     def _journal_to(
         self,
-        folder: Path,
+        lock: Lock,
         saved: NDArray[np.uint8] | None,
         *,
         name: str,
@@ -354,10 +474,12 @@ class Annotation:
             "source_id": str(self.image.unique_id) if self.image is not None else None,
             "store": str(store) if store else None,
             "name": name if store else None,
-            "journal": str(folder),
+            "journal": str(self._folder),
         }
         self.layer.metadata = {**self.layer.metadata, METADATA_KEY: record}
-        autosave = Autosave(folder, self.layer.data, saved=saved, name=name, facts=facts)
+        autosave = Autosave(
+            self._folder, self.layer.data, saved=saved, name=name, facts=facts, lock=lock
+        )
         self.autosave, self.name, self.store = autosave, name, store
         return autosave
 
@@ -383,7 +505,7 @@ class Annotation:
         array = np.asarray(self.source.array)
         if self.path is not None and self.path.is_file():
             try:
-                if np.array_equal(read_array(self.path), array):
+                if same_pixels(read_array(self.path), array):
                     return self.path
             except SemanticBlurError:
                 pass
@@ -410,12 +532,15 @@ class Annotation:
 
 def _read_saved(
     store: Path | None, name: str, folder: Path, shape: tuple[int, ...]
-) -> tuple[NDArray[np.uint8] | None, int]:
-    """Labels as they are on the disk, store and journals together; and strokes in journals."""
+) -> tuple[NDArray[np.uint8] | None, Leftover | None]:
+    """Labels as they are on the disk, store and journals together; and what is in journals.
+
+    Only under the lock on the folder do they stay so.
+    """
     labels = None if store is None else AnnotationStore(store).labels_of(name)
     leftover = read_leftover(folder)
     if labels is None and leftover is None:
-        return None, 0
+        return None, None
     if labels is None:
         labels = np.zeros(shape, np.uint8)
     elif labels.size != np.prod(shape):
@@ -423,4 +548,4 @@ def _read_saved(
     labels = np.array(labels).reshape(shape)  # readers of TIFF drop axes of length one
     if leftover is not None:
         replay(leftover.changes, labels)
-    return labels, leftover.n_strokes if leftover else 0
+    return labels, leftover

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from napari_semanticblur._layers import METADATA_KEY, Source, read_source, unwrapped
-from semanticblur_core.data.store import read_array
+from semanticblur_core.data.store import read_array, same_pixels
 from semanticblur_core.errors import ImageError, SemanticBlurError
 from semanticblur_core.io import without_alpha
 
@@ -75,7 +75,7 @@ def shows(path: Path, source: Source) -> bool:
     if held.size != np.prod(shape):
         return False
     held = held.reshape(shape)
-    return all(np.array_equal(held[index], plane) for index, plane in _sampled_planes(source))
+    return all(same_pixels(held[index], plane) for index, plane in _sampled_planes(source))
 
 
 def fingerprint(source: Source) -> str:

@@ -67,6 +67,17 @@ def set_all(layer: Labels, labels: NDArray[np.uint8]) -> None:
     layer.refresh(extent=False)
 
 
+def add_labels(layer: Labels, labels: NDArray[np.uint8]) -> int:
+    """Take over labels where the layer has none, as one step of undo; pixels that changed."""
+    n = 0
+    with layer.block_history():
+        for plane in np.ndindex(labels.shape[:-2]):
+            where = (layer.data[plane] == UNLABELLED) & (labels[plane] != UNLABELLED)
+            n += set_plane(layer, plane, where, labels[plane])
+    layer.refresh(extent=False)
+    return n
+
+
 def fill_rest(layer: Labels, plane: Plane, code: int) -> int:
     """Label what is unlabelled of a plane; pixels that changed."""
     with layer.block_history():
@@ -151,7 +162,8 @@ def import_labels(layer: Labels, plane: Plane | None, codes: NDArray[np.uint8]) 
         If they do not fit.
     """
     shape = layer.data.shape
-    if codes.size == np.prod(shape):
+    # Readers of TIFF drop axes of length one.
+    if _without_ones(codes.shape) == _without_ones(shape):
         whole, planes = codes.reshape(shape), list(np.ndindex(shape[:-2]))
     elif codes.shape == shape[-2:] and plane is not None:
         whole, planes = np.broadcast_to(codes, shape), [plane]
@@ -167,6 +179,10 @@ def import_labels(layer: Labels, plane: Plane | None, codes: NDArray[np.uint8]) 
             n += set_plane(layer, index, whole[index] != UNLABELLED, whole[index])
     layer.refresh(extent=False)
     return n
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)
 
 
 def codes_of(array: NDArray[Any], meaning: str) -> NDArray[np.uint8]:

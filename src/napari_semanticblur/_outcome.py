@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from magicgui.widgets import ComboBox, Container, PushButton
 
+from napari_semanticblur._dialogs import ask, ask_file, ask_text
 from napari_semanticblur._models import models
 from napari_semanticblur._settings import set_default_model
 from semanticblur_core import io, weights
@@ -123,7 +124,7 @@ class ModelActions:
             (self.export_button, self.export),
         ):
             button.changed.connect(self._guarded(action))
-        self.ask, self.ask_text, self.ask_file = _ask, _ask_text, _ask_file
+        self.ask, self.ask_text, self.ask_file = ask, ask_text, ask_file
         self.refresh()
 
     def refresh(self, name: str = "") -> None:
@@ -189,27 +190,3 @@ class ModelActions:
                 show_error(f"{error.filename or name}: {error.strerror}")
 
         return run
-
-
-def _ask(question: str) -> bool:
-    from qtpy.QtWidgets import QMessageBox
-
-    yes = QMessageBox.StandardButton.Yes
-    no = QMessageBox.StandardButton.No
-    return bool(QMessageBox.question(None, "SemanticBlur", question, yes | no, no) == yes)
-
-
-def _ask_text(question: str, proposal: str) -> str:
-    from qtpy.QtWidgets import QInputDialog
-
-    text, accepted = QInputDialog.getText(None, "SemanticBlur", question, text=proposal)
-    return text.strip() if accepted else ""
-
-
-def _ask_file(proposal: Path) -> Path | None:
-    from qtpy.QtWidgets import QFileDialog
-
-    path, _ = QFileDialog.getSaveFileName(
-        None, "Export weights", str(proposal), "Weights (*.safetensors)"
-    )
-    return Path(path) if path else None

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from napari_semanticblur._colors import BLURRED
+from napari_semanticblur._colors import BLURRED, UNLABELLED
 from napari_semanticblur._layers import METADATA_KEY, Source, is_image, read_source, unwrapped
-from semanticblur_core.data.store import AnnotationStore, read_labels
+from semanticblur_core.data.store import AnnotationStore, OtherImageError, read_labels
 from semanticblur_core.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # A stack above that many bytes is not copied into a store, only what is painted of it.
 WHOLE_STACK_BYTES = 2**30
+# Where a layer was saved by now: from then on its labels are all that count there.
+_saved: WeakKeyDictionary[Any, set[tuple[Path, str]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ def _file_name(image: Image) -> str:
 
 def save_layers(chosen: Sequence[Annotated], store: Path | None, fallback: Path) -> Path:
     """Bring the labels of layers into one store; its folder.
+
+    What the store holds of an image from before stays where the layer has no labels.
 
     Parameters
     ----------
@@ -155,17 +160,29 @@ def _write(
 ) -> None:
     """Under that name, or with a number where the store has another image of the name."""
     source = str(each.source.layer.source.path or each.source.layer.name)
+    saved = _saved.setdefault(each.labels, set())
     for number in range(1, 100):
         candidate = name if number == 1 else f"{name} {number}"
-        is_taken = any((target.folder / "images").glob(f"{candidate}.*"))
+        merged = codes
+        if (target.folder, candidate) not in saved:
+            merged = _with_those_held(target, candidate, codes)
         try:
-            target.write(candidate, codes, image=array, source=source, axes=axes, plane=plane)
-        except DataError:
-            if not is_taken:
-                raise
-        else:
-            return
+            target.write(candidate, merged, image=array, source=source, axes=axes, plane=plane)
+        except OtherImageError:
+            continue
+        saved.add((target.folder, candidate))
+        return
     raise DataError(f"{name}: {target.folder} has too many images of that name")
+
+
+def _with_those_held(
+    target: AnnotationStore, name: str, codes: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    """Labels, and where there are none those that the store holds from before."""
+    held = target.labels_of(name)
+    if held is None or held.squeeze().shape != codes.squeeze().shape:
+        return codes
+    return np.where(codes == UNLABELLED, held.reshape(codes.shape), codes)
 
 
 def as_bytes(unit: NDArray[Any]) -> NDArray[np.uint8]:

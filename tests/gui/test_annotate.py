@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from napari_semanticblur import _annotate
 from napari_semanticblur._layers import METADATA_KEY, find_result
 from semanticblur_core import io
+from semanticblur_core.data.autosave import Autosave
 from semanticblur_core.data.journal import find_leftovers, read_leftover, replay
 from semanticblur_core.data.store import AnnotationStore, read_store
 
@@ -366,6 +368,9 @@ def test_masks_are_imported_with_the_meaning_that_is_said(
     labels.data = np.zeros((3, 4), np.int32)
     widget.import_button.native.click()
     assert "got (3, 4)" in shown[2]
+    labels.data = other.T.copy()
+    widget.import_button.native.click()
+    assert "got (120, 90)" in shown[3]
 
 
 @pytest.fixture
@@ -477,7 +482,7 @@ def test_two_viewers_do_not_write_one_image(
     _, second = other.window.add_plugin_dock_widget("napari-semanticblur", "Annotate blur")
     second.store.value = tmp_path / "store"
     second.annotate()
-    assert "is being annotated by process" in second.status.value
+    assert "is open in another window" in second.status.value
     assert not second.current.layer.editable
     with pytest.MonkeyPatch.context() as patch:
         shown: list[str] = []
@@ -565,7 +570,9 @@ def test_strokes_survive_a_kill(
         assert not find_leftovers(store / "journal")[0]
 
 
-def test_what_was_recovered_can_be_discarded(viewer: Any, open_widget: Any, home: Path) -> None:
+def test_what_was_recovered_can_be_discarded_after_a_question(
+    viewer: Any, open_widget: Any, home: Path
+) -> None:
     viewer.add_image(photo(), rgb=True, name="photo")
     widget = open_widget()
     widget.annotate()
@@ -573,10 +580,163 @@ def test_what_was_recovered_can_be_discarded(viewer: Any, open_widget: Any, home
     journaled(widget)
     layer = widget.current.layer
     viewer.layers.remove(layer)
+    widget._look_for_leftovers()
     assert "1 stroke of photo" in widget.status.value
+    asked: list[str] = []
+    widget.ask = lambda question: bool(asked.append(question) or len(asked) > 1)
+    widget.discard_button.native.click()
+    assert "1 stroke of photo" in asked[0]
+    assert find_leftovers(home / "journal")[0]
     widget.discard_button.native.click()
     assert not find_leftovers(home / "journal")[0]
     assert not widget.found.visible
+
+
+def test_what_was_recovered_can_be_taken_back_and_what_was_painted_since_stays(
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path
+) -> None:
+    image = viewer.add_image(photo(), rgb=True, name="photo")
+    AnnotationStore(tmp_path / "S", create=True)
+    left = Autosave(tmp_path / "S" / "journal" / "photo", np.zeros((90, 120), np.uint8), name="x")
+    left.labels[5:9, 5:30] = 1
+    left.stroke_ended()
+    left.finish_looking()
+    left.close()
+    widget.store.value = tmp_path / "S"
+    widget.layer.value = image
+    assert widget.found.visible
+    widget.annotate()
+    assert "Recovered 1 stroke of photo" in widget.status.value
+    assert not widget.found.visible  # it is here now, so nothing is left to restore
+    layer = widget.current.layer
+    stroke(layer, (60, 20), (60, 80), 2)
+    since = layer.data.copy()
+    since[:20] = 0
+    widget.take_back_button.native.click()
+    np.testing.assert_array_equal(layer.data, since)
+    layer.undo()
+    assert np.count_nonzero(layer.data == 1) == 4 * 25
+    assert not widget.take_back_button.visible
+
+
+def test_an_image_that_is_still_being_saved_can_be_painted_on_when_that_ends(
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    viewer.add_image(photo(), rgb=True, name="photo")
+    widget.store.value = tmp_path / "S"
+    widget.annotate()
+    stroke(widget.current.layer, (20, 20), (20, 80), 1)
+    painted = widget.current.layer.data.copy()
+    go, write = threading.Event(), AnnotationStore.write
+
+    def slow(*args: Any, **keywords: Any) -> Any:
+        go.wait(10)
+        return write(*args, **keywords)
+
+    monkeypatch.setattr(AnnotationStore, "write", slow)
+    viewer.layers.remove(widget.current.layer)
+    widget.annotate()
+    annotation = widget.current
+    assert annotation.is_read_only
+    assert not annotation.layer.editable
+    go.set()
+    qtbot.waitUntil(lambda: not annotation.is_read_only, timeout=5000)
+    assert annotation.layer.editable
+    np.testing.assert_array_equal(annotation.layer.data, painted)
+    stroke(annotation.layer, (60, 20), (60, 80), 2)
+    saved(qtbot, widget)
+    [plane] = read_store(tmp_path / "S")
+    np.testing.assert_array_equal(plane.labels, annotation.layer.data)
+
+
+def test_the_dock_can_be_closed_and_opened_again(
+    qtbot: Any, viewer: Any, tmp_path: Path, open_widget: Any
+) -> None:
+    viewer.add_image(photo(), rgb=True, name="photo")
+    dock, first = viewer.window.add_plugin_dock_widget("napari-semanticblur", "Annotate blur")
+    first.store.value = tmp_path / "S"
+    first.annotate()
+    layer = first.current.layer
+    stroke(layer, (20, 20), (20, 80), 1)
+    dock.destroyOnClose()
+    qtbot.wait(20)
+    stroke(layer, (40, 20), (40, 80), 1)
+    second = open_widget()
+    assert second is not first
+    assert second.current is not None
+    assert second.current.layer is layer
+    assert second.store.value == tmp_path / "S"
+    second.annotate()
+    stroke(layer, (60, 20), (60, 80), 2)
+    assert layer.editable
+    saved(qtbot, second)
+    [plane] = read_store(tmp_path / "S")
+    np.testing.assert_array_equal(plane.labels, layer.data)
+    assert len(layer.mouse_drag_callbacks) == len(set(layer.mouse_drag_callbacks))
+
+
+def test_strokes_come_without_their_image_if_its_file_has_changed(
+    viewer: Any, open_widget: Any, folder: Path
+) -> None:
+    path = folder / "photo0.png"
+    image = viewer.open(path, plugin="napari")[0]
+    widget = open_widget()
+    widget.annotate()
+    stroke(widget.current.layer, (20, 20), (20, 60), 1)
+    painted = widget.current.layer.data.copy()
+    viewer.layers.clear()
+    Image.fromarray(np.asarray(image.data)[::-1]).save(path)  # of the same shape
+    widget._look_for_leftovers()
+    widget.restore_button.native.click()
+    assert [layer.name for layer in viewer.layers] == ["photo0 annotation"]
+    assert "no longer the image" in widget.status.value
+    np.testing.assert_array_equal(viewer.layers[0].data, painted)
+
+
+def test_labels_that_a_store_held_before_are_added_to(
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path
+) -> None:
+    held = np.zeros((90, 120), np.uint8)
+    held[30:60, 40:100] = 1
+    image = photo().astype(np.float32)
+    image[3, 4] = np.nan  # an image with NaN is known again too
+    AnnotationStore(tmp_path / "S", create=True).write("photo", held, image=image, split="val")
+    viewer.add_image(image, rgb=True, name="photo")
+    widget.annotate()
+    layer = widget.current.layer
+    stroke(layer, (40, 20), (40, 80), 2)
+    painted = layer.data.copy()
+    assert not widget.hold_out.value
+    widget.store.value = tmp_path / "S"
+    saved(qtbot, widget)
+    widget._show_what_applies()
+    assert widget.hold_out.value
+    expected = np.where(painted == 0, held, painted)
+    [plane] = read_store(tmp_path / "S")
+    np.testing.assert_array_equal(plane.labels, expected)
+    np.testing.assert_array_equal(layer.data, expected)
+    layer.undo()
+    np.testing.assert_array_equal(layer.data, painted)
+
+
+def test_an_image_is_held_out_by_a_tick(
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path
+) -> None:
+    viewer.add_image(photo(), rgb=True, name="photo")
+    assert not widget.hold_out.visible
+    widget.annotate()
+    widget.hold_out.value = True  # before there is a store
+    stroke(widget.current.layer, (20, 20), (20, 80), 1)
+    widget.store.value = tmp_path / "S"
+    saved(qtbot, widget)
+    qtbot.waitUntil(lambda: read_store(tmp_path / "S")[0].split == "val", timeout=5000)
+    viewer.layers.remove(widget.current.layer)
+    qtbot.waitUntil(lambda: not widget._closing, timeout=5000)
+    assert not widget.hold_out.visible
+    widget.annotate()
+    assert widget.hold_out.value
+    widget.hold_out.value = False
+    qtbot.waitUntil(lambda: read_store(tmp_path / "S")[0].split is None, timeout=5000)
 
 
 def test_without_its_image_the_labels_still_come_back(viewer: Any, open_widget: Any) -> None:
@@ -624,6 +784,40 @@ def test_a_full_disk_is_said_once_and_painting_goes_on(
     painted = layer.data.copy()
     qtbot.waitUntil(lambda: "works again" in widget.status.value, timeout=5000)
     np.testing.assert_array_equal(journaled(widget), painted)
+
+
+def test_on_a_full_disk_no_image_is_left_with_its_strokes_in_memory_only(
+    qtbot: Any, viewer: Any, widget: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource = pytest.importorskip("resource", reason="this system limits no file sizes")
+    widget.folder.value = folder
+    qtbot.waitUntil(lambda: widget.current is not None, timeout=5000)
+    layer = widget.current.layer
+    stroke(layer, (20, 20), (20, 60), 1)
+    journaled(widget)
+    errors: list[str] = []
+    warnings: list[str] = []
+    monkeypatch.setattr("napari.utils.notifications.show_error", errors.append)
+    monkeypatch.setattr("napari.utils.notifications.show_warning", warnings.append)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+        for i in range(4):
+            stroke(layer, (25 + 6 * i, 10), (30 + 6 * i, 70), 1 + i % 2)
+        painted = layer.data.copy()
+        widget.next_button.native.click()
+        assert [each.name for each in viewer.layers] == ["photo0", "photo0 annotation"]
+        assert "Autosave cannot write" in errors[0]
+        viewer.layers.remove(layer)  # by hand nobody can be stopped
+        qtbot.waitUntil(lambda: bool(warnings), timeout=5000)
+        assert "are in memory" in warnings[-1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    qtbot.waitUntil(lambda: not widget._closing, timeout=5000)
+    [plane] = read_store(folder.parent / "images annotations")
+    np.testing.assert_array_equal(plane.labels, painted)
 
 
 def test_a_journal_that_cannot_begin_begins_when_it_can(

@@ -41,9 +41,7 @@ def user_journals() -> Path:
     return io.user_folder() / JOURNALS
 
 
-def _require_fitting(
-    name: str, labels: NDArray[np.uint8], saved: NDArray[np.uint8] | None
-) -> None:
+def _require_fitting(name: str, labels: NDArray[np.uint8], saved: NDArray[np.uint8] | None) -> None:
     if labels.dtype != np.uint8 or labels.ndim < 2:
         raise DataError(f"{name}: expected labels (..., H, W) of uint8, got {labels.dtype}")
     if saved is not None and saved.shape != labels.shape:

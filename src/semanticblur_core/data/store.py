@@ -341,9 +341,7 @@ class AnnotationStore:
                 else same_pixels(read_array(held), image)
             )
             if not same:
-                raise OtherImageError(
-                    f"{held}: is another image of that name; choose another name"
-                )
+                raise OtherImageError(f"{held}: is another image of that name; choose another name")
             return _sha256(held)
         with io.replacing(target, durable=True) as temporary:
             if isinstance(image, Path):
