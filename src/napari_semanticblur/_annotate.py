@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -35,10 +35,10 @@ from napari_semanticblur._dialogs import ask
 from napari_semanticblur._layers import METADATA_KEY, find_result, is_image, unwrapped
 from napari_semanticblur._recovery import Offer, find_offers, image_of, offer, strokes
 from napari_semanticblur._settings import preferences
+from napari_semanticblur._where_next import WhereNext
 from semanticblur_core import io
 from semanticblur_core.data.datasets import list_images
 from semanticblur_core.data.journal import Leftover, replay
-from semanticblur_core.data.labelling import most_uncertain
 from semanticblur_core.data.store import AnnotationStore, read_array
 from semanticblur_core.errors import SemanticBlurError
 
@@ -115,7 +115,6 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         )  # fmt: skip
         self.planes = ComboBox(choices=[SHOWN, ALL], label="planes")
         self.map_button = PushButton(text="Start from the model's map")
-        self.next_place_button = PushButton(text="Where next?", tooltip=_WHERE_TIP)
         self.fill_sharp_button = PushButton(text="Rest is sharp")
         self.fill_blurred_button = PushButton(text="Rest is blurred")
         self.import_from = ComboBox(choices=self._importable, label="import")
@@ -129,13 +128,14 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self.progress = Label(value="")
         self.status = Label(value="Choose an image and press Annotate.")
         self._recovery = _row(self.restore_button, self.discard_button)
+        self.where_next = WhereNext(self)
         super().__init__(
             widgets=[
                 self.layer, self.store, _row(self.start_button, self.save_button),
                 self.hold_out, self.found, self._recovery, self.take_back_button,
                 _row(self.sharp_button, self.blurred_button, self.erase_button), self.brush,
                 _row(self.polygon_button, self.superpixels), self.superpixel_px,
-                self.planes, self.confidence, _row(self.map_button, self.next_place_button),
+                self.planes, self.confidence, self.map_button, self.where_next,
                 _row(self.fill_sharp_button, self.fill_blurred_button),
                 self.import_from, self.import_meaning, self.import_button,
                 self.folder, _row(self.previous_button, self.next_button),
@@ -176,6 +176,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self._typing.stop()
         if self._detection is not None:
             self._detection.cancel()
+        self.where_next.cancel()
         for annotation in self._annotations:
             self._tools.detach(annotation)
         return self._annotations, self._closing
@@ -192,7 +193,6 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             self.erase_button: lambda: self.choose(UNLABELLED),
             self.polygon_button: self.draw_polygon,
             self.map_button: self.start_from_map,
-            self.next_place_button: self.go_to_next_place,
             self.fill_sharp_button: lambda: self.fill_rest(SHARP),
             self.fill_blurred_button: lambda: self.fill_rest(BLURRED),
             self.import_button: self.import_labels,
@@ -219,7 +219,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             try:
                 action()
             except SemanticBlurError as error:
-                self._say(str(error))
+                self.say(str(error))
                 show_error(str(error))
 
         return run
@@ -262,7 +262,14 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
     def _store(self) -> Path | None:
         return _folder(self.store)
 
-    def _require(self) -> Annotation:
+    def require(self) -> Annotation:
+        """The annotation to act on; begun if there is none yet.
+
+        Raises
+        ------
+        SemanticBlurError
+            If there is no image, or another viewer has it.
+        """
         annotation = self.current
         if annotation is None:
             self.annotate()
@@ -300,14 +307,14 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self.import_from.reset_choices()
         self._look_for_leftovers()
         if annotation.problem:
-            self._say(annotation.problem)
+            self.say(annotation.problem)
         elif annotation.n_recovered:
-            self._say(
+            self.say(
                 f"Recovered {strokes(annotation.n_recovered)} of {annotation.title} that were not "
                 "saved."
             )
         else:
-            self._say(f"Paint on {annotation.title}: S sharp, D blurred, U erases. All is kept.")
+            self.say(f"Paint on {annotation.title}: S sharp, D blurred, U erases. All is kept.")
         self._show_what_applies()
         self._tick()
         return annotation
@@ -320,77 +327,70 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         DataError
             If none is chosen.
         """
-        annotation = self._require()
+        annotation = self.require()
         n_added = 0
         if annotation.store is None and self._store is not None:
             n_added = annotation.move_to(self._store)
         annotation.save()
         if n_added:
-            self._say(
+            self.say(
                 f"Saving, with {n_added} pixels that {annotation.store} had labelled before. "
                 "Ctrl+Z takes them out again."
             )
         else:
-            self._say("Saving ...")
+            self.say("Saving ...")
         self._timer.start(SOON_MS)
 
     def choose(self, code: int) -> None:
         """Paint with a class, 0 erases."""
-        layer = self._require().layer
+        layer = self.require().layer
         layer.selected_label = code
         if str(layer.mode) not in ("paint", "polygon", "fill") and not self.superpixels.value:
             layer.mode = "paint"
 
     def draw_polygon(self) -> None:
         """Turn on napari's polygon tool."""
-        self._require().layer.mode = "polygon"
-        self._say(_POLYGON_TIP)
+        self.require().layer.mode = "polygon"
+        self.say(_POLYGON_TIP)
 
     def fill_rest(self, code: int) -> None:
         """Label what is unlabelled of the planes shown or of all of them."""
-        layer = self._require().layer
+        layer = self.require().layer
         n = sum(_labelling.fill_rest(layer, plane, code) for plane in self._chosen_planes(layer))
-        self._say(f"{n} pixels labelled. Ctrl+Z takes it back.")
+        self.say(f"{n} pixels labelled. Ctrl+Z takes it back.")
         self._tick()
 
     def start_from_map(self) -> None:
         """Label where the model is sure, after a detection if there is no map yet."""
-        self._with_map(self._start_from_map)
+        self.with_map(self._start_from_map)
 
     def _start_from_map(self, blur_map: Image) -> None:
-        layer = self._require().layer
+        layer = self.require().layer
         n = _labelling.start_from_map(
             layer, blur_map, self._chosen_planes(layer), confidence=float(self.confidence.value)
         )
-        self._say(f"{n} pixels labelled from the map. Ctrl+Z takes it back.")
+        self.say(f"{n} pixels labelled from the map. Ctrl+Z takes it back.")
         self._tick()
 
-    def go_to_next_place(self) -> None:
-        """Show the place where the model is unsure and nothing is labelled."""
-        self._with_map(self._go_to_next_place)
-
-    def _go_to_next_place(self, blur_map: Image) -> None:
-        layer = self._require().layer
-        best: tuple[tuple[int, ...], float] | None = None
-        for plane in np.ndindex(layer.data.shape[:-2]):
-            blur = _labelling.map_plane(layer, blur_map, plane)
-            place = None if blur is None else most_uncertain(blur, layer.data[plane])
-            if place is not None and place[1] > (best[1] if best else 0):
-                best = ((*plane, *place[0]), place[1])
-        if best is None:
-            self._say("The model is sure wherever nothing is labelled.")
-            return
-        world = layer.data_to_world(best[0])
+    def go_to(self, index: tuple[int, ...]) -> None:
+        """Show a pixel of the annotation in the middle."""
+        world = self.require().layer.data_to_world(index)
         first = self.viewer.dims.ndim - len(world)
-        for axis in range(layer.ndim - 2):
+        for axis in range(len(world) - 2):
             self.viewer.dims.set_point(first + axis, world[axis])
         # napari 0.9 moved the camera to the scene.
         camera = getattr(self.viewer, "scene", self.viewer).camera
         camera.center = tuple(world[-2:])
-        self._say(f"Here the model is unsure ({best[1]:.0%}): paint what you know.")
 
-    def _with_map(self, action: Callable[[Image], None]) -> None:
-        annotation = self._require()
+    def with_map(self, action: Callable[[Image], None]) -> None:
+        """Do something with the blur map of the image, after a detection if there is none yet.
+
+        Raises
+        ------
+        SemanticBlurError
+            If no image is open.
+        """
+        annotation = self.require()
         if annotation.image is None:
             raise SemanticBlurError("Open the image first.")
         image = annotation.image
@@ -417,12 +417,12 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
                 self.viewer.layers.selection.active = annotation.layer
                 self.guarded(lambda: action(made))()
 
-        self._detection = Detection(self.viewer, image, settings, on_status=self._say, on_end=ended)
+        self._detection = Detection(self.viewer, image, settings, on_status=self.say, on_end=ended)
         self._detection.start()
 
     def import_labels(self) -> None:
         """Take over a mask from a file, or another layer of labels."""
-        annotation = self._require()
+        annotation = self.require()
         if self.import_meaning.value == ASK:
             raise SemanticBlurError("Say what the values of the mask mean: it is not guessed.")
         meaning = MEANINGS[self.import_meaning.value]
@@ -440,7 +440,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         n = _labelling.import_labels(layer, shown_plane(self.viewer, layer), codes)
         if meaning != "codes":
             annotation.polarity = "blur" if meaning == "blur" else "sharp"
-        self._say(f"{n} pixels changed to those of {name}. Ctrl+Z takes it back.")
+        self.say(f"{n} pixels changed to those of {name}. Ctrl+Z takes it back.")
         self._tick()
 
     def _ask_for_file(self) -> Path | None:
@@ -456,11 +456,11 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
     def _look_for_leftovers(self) -> None:
         self._found, problems = find_offers(self._store)
         for problem in problems:
-            self._say(problem)
+            self.say(problem)
         self.found.reset_choices()
         if self._found:
             self.found.value = 0
-            self._say(f"{offer(self._found[0][0])}: Restore or Discard?")
+            self.say(f"{offer(self._found[0][0])}: Restore or Discard?")
         self._show_what_applies()
 
     def restore(self) -> None:
@@ -485,7 +485,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             self.layer.value = image
             labels = np.zeros(leftover.shape, np.uint8)
             replay(leftover.changes, labels)
-            annotation = self._require()
+            annotation = self.require()
             _labelling.import_labels(annotation.layer, None, labels)
             annotation.secure()
             leftover.discard()
@@ -495,7 +495,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             if image is not None:
                 self.layer.value = image
         self._look_for_leftovers()
-        self._say(f"{offer(leftover)}.{note}")
+        self.say(f"{offer(leftover)}.{note}")
 
     def _open_unchanged(self, path: Path, leftover: Leftover) -> Image | None:
         """The image, if its file still holds what was painted on."""
@@ -515,7 +515,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         leftover, _ = self._found[self.found.value]
         if self.ask(f"{offer(leftover)}. Delete them for good?"):
             leftover.discard()
-            self._say("Discarded.")
+            self.say("Discarded.")
         self._look_for_leftovers()
 
     def take_back(self) -> None:
@@ -523,7 +523,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         annotation = self.current
         if annotation is not None:
             annotation.forget_recovered()
-            self._say("As it was saved. Ctrl+Z brings the strokes back.")
+            self.say("As it was saved. Ctrl+Z brings the strokes back.")
         self._show_what_applies()
 
     def _hold_out_switched(self) -> None:
@@ -542,10 +542,32 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         if self._store is None:
             self.store.value = folder.parent / f"{folder.name} annotations"
         assert self._store is not None
-        store = AnnotationStore(self._store, create=True)
-        done = [store.labels_of(path.stem) is not None for path in self._files]
-        first = done.index(False) if False in done else 0
-        self.step(first + 1)
+        AnnotationStore(self._store, create=True)
+        without = self.files_without_labels()
+        self.step(self._files.index(without[0]) + 1 if without else 1)
+
+    @property
+    def folder_store(self) -> Path | None:
+        """Store of the folder of images that is open; None where none is."""
+        return self._store if self._files else None
+
+    def files_without_labels(self) -> list[Path]:
+        """Images of the folder that the store has no labels of."""
+        if self.folder_store is None:
+            return []
+        store = AnnotationStore(self.folder_store, create=True)
+        return [path for path in self._files if store.labels_of(path.stem) is None]
+
+    def sort_files(self, first: Sequence[Path]) -> None:
+        """Put some images of the folder first; the others follow in their order."""
+        shown = self._files[self._file_index] if self._file_index >= 0 else None
+        self._files = [*first, *(path for path in self._files if path not in first)]
+        self._file_index = -1 if shown is None else self._files.index(shown)
+
+    def open_file(self, path: Path) -> None:
+        """Open an image of the folder, see `step`."""
+        if path in self._files:
+            self.step(self._files.index(path) - self._file_index)
 
     def step(self, by: int) -> None:
         """Open the next image of the folder, or the one before; what is painted is saved.
@@ -558,8 +580,10 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         if not self._files:
             raise SemanticBlurError("Choose a folder of images first.")
         index = self._file_index + by
+        if by == 0:
+            return
         if not 0 <= index < len(self._files):
-            self._say("That was the last image." if by > 0 else "That was the first image.")
+            self.say("That was the last image." if by > 0 else "That was the first image.")
             return
         before = [image for image in self._images(None) if self._paths.get(image) in self._files]
         for annotation in self._annotations:
@@ -574,7 +598,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self.viewer.reset_view()
         opened = self._annotation_of(image)
         n_recovered = 0 if opened is None else opened.n_recovered
-        self._say(
+        self.say(
             f"{self._files[index].name}: {index + 1} of {len(self._files)}"
             + (f", {strokes(n_recovered)} recovered" * bool(n_recovered))
         )
@@ -604,7 +628,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             was_read_only = annotation.is_read_only
             soon = annotation.poll() or soon
             if was_read_only and not annotation.is_read_only:
-                self._say(f"{annotation.title} can be painted on now.")
+                self.say(f"{annotation.title} can be painted on now.")
         for annotation in (*self._annotations, *self._closing):
             outcome = annotation.take_outcome()
             if outcome is not None:
@@ -624,9 +648,9 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
 
         if problem:
             show_error(problem)
-            self._say(f"{problem}. What is painted is kept; save again.")
+            self.say(f"{problem}. What is painted is kept; save again.")
         elif annotation in self._annotations:
-            self._say(f"Saved {annotation.name} in {annotation.store}.")
+            self.say(f"Saved {annotation.name} in {annotation.store}.")
             self._show_what_applies()
 
     def _tell_problems(self) -> None:
@@ -638,7 +662,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         if text == self._told:
             return
         self._told = text
-        self._say(text or "Autosave works again; nothing that was painted is lost.")
+        self.say(text or "Autosave works again; nothing that was painted is lost.")
         if text:
             show_warning(text)
 
@@ -662,6 +686,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self.is_closed = True
         if self._detection is not None:
             self._detection.cancel()
+        self.where_next.cancel()
         for annotation in (*self._annotations, *self._closing):
             annotation.close()
 
@@ -689,7 +714,8 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         if self._store is None or self._store.is_dir():
             self._look_for_leftovers()
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Show a line for people."""
         if not self.is_closed:
             self.status.value = text
 
@@ -749,4 +775,3 @@ def _pause(parent: Any, callback: Callable[[], None]) -> Any:
 _POLYGON_TIP = "Click the corners; Enter or a double click closes the polygon, Escape drops it."
 _SUPERPIXEL_TIP = "A click labels the region of alike pixels around it; a drag moves the view."
 _HOLD_OUT_TIP = "Fine-tuning does not learn from this image but judges models by it."
-_WHERE_TIP = "Goes where the model's map is least sure and nothing is labelled yet."

@@ -249,19 +249,31 @@ def test_starting_from_the_map_runs_a_detection_if_there_is_none(
     np.testing.assert_array_equal(layer.data[~painted], np.where(blur > 0.5, 2, 1)[~painted])
 
 
-def test_where_next_goes_to_the_unsure_place(viewer: Any, widget: Any) -> None:
+def test_where_next_ranks_places_and_goes_there(qtbot: Any, viewer: Any, widget: Any) -> None:
     image = viewer.add_image(np.zeros((4, 128, 128), np.uint8), name="stack", scale=(5, 2, 2))
     blur = np.zeros((4, 128, 128), np.float32)
     blur[2, 64:, :64] = 0.5
+    blur[1, :64, 64:] = 0.6
     record = {"kind": "map", "source_id": str(image.unique_id)}
     viewer.add_image(blur, scale=(5, 2, 2), metadata={METADATA_KEY: record})
     widget.layer.value = image
-    widget.next_place_button.native.click()
-    assert viewer.dims.current_step[0] == 2
-    np.testing.assert_allclose(camera(viewer).center[-2:], (2 * 96, 2 * 32))
-    assert "100%" in widget.status.value
+    where = widget.where_next
+    for plane, center in ((2, (2 * 96, 2 * 32)), (1, (2 * 32, 2 * 96)), (2, (2 * 96, 2 * 32))):
+        where.place_button.native.click()
+        qtbot.waitUntil(lambda: not where.is_running, timeout=5000)
+        assert viewer.dims.current_step[0] == plane
+        np.testing.assert_allclose(camera(viewer).center[-2:], center)
+    assert "plane 2, row 96, column 32: unsure by 100%" in widget.status.value
+    assert [str(place) for place in where.ranking.choices if place is not None] == [
+        "plane 2, row 96, column 32: unsure by 100%",
+        "plane 1, row 32, column 96: unsure by 80%",
+    ]
+    where.ranking.value = where.ranking.choices[-1]
+    assert viewer.dims.current_step[0] == 1
+    widget.planes.value = _annotate.ALL
     widget.fill_sharp_button.native.click()
-    widget.next_place_button.native.click()
+    where.place_button.native.click()
+    qtbot.waitUntil(lambda: not where.is_running, timeout=5000)
     assert "sure wherever" in widget.status.value
 
 
@@ -413,6 +425,34 @@ def test_a_folder_is_walked_and_the_store_remembers(
     saved(qtbot, widget)
     [previous] = AnnotationStore(store).previous("photo1")
     np.testing.assert_array_equal(io.read_image(previous), painted["photo1"])
+
+
+def test_the_images_of_a_folder_are_ranked(
+    qtbot: Any, viewer: Any, widget: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Doubtful:
+        def detect(self, image: np.ndarray) -> np.ndarray:
+            """Sure of the first, least of the last; a stack has come as its middle plane."""
+            assert image.shape[2:] in ((), (3,))
+            height = {60: 0, 61: 0.2, 62: 0.4}.get(image.shape[0], 0.5)
+            return np.full(image.shape[:2], height, np.float32)
+
+    np.save(folder / "stack.npy", np.zeros((5, 40, 50), np.uint8))
+    (folder / "broken.png").write_bytes(b"no image")
+    monkeypatch.setattr("napari_semanticblur._models.detector", lambda *_: Doubtful())
+    monkeypatch.setattr("napari_semanticblur._models.is_loaded", lambda *_: True)
+    widget.folder.value = folder
+    qtbot.waitUntil(lambda: bool(widget._files), timeout=5000)
+    widget.where_next.image_button.native.click()
+    qtbot.waitUntil(lambda: not widget.where_next.is_running, timeout=5000)
+    ranked = [str(place) for place in widget.where_next.ranking.choices if place is not None]
+    assert ranked[0] == "stack.npy: unsure by 100%"
+    assert ranked[1:] == [
+        f"photo{i}.png: unsure by {doubt}%" for i, doubt in ((2, 80), (1, 40), (0, 0))
+    ]
+    assert widget.current.title == "stack"
+    widget.next_button.native.click()
+    assert widget.current.title == "photo2"
 
 
 def test_the_command_line_reads_what_the_widget_wrote(

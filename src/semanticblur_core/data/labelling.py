@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -92,41 +93,53 @@ def superpixel(
     return box, whole[inner]
 
 
-def most_uncertain(
+@dataclass(frozen=True)
+class UncertainPlace:
+    """A window of a plane: its middle ``(row, column)``, and how unsure the model is in it.
+
+    ``uncertainty`` is the mean of ``1 - |2 b - 1|`` in 0..1, labelled pixels counting as 0.
+    """
+
+    row: int
+    column: int
+    uncertainty: float
+
+
+def uncertain_places(
     blur: NDArray[Any], labels: NDArray[np.uint8], *, window_px: int = 64
-) -> tuple[tuple[int, ...], float] | None:
-    """Place where labels would tell the model most: where it is unsure and nothing is labelled.
+) -> list[UncertainPlace]:
+    """Places of a plane by how much labels there would tell the model, most first.
 
     Parameters
     ----------
     blur
-        Map ``(..., H, W)`` in 0..1; NaN where it was not computed.
+        Map ``(H, W)`` in 0..1; NaN where it was not computed.
     labels
         Labels of the same shape.
     window_px
-        Side of the windows that are compared.
+        Side of the windows that the plane is divided into; those at the edges are smaller.
 
     Returns
     -------
-    index, uncertainty
-        Index of the window's middle, and the mean over it of ``1 - |2 b - 1|`` in 0..1, labelled
-        pixels counting as 0. None where everything is labelled or nothing was computed.
+    list
+        Windows in which the model is unsure of anything that is not labelled.
     """
-    best: tuple[tuple[int, ...], float] | None = None
-    height, width = blur.shape[-2:]
-    window_height, window_width = min(window_px, height), min(window_px, width)
-    for plane in np.ndindex(blur.shape[:-2]):
-        unsure = 1 - np.abs(2 * np.asarray(blur[plane], np.float32) - 1)
-        unsure[(labels[plane] != UNLABELLED) | np.isnan(unsure)] = 0
-        n_rows, n_columns = height // window_height, width // window_width
-        whole = unsure[: n_rows * window_height, : n_columns * window_width]
-        means = whole.reshape(n_rows, window_height, n_columns, window_width).mean(axis=(1, 3))
-        row, column = np.unravel_index(int(means.argmax()), means.shape)
-        score = float(means[row, column])
-        if score > (best[1] if best else 0):
-            middle = (
-                int(row) * window_height + window_height // 2,
-                int(column) * window_width + window_width // 2,
-            )
-            best = ((*plane, *middle), score)
-    return best
+    unsure = 1 - np.abs(2 * np.asarray(blur, np.float32) - 1)
+    unsure[(labels != UNLABELLED) | np.isnan(unsure)] = 0
+    rows, columns = (np.arange(0, n, window_px) for n in unsure.shape)
+    sums = np.add.reduceat(np.add.reduceat(unsure, rows, axis=0), columns, axis=1)
+    heights, widths = (
+        np.minimum(window_px, n - starts)
+        for n, starts in zip(unsure.shape, (rows, columns), strict=True)
+    )
+    # A sliver at the edge counts as if it were half a window: it holds little to label.
+    least = min(window_px**2, unsure.size) / 2
+    means = sums / np.maximum(heights[:, None] * widths, least)
+    order = np.argsort(-means, axis=None, kind="stable")
+    return [
+        UncertainPlace(
+            int(rows[i] + heights[i] // 2), int(columns[k] + widths[k] // 2), float(means[i, k])
+        )
+        for i, k in zip(*np.unravel_index(order, means.shape), strict=True)
+        if means[i, k] > 0
+    ]

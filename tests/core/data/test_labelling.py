@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from semanticblur_core.data.labelling import labels_of_map, most_uncertain, superpixel
+from semanticblur_core.data.labelling import labels_of_map, superpixel, uncertain_places
 from semanticblur_core.errors import ConfigError
 
 
@@ -47,17 +47,23 @@ def test_a_constant_image_and_a_tiny_one_have_superpixels() -> None:
         assert mask[0, 0]
 
 
-def test_the_next_place_is_the_unsure_one_without_labels() -> None:
-    blur = np.zeros((3, 128, 192), np.float32)
-    blur[0] = np.nan
-    blur[1, 64:, 64:128] = 0.6
-    blur[2, :64, :64] = 0.5
+def test_places_are_ranked_by_doubt_where_nothing_is_labelled() -> None:
+    blur = np.zeros((150, 192), np.float32)
+    blur[:64, :64] = 0.5
+    blur[64:128, 64:128] = 0.6
+    blur[128:, 128:] = 0.5  # a third of a window
+    blur[0, 0] = np.nan
     labels = np.zeros(blur.shape, np.uint8)
-    assert most_uncertain(blur, labels) == ((2, 32, 32), 1.0)
-    labels[2, :64, :64] = 1
-    place = most_uncertain(blur, labels)
-    assert place is not None
-    assert place[0] == (1, 96, 96)
-    assert place[1] == pytest.approx(0.8)
-    labels[1] = 2
-    assert most_uncertain(blur, labels) is None
+    places = uncertain_places(blur, labels)
+    assert [(place.row, place.column) for place in places] == [(32, 32), (96, 96), (139, 160)]
+    assert [place.uncertainty for place in places] == pytest.approx([1, 0.8, 22 / 32], abs=1e-3)
+    labels[:64, :64] = 1
+    assert uncertain_places(blur, labels)[0].row == 96
+    labels[:] = 2
+    assert uncertain_places(blur, labels) == []
+
+
+def test_a_plane_smaller_than_a_window_has_one_place() -> None:
+    blur = np.full((20, 30), 0.5, np.float32)
+    [place] = uncertain_places(blur, np.zeros((20, 30), np.uint8))
+    assert (place.row, place.column, place.uncertainty) == (10, 15, 1)
