@@ -22,7 +22,6 @@ from measure_gui import PLUGIN, TITLE, Pulse, until, until_idle
 from numpy.typing import NDArray
 from qtpy.QtCore import QTimer
 
-from napari_semanticblur._colors import label_colormap
 from semanticblur_core.data.focal_stack import FocalStack, focal_stack
 
 SIZE = (1250, 1000)
@@ -49,18 +48,20 @@ class Work:
         return self.longest_s
 
 
-def paint(labels: NDArray[np.uint8], stack: FocalStack) -> None:
-    """Five strokes ten pixels wide: the rims of what is sharp, and just beside."""
+def paint(layer: Any, stack: FocalStack) -> None:
+    """Five strokes nine pixels wide: the rims of what is sharp, and just beside."""
     sharp = {z: np.flatnonzero(~stack.blurred[z, 0]) for z in PAINTED}
-    for plane, rows, column, code in (
-        (2, slice(16, 120), sharp[2][8], 1),
-        (2, slice(160, 300), sharp[2][-8], 1),
-        (2, slice(16, 300), sharp[2][-1] + 12, 2),
-        (4, slice(30, 280), sharp[4][8], 1),
-        (4, slice(16, 300), sharp[4][0] - 12, 2),
+    layer.brush_size = 9
+    for plane, top, bottom, column, code in (
+        (2, 16, 120, sharp[2][8], 1),
+        (2, 160, 300, sharp[2][-8], 1),
+        (2, 16, 300, sharp[2][-1] + 12, 2),
+        (4, 30, 280, sharp[4][8], 1),
+        (4, 16, 300, sharp[4][0] - 12, 2),
     ):
-        area = (plane, rows, slice(column - 5, column + 5))
-        labels[area] = np.where(stack.blurred[area] == (code == 2), np.uint8(code), 0)
+        layer.selected_label = code
+        with layer.block_history():
+            layer._draw(code, (plane, top, column), (plane, bottom, column))
 
 
 def f_beta(blurred: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
@@ -89,14 +90,14 @@ def main() -> None:
     result = viewer.layers["cells blur"]
     before = result.data.copy()
     result.visible = False
-    strokes = viewer.add_labels(
-        np.zeros(stack.images.shape, np.uint8), name="cells strokes", colormap=label_colormap()
-    )
-    paint(strokes.data, stack)
-    strokes.refresh()
     detect.native.parent().hide()
+    dock, annotate = viewer.window.add_plugin_dock_widget(PLUGIN, "Annotate blur")
+    annotate.layer.value = layer
+    annotate.annotate()
+    paint(annotate.current.layer, stack)
+    dock.hide()
     _, widget = viewer.window.add_plugin_dock_widget(PLUGIN, "Fine-tune blur model")
-    widget.layers.value = ["cells strokes"]
+    widget.layers.value = ["cells annotation"]
     widget.output.value = "my microscope"
     viewer.layers.selection.active = layer
     until_idle(0.3)
