@@ -29,7 +29,7 @@ from napari_semanticblur._tuning import Clock, Tuning, require_something
 from napari_semanticblur._worker import Failure, Run
 from semanticblur_core import weights
 from semanticblur_core.errors import SemanticBlurError
-from semanticblur_core.training.background import FinetuneCommand, Progress
+from semanticblur_core.training.background import FinetuneCommand, Progress, rescue
 
 if TYPE_CHECKING:
     from napari.viewer import Viewer
@@ -140,6 +140,7 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
         self.native.destroyed.connect(self._closed)
         self._choose_annotations()
         self._show_what_applies()
+        self._rescue()
 
     @property
     def is_running(self) -> bool:
@@ -349,6 +350,17 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
             if tuning.last.result["is_proven"]:
                 models.recommended.emit(tuning.kept)
 
+    def _rescue(self) -> None:
+        """Offer what a run left whose window ended without a word."""
+        try:
+            kept = rescue()
+        except SemanticBlurError as error:
+            self._say(str(error))
+            return
+        if kept:
+            models.changed.emit(kept[-1])
+            self._say(f"A training that was broken off left {', '.join(kept)}: the best it had.")
+
     def _enable(self, *, running: bool) -> None:
         self.start_button.enabled = self.copy_button.enabled = not running
         self.pause_button.enabled = self.cancel_button.enabled = running
@@ -378,7 +390,7 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
         self._is_closed = True
         models.changed.disconnect(self._models_changed, missing_ok=True)
         if self._tuning is not None:
-            self._tuning.cancel()
+            self._tuning.close()
 
 
 def _row(*widgets: Any) -> Container:  # type: ignore[type-arg]

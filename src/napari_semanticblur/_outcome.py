@@ -11,7 +11,7 @@ from magicgui.widgets import ComboBox, Container, PushButton
 
 from napari_semanticblur._dialogs import ask, ask_file, ask_text
 from napari_semanticblur._models import models
-from napari_semanticblur._settings import set_default_model
+from napari_semanticblur._settings import preferences, set_default_model
 from semanticblur_core import io, weights
 from semanticblur_core.errors import SemanticBlurError
 
@@ -151,6 +151,9 @@ class ModelActions:
         new = self.ask_text(f"New name of {stem} (all its versions):", stem)
         if new and new != stem:
             weights.rename_model(stem, new)
+            default = preferences().model
+            if default.partition("@")[0] == stem:
+                set_default_model(new + default.removeprefix(stem))
             models.changed.emit(name.replace(stem, new, 1))
             self._say(f"{stem} is {new} now.")
 
@@ -159,7 +162,12 @@ class ModelActions:
         if self.ask(f"Delete {name}? It cannot be brought back."):
             weights.delete_model(name)
             models.changed.emit("")
-            self._say(f"{name} was deleted.")
+            note = ""
+            default = preferences().model
+            if default.partition("@")[0] == name.partition("@")[0] and not _exists(default):
+                set_default_model("default")
+                note = " Detect starts with the packaged model again."
+            self._say(f"{name} was deleted.{note}")
 
     def export(self, name: str) -> None:
         """Copy its file to where others can take it."""
@@ -190,3 +198,11 @@ class ModelActions:
                 show_error(f"{error.filename or name}: {error.strerror}")
 
         return run
+
+
+def _exists(model: str) -> bool:
+    try:
+        weights.resolve(model)
+    except SemanticBlurError:
+        return False
+    return True

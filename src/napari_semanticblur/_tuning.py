@@ -147,6 +147,11 @@ class Tuning:
         if self._process is not None:
             self._process.cancel()
 
+    def close(self) -> None:
+        """The window is gone: end at once and keep the best so far, without another word."""
+        self.cancel()
+        self._keep_best("cancelled")
+
     def show(self, *, before: bool) -> None:
         """Let the preview show the map of the base model, or the newest."""
         self._shows_before = before

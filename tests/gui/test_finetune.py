@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -264,17 +265,30 @@ def test_pause_and_resume(qtbot: Any, viewer: Any, widget: Any, small_model: Pat
     qtbot.waitUntil(lambda: not widget.is_running, timeout=10_000)
 
 
-def test_closing_the_viewer_ends_the_process(
-    qtbot: Any, viewer: Any, widget: Any, small_model: Path
+def test_closing_the_viewer_ends_the_process_and_keeps_the_best(
+    qtbot: Any, viewer: Any, widget: Any, small_model: Path, home: Path
 ) -> None:
     start_from(widget, small_model)
     painted(viewer)
     widget.n_steps.value = 100_000
     widget.run()
-    qtbot.waitUntil(lambda: "Preparing" in widget.status.value, timeout=120_000)
+    qtbot.waitUntil(lambda: bool(widget.plot.best_step), timeout=120_000)
     process = widget._tuning._process._process
     viewer.close()
     qtbot.waitUntil(lambda: process.poll() is not None, timeout=20_000)
+    assert [path.name for path in (home / "models").iterdir()] == ["my model@1.safetensors"]
+
+
+def test_what_a_crash_left_becomes_a_version(
+    qtbot: Any, viewer: Any, small_model: Path, home: Path
+) -> None:
+    left = home / "models" / ".run-my model-x"
+    left.mkdir(parents=True)
+    shutil.copyfile(small_model, left / "best.safetensors")
+    _, widget = viewer.window.add_plugin_dock_widget("napari-semanticblur", "Fine-tune blur model")
+    assert "left my model@1" in widget.status.value
+    assert "my model" in widget.base.choices
+    assert not left.exists()
 
 
 def test_errors_are_lines_a_person_can_act_on(
@@ -410,6 +424,16 @@ def test_a_worse_model_becomes_the_default_only_after_a_question(
     actions.default_button.native.click()
     assert asked == []
     assert preferences().model == detect.model.value == "a@1"
+    actions.ask_text = lambda question, proposal: "b"
+    actions.rename_button.native.click()
+    assert preferences().model == "b@1"
+    answer = True
+    actions.refresh("b@2")
+    actions.delete_button.native.click()
+    assert preferences().model == "b@1"
+    actions.refresh("b@1")
+    actions.delete_button.native.click()
+    assert preferences().model == "default"
 
 
 def test_rename_export_and_delete(

@@ -27,12 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semanticblur_core import io, weights
-from semanticblur_core.errors import TrainingError
+from semanticblur_core.data.journal import Lock
+from semanticblur_core.errors import DataError, TrainingError
 
 if TYPE_CHECKING:
     from semanticblur_core.training.finetune import FinetuneUpdate
 
 _PREVIEW, _MAP, _BEST = "preview.npy", "preview_map.npy", "best.safetensors"
+_RUN = ".run-"
 # The window that shows the run comes first where both want the processor.
 _NICENESS = 5
 
@@ -109,6 +111,7 @@ class BackgroundFinetune:
         self._process: subprocess.Popen[str] | None = None
         self._folder: Path | None = None
         self._lock = threading.Lock()
+        self._alive: Lock | None = None
         self._cancelled = self._is_done = False
 
     def updates(self) -> Iterator[Progress]:
@@ -126,7 +129,9 @@ class BackgroundFinetune:
         self._is_done = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix=".run-", dir=folder))
+            prefix = f"{_RUN}{self.command.output}-"
+            self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+            self._alive = Lock(self._folder)
         except OSError as error:
             raise TrainingError(f"{folder}: cannot be written: {error.strerror}") from error
         try:
@@ -201,20 +206,16 @@ class BackgroundFinetune:
         TrainingError
             If the file cannot be moved there.
         """
-        best = None if self._folder is None else self._folder / _BEST
-        if best is None or not best.is_file():
-            self.forget()
-            return None
-        target = weights.next_version(self.command.output)
-        try:
-            best.rename(target)
-        except OSError as error:
-            raise TrainingError(f"{target}: cannot be written: {error.strerror}") from error
+        kept = None
+        if self._folder is not None and not self._is_done:
+            kept = _keep_best(self._folder, self.command.output)
         self.forget()
-        return target.stem
+        return kept
 
     def forget(self) -> None:
         """Delete what a run left beside its result."""
+        if self._alive is not None:
+            self._alive.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -235,6 +236,39 @@ class BackgroundFinetune:
             with suppress(OSError, ValueError):
                 process.stdin.write(f"{word}\n")
                 process.stdin.flush()
+
+
+def rescue() -> list[str]:
+    """Make versions of what runs left whose window ended without a word; their names.
+
+    Raises
+    ------
+    TrainingError
+        If a file cannot be moved.
+    """
+    kept = []
+    for folder in sorted(weights.models_folder().glob(f"{_RUN}*-*")):
+        try:
+            lock = Lock(folder)
+        except DataError:  # a run that is alive has locked it
+            continue
+        name = _keep_best(folder, folder.name.removeprefix(_RUN).rpartition("-")[0])
+        lock.close()
+        shutil.rmtree(folder, ignore_errors=True)
+        kept += [] if name is None else [name]
+    return kept
+
+
+def _keep_best(folder: Path, name: str) -> str | None:
+    best = folder / _BEST
+    if not best.is_file():
+        return None
+    target = weights.next_version(name)
+    try:
+        best.rename(target)
+    except OSError as error:
+        raise TrainingError(f"{target}: cannot be written: {error.strerror}") from error
+    return target.stem
 
 
 class Channel:

@@ -255,6 +255,10 @@ def finetune(
             n_done += 1
             yield FinetuneUpdate("preparing", n_done, total)
     tuner.keep_answers("replay")
+    checked = photographs.checked(config)
+    base_detector = Detector(weights.load(base)[0], device=str(chosen.device), precision="float32")
+    forgetting_before = photographs.error_on(base_detector, checked)
+    forgetting_first = _first(info, forgetting_before)
 
     def save(path: Path, metrics: dict[str, Any]) -> None:
         start = {"from": info.path.name, "sha256": info.sha256, "provenance": info.provenance}
@@ -283,27 +287,23 @@ def finetune(
                     "held_out_error": update.held_out_loss,
                     "photographs": update.photographs,
                 }
-                save(best_so_far, {"finetune": {"stopped": seen, "held_out": split.how}})
+                report = {"stopped": seen, "held_out": split.how}
+                report["forgetting_first"] = forgetting_first
+                save(best_so_far, {"finetune": report})
         yield update
     assert update is not None
     n_steps = update.step
     tuner.restore_best()
-    checked = photographs.checked(config)
-    base_model, _ = weights.load(base)
-    detectors = [
-        Detector(network, device=str(chosen.device), precision="float32")
-        for network in (base_model, model)
-    ]
-    before, after = (_score(d, images, split, size) for d in detectors)
-    forgetting = [photographs.error_on(detector, checked) for detector in detectors]
+    detector = Detector(model, device=str(chosen.device), precision="float32")
+    before, after = (_score(d, images, split, size) for d in (base_detector, detector))
     result = FinetuneResult(
         path=None,
         model=None,
         before=before,
         after=after,
-        forgetting_before=forgetting[0],
-        forgetting_after=forgetting[1],
-        forgetting_first=_first(info, forgetting[0]),
+        forgetting_before=forgetting_before,
+        forgetting_after=photographs.error_on(detector, checked),
+        forgetting_first=forgetting_first,
         held_out=split.how,
         held_out_both=split.has_both,
         best_step=tuner.best_step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +24,7 @@ from semanticblur_core.errors import DataError
 N_CELLS = 8
 MANY_IMAGES = 8
 MOST_VIEWS = 4
+_N_DRAWS = 20
 _LEAST_LABELLED_SHARE = 0.2
 
 Size = int | Literal["native"]
@@ -48,30 +50,42 @@ class HeldOut:
 def hold_out(images: Sequence[LabelledImage], share: float, rng: np.random.Generator) -> HeldOut:
     """Keep part of the labels for telling whether training helps.
 
-    Whole images that are marked ``val``; or of eight and more images a share of them; or else a
-    share of the strokes of each class. A stroke is a connected piece of one label; large ones
-    are cut by a grid of 8 x 8 cells over the image, so that wholly labelled images work too. Of
-    the only stroke of a class, one end is held out.
+    Whole images that are marked ``val``; or of eight and more images a share of them, planes of one
+    stack together; or else a share of the strokes of each class. A stroke is a connected piece of
+    one label; large ones are cut by a grid of 8 x 8 cells over the image, so that wholly labelled
+    images work too. Of the only stroke of a class, one end is held out.
 
     Returns
     -------
     HeldOut
-        At least one piece of each class is left to train on. Strokes of both classes are held out,
-        or of none.
+        At least one piece of each class is left to train on. Unless images are marked, both classes
+        are held out, or none.
+
+    Raises
+    ------
+    DataError
+        If the images that are not marked ``val`` lack a class.
     """
     everything = [image.labels for image in images]
     marked = [i for i, image in enumerate(images) if image.split == "val"]
-    free = [i for i, image in enumerate(images) if image.split is None]
-    how = f"{len(marked)} images marked for validation"
-    if not marked and share and len(free) >= MANY_IMAGES:
-        marked = rng.permutation(free)[: max(1, round(share * len(free)))].tolist()
-        how = f"{len(marked)} of {len(images)} images"
     if marked:
-        nothing = [np.zeros_like(labels) for labels in everything]
-        training = [nothing[i] if i in marked else everything[i] for i in range(len(images))]
-        held_out = [everything[i] if i in marked else nothing[i] for i in range(len(images))]
-        if _has_both(training):
-            return HeldOut(training, held_out, how)
+        split = _whole_images(everything, marked, f"{len(marked)} images marked for validation")
+        for code, word in ((SHARP, "sharp (1)"), (BLURRED, "blurred (2)")):
+            if not any((labels == code).any() for labels in split.training):
+                raise DataError(
+                    f"nothing is labelled {word} in the images that are not held out: paint some "
+                    "of it there, or hold out fewer"
+                )
+        return split
+    free = [i for i, image in enumerate(images) if image.split is None]
+    stacks = sorted({_stack(images[i]) for i in free})
+    if share and len(stacks) >= MANY_IMAGES:
+        for _ in range(_N_DRAWS):
+            drawn = set(rng.permutation(stacks)[: max(1, round(share * len(stacks)))].tolist())
+            chosen = [i for i in free if _stack(images[i]) in drawn]
+            split = _whole_images(everything, chosen, f"{len(chosen)} of {len(images)} images")
+            if split.has_both and _has_both(split.training):
+                return split
     training = [labels.copy() for labels in everything]
     held_out = [np.zeros_like(labels) for labels in everything]
     counts = []
@@ -90,6 +104,25 @@ def hold_out(images: Sequence[LabelledImage], share: float, rng: np.random.Gener
         nothing = [np.zeros_like(labels) for labels in everything]
         return HeldOut([labels.copy() for labels in everything], nothing, None)
     return HeldOut(training, held_out, f"strokes: {counts[0]} sharp, {counts[1]} blurred")
+
+
+def _whole_images(
+    everything: Sequence[NDArray[np.uint8]], chosen: Sequence[int], how: str
+) -> HeldOut:
+    """Hold out all labels of the chosen images."""
+    training, held_out = (
+        [
+            labels if (i in chosen) == is_held_out else np.zeros_like(labels)
+            for i, labels in enumerate(everything)
+        ]
+        for is_held_out in (False, True)
+    )
+    return HeldOut(training, held_out, how)
+
+
+def _stack(image: LabelledImage) -> str:
+    """What planes of one stack have in common: ``name`` of ``name[3]``."""
+    return re.sub(r"\[[\d, ]+\]$", "", image.name)
 
 
 def _has_both(parts: Sequence[NDArray[np.uint8]]) -> bool:

@@ -1,6 +1,7 @@
 """Fine-tuning in a process of its own: watched, paused, killed, left alone."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +18,12 @@ from semanticblur_core.config import ModelConfig
 from semanticblur_core.data.store import AnnotationStore
 from semanticblur_core.errors import TrainingError, WeightsError
 from semanticblur_core.network import SemanticBlur
-from semanticblur_core.training.background import BackgroundFinetune, FinetuneCommand, Progress
+from semanticblur_core.training.background import (
+    BackgroundFinetune,
+    FinetuneCommand,
+    Progress,
+    rescue,
+)
 
 SMALL = tuple({"n_views": "4", "n_replay": "0", "validate_every": "1"}.items())
 
@@ -29,11 +35,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def command(tmp_path: Path) -> FinetuneCommand:
+def small_weights(tmp_path: Path) -> Path:
     torch.manual_seed(3)
-    base = tmp_path / "small.safetensors"
+    path = tmp_path / "small.safetensors"
     model = SemanticBlur(ModelConfig(backbone="resnet34")).eval()
-    weights.save(base, model, provenance={}, metrics={}, licence="test")
+    weights.save(path, model, provenance={}, metrics={}, licence="test")
+    return path
+
+
+@pytest.fixture
+def command(tmp_path: Path, small_weights: Path) -> FinetuneCommand:
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (64, 64), np.uint8)
     image[:, 32:] = 128
@@ -43,7 +54,13 @@ def command(tmp_path: Path) -> FinetuneCommand:
     store = AnnotationStore(tmp_path / "store", create=True)
     store.write("image", labels, image=image)
     return FinetuneCommand(
-        store.folder, "mine", base=str(base), n_steps=500, size=64, device="cpu", settings=SMALL
+        store.folder,
+        "mine",
+        base=str(small_weights),
+        n_steps=500,
+        size=64,
+        device="cpu",
+        settings=SMALL,
     )
 
 
@@ -92,11 +109,31 @@ def test_a_run_that_was_no_better_yet_leaves_nothing(command: FinetuneCommand, h
     run = BackgroundFinetune(command)
     thread, seen = collect(run)
     until(lambda: bool(seen))
+    assert seen[0].phase == "preparing"
     run.cancel()
     thread.join()
-    if not any(update.is_best for update in seen):
-        assert run.keep_best() is None
-        assert list((home / "models").iterdir()) == []
+    assert not any(update.is_best for update in seen)
+    assert run.keep_best() is None
+    assert list((home / "models").iterdir()) == []
+
+
+def test_what_a_window_left_that_ended_without_a_word_becomes_a_version(
+    command: FinetuneCommand, small_weights: Path, home: Path
+) -> None:
+    run = BackgroundFinetune(command)
+    thread, seen = collect(run)
+    until(lambda: bool(seen))
+    assert rescue() == []  # it is alive
+    run.cancel()
+    thread.join()
+    run.forget()
+    for name in (".run-my model-x1", ".run-my model-x2", ".run-empty-x3"):
+        (home / "models" / name).mkdir()
+    for name in (".run-my model-x1", ".run-my model-x2"):
+        shutil.copyfile(small_weights, home / "models" / name / "best.safetensors")
+    assert rescue() == ["my model@1", "my model@2"]
+    weights.verify("my model@2")
+    assert len(list((home / "models").iterdir())) == 2
 
 
 def test_it_rests_while_paused(command: FinetuneCommand) -> None:

@@ -1,5 +1,7 @@
 """Labels on a few images: what is held out, and what the network is shown of them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,42 @@ def test_images_marked_for_validation_are_held_out_and_nothing_else() -> None:
     split = hold_out(images, 0.25, np.random.default_rng(0))
     assert [bool(labels.any()) for labels in split.held_out] == [False, True, False]
     assert split.how == "1 images marked for validation"
+
+
+def test_images_marked_for_validation_are_never_learned_from() -> None:
+    sharp_only = painted(0)
+    sharp_only.labels[sharp_only.labels == 2] = 0
+    images = [sharp_only, painted(1, split="val")]
+    with pytest.raises(
+        DataError, match=r"nothing is labelled blurred \(2\) in the images that are"
+    ):
+        hold_out(images, 0.25, np.random.default_rng(0))
+
+
+def test_planes_of_one_stack_are_held_out_together() -> None:
+    """A neighbour of a plane that was trained on tells little about other stacks."""
+    images = [
+        dataclasses.replace(painted(10 * i + z), name=f"s{i}[{z}]")
+        for i in range(8)
+        for z in (0, 1)
+    ]
+    split = hold_out(images, 0.25, np.random.default_rng(0))
+    assert split.how == "4 of 16 images"
+    is_held_out = np.array([bool(labels.any()) for labels in split.held_out]).reshape(8, 2)
+    assert (is_held_out[:, 0] == is_held_out[:, 1]).all()
+    split = hold_out(images[:8], 0.25, np.random.default_rng(0))
+    assert split.how is not None
+    assert split.how.startswith("strokes")
+
+
+def test_whole_images_held_out_hold_both_classes() -> None:
+    images = [painted(i, n_strokes=4) for i in range(10)]
+    for i, image in enumerate(images[:8]):
+        image.labels[image.labels == 1 + i % 2] = 0
+    for seed in range(20):
+        split = hold_out(images, 0.2, np.random.default_rng(seed))
+        assert split.has_both
+        assert any((labels == 1).any() for labels in split.training)
 
 
 def test_of_a_single_stroke_one_end_is_held_out() -> None:
