@@ -91,20 +91,22 @@ def finish(qtbot: Any, widget: Any, timeout_ms: int = 180_000) -> None:
 class Turns:
     """What the window's thread worked in each turn of the event loop, in seconds.
 
-    Not the time on the clock: on a busy machine that is waiting for a processor.
+    Beside it the time on the clock, which on a busy machine is also waiting for a processor.
     """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        self._last = time.thread_time()
+        self.waits: list[float] = []
+        self._last, self._last_clock = time.thread_time(), time.perf_counter()
         self._timer = QTimer()
         self._timer.timeout.connect(self._beat)
         self._timer.start(5)
 
     def _beat(self) -> None:
-        now = time.thread_time()
+        now, clock = time.thread_time(), time.perf_counter()
         self.seconds.append(now - self._last)
-        self._last = now
+        self.waits.append(clock - self._last_clock)
+        self._last, self._last_clock = now, clock
 
     def stop(self) -> list[float]:
         self._timer.stop()
@@ -138,6 +140,7 @@ def paint_five_strokes(layer: Any, stack: FocalStack) -> list[int]:
     return [z for z in range(len(stack.images)) if z not in (2, 4)]
 
 
+@pytest.mark.timeout(900)
 def test_the_whole_loop(qtbot: Any, viewer: Any, widget: Any) -> None:
     """Open, detect, paint five strokes, fine-tune as it comes, detect again.
 
@@ -175,6 +178,8 @@ def test_the_whole_loop(qtbot: Any, viewer: Any, widget: Any) -> None:
     assert scores[1] - scores[0] >= 0.1, scores
     assert len(seconds) > 100
     assert max(seconds) < 0.15
+    assert max(turns.waits) < 1.5  # a turn that waits for a disk, a lock or a process
+    print(f"longest turn {max(seconds):.3f} s, by the clock {max(turns.waits):.3f} s")
     preview = next(x for x in viewer.layers if "my model@1" in x.name)
     assert preview.data.shape == (1, 320, 320)
     np.testing.assert_allclose(preview.translate, (3, 0, 0))
@@ -183,7 +188,9 @@ def test_the_whole_loop(qtbot: Any, viewer: Any, widget: Any) -> None:
     assert f_beta(preview.data[0] > 0.5, stack.blurred[3]) < f_beta(shown[0] > 0.5, truth[2])
     assert "before" in widget.table.value
     if os.environ.get("SEMANTICBLUR_DATA"):
-        assert photographs_mae(Path(os.environ["SEMANTICBLUR_DATA"]), "my model") < 0.0854 + 0.01
+        before_mae = weights.read_info(weights.resolve("default")).metrics["mae"]
+        after_mae = photographs_mae(Path(os.environ["SEMANTICBLUR_DATA"]), "my model")
+        assert after_mae <= before_mae + 0.01
 
 
 def photographs_mae(data_dir: Path, model: str) -> float:

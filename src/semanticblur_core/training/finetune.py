@@ -287,9 +287,8 @@ def finetune(
                     "held_out_error": update.held_out_loss,
                     "photographs": update.photographs,
                 }
-                report = {"stopped": seen, "held_out": split.how}
-                report["forgetting_first"] = forgetting_first
-                save(best_so_far, {"finetune": report})
+                report = {"held_out": split.how, "forgetting_first": forgetting_first}
+                save(best_so_far, {"finetune": {"stopped": seen} | report})
         yield update
     assert update is not None
     n_steps = update.step
