@@ -3,8 +3,8 @@
     python docs/measure_large.py [MEGAPIXELS ...]
 
 Every image is generated (scikit-image's `astronaut`, repeated and blurred in places), detected by
-the command line in a process of its own, and deleted. The process's peak memory is the system's
-figure.
+the command line in a process of its own, after one tile that takes the model's first run, and
+deleted. The process's peak memory is the system's figure.
 """
 
 import json
@@ -38,14 +38,16 @@ def tiles(side_px: int) -> Iterator[NDArray[np.uint8]]:
 
 def measure(megapixels: float, folder: Path, backend: str) -> None:
     """Generate, detect, print a line."""
-    side_px = round(math.sqrt(megapixels * 1e6))
-    source = folder / "large.tif"
-    with tifffile.TiffWriter(source, bigtiff=True) as writer:
-        writer.write(
-            tiles(side_px), shape=(side_px, side_px, 3), dtype=np.uint8, tile=(TILE_PX, TILE_PX),
-            photometric="rgb", compression="jpeg",
-        )  # fmt: skip
-    command = [sys.executable, "-m", "semanticblur_core", "detect", f"--input={source}"]
+    sources = {"first": TILE_PX, "large": round(math.sqrt(megapixels * 1e6))}
+    command = [sys.executable, "-m", "semanticblur_core", "detect"]
+    for name, side_px in sources.items():
+        source = folder / f"{name}.tif"
+        with tifffile.TiffWriter(source, bigtiff=True) as writer:
+            writer.write(
+                tiles(side_px), shape=(side_px, side_px, 3), dtype=np.uint8,
+                tile=(TILE_PX, TILE_PX), photometric="rgb", compression="jpeg",
+            )  # fmt: skip
+        command.append(f"--input={source}")
     command += [f"--output={folder / 'maps'}", "--size=native", "--format=zarr", "--overwrite"]
     report = folder / "report.json"
     command += [f"--backend={backend}", "--axes=YXS", f"--json={report}"]
@@ -56,14 +58,13 @@ def measure(megapixels: float, folder: Path, backend: str) -> None:
     assert isinstance(usage, resource.struct_rusage)
     if status:
         raise SystemExit(f"{megapixels:g} megapixels: failed")
-    [image] = json.loads(report.read_text())["images"]
+    image = json.loads(report.read_text())["images"][-1]
     n = image["height"] * image["width"] / 1e6
     print(
         f"{n:.0f} megapixels: {elapsed_s:.0f} s with start-up, {image['elapsed_s'] / n:.2f} "
         f"s/megapixel without, at most {usage.ru_maxrss / 1024:.0f} MiB",
         flush=True,
     )
-    source.unlink()
 
 
 if __name__ == "__main__":
