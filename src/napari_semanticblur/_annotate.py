@@ -356,7 +356,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
     def fill_rest(self, code: int) -> None:
         """Label what is unlabelled of the planes shown or of all of them."""
         layer = self.require().layer
-        n = sum(_labelling.fill_rest(layer, plane, code) for plane in self._chosen_planes(layer))
+        n = _labelling.fill_rest(layer, self._chosen_planes(layer), code)
         self.say(f"{n} pixels labelled. Ctrl+Z takes it back.")
         self._tick()
 
@@ -731,10 +731,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
     def _chosen_planes(self, layer: Labels) -> Iterator[Plane]:
         if layer.ndim == 2 or self.planes.value == ALL:
             return iter(np.ndindex(layer.data.shape[:-2]))
-        shown = shown_plane(self.viewer, layer)
-        if shown is None:
-            raise SemanticBlurError("Show one plane: two axes, the last ones.")
-        return iter([shown])
+        return iter([_labelling.require_plane(layer, shown_plane(self.viewer, layer))])
 
 
 def _folder(edit: FileEdit) -> Path | None:
