@@ -265,6 +265,11 @@ class AnnotationStore:
         found: Split | None = self._read_index()["items"].get(name, {}).get("split")
         return found
 
+    def painted_in(self, name: str) -> str | None:
+        """See `Item`."""
+        found: str | None = self._read_index()["items"].get(name, {}).get("painted_in")
+        return found
+
     def set_split(self, name: str, split: Split | None) -> None:
         """Say whether an image is held out; it need not have labels yet.
 
