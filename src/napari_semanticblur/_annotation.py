@@ -651,8 +651,8 @@ def before_and_after(
     DataError
         If they do not fit.
     """
-    held = None if store is None else AnnotationStore(store).labels_of(name)
-    before = np.zeros(shape, np.uint8) if held is None else held.reshape(shape)
+    held = _labels_in(store, name, shape)
+    before = np.zeros(shape, np.uint8) if held is None else held
     after = before.copy()
     replay(leftover.changes, after)
     return before, after
@@ -665,15 +665,16 @@ def _read_saved(
 
     Only under the lock on the folder do they stay so.
     """
-    labels = None if store is None else AnnotationStore(store).labels_of(name)
     leftover = read_leftover(folder)
-    if labels is None and leftover is None:
-        return None, None
+    if leftover is None:
+        return _labels_in(store, name, shape), None
+    return before_and_after(leftover, store, name, shape)[1], leftover
+
+
+def _labels_in(store: Path | None, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
+    labels = None if store is None else AnnotationStore(store).labels_of(name)
     if labels is None:
-        labels = np.zeros(shape, np.uint8)
-    elif labels.size != np.prod(shape):
+        return None
+    if labels.size != np.prod(shape):
         raise DataError(f"{name}: the store's labels of {labels.shape} do not fit {shape}")
-    labels = np.array(labels).reshape(shape)  # readers of TIFF drop axes of length one
-    if leftover is not None:
-        replay(leftover.changes, labels)
-    return labels, leftover
+    return np.array(labels).reshape(shape)  # a store drops axes of length one

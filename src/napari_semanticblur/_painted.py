@@ -36,6 +36,7 @@ _saved: WeakKeyDictionary[Any, dict[tuple[Path, str], NDArray[np.uint8]]] = Weak
 class Annotated:
     """A Labels layer and the image that it is painted on.
 
+    ``is_annotation`` of a layer that is to be learned from unless somebody says otherwise;
     ``split`` holds the image out, takes that back, or says nothing; ``journal`` is the folder of
     its journal, "" where it has none.
     """
@@ -82,7 +83,7 @@ def annotated_layers(viewer: ViewerModel) -> list[Annotated]:
                 source,
                 Path(store) if store else None,
                 name,
-                is_annotation,
+                is_annotation and not record.get("read_only"),
                 split=record.get("split"),
                 journal=record.get("journal", ""),
                 is_read_only=record.get("read_only", False),

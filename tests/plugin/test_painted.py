@@ -113,6 +113,7 @@ def test_labels_that_may_be_older_than_saved_ones_are_refused(tmp_path: Path) ->
     second = annotated(cells(), store=store)
     first.layer.data[:5], first.layer.data[20:30] = 2, 1
     save_layers(annotated_layers(first.viewer), None, tmp_path / "fallback")
+    assert not annotated_layers(second.viewer)[0].is_annotation  # not chosen by itself
     for target in (None, store, tmp_path / "other"):
         with pytest.raises(DataError, match="cells annotation: is read-only here"):
             save_layers(annotated_layers(second.viewer), target, tmp_path / "fallback")
