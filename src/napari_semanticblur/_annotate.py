@@ -22,7 +22,7 @@ from magicgui.widgets import (
 
 from napari_semanticblur import _labelling
 from napari_semanticblur._annotate_tools import Tools
-from napari_semanticblur._annotation import BRUSH_PX, Annotation
+from napari_semanticblur._annotation import BRUSH_PX, Annotation, Outcome, before_and_after
 from napari_semanticblur._annotation_source import (
     Plane,
     annotated_level,
@@ -38,7 +38,7 @@ from napari_semanticblur._settings import preferences
 from napari_semanticblur._where_next import WhereNext
 from semanticblur_core import io
 from semanticblur_core.data.datasets import list_images
-from semanticblur_core.data.journal import Leftover, replay
+from semanticblur_core.data.journal import Leftover
 from semanticblur_core.data.store import AnnotationStore, read_array
 from semanticblur_core.errors import SemanticBlurError
 
@@ -76,7 +76,9 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self._found: list[Offer] = []
         self._files: list[Path] = []
         self._file_index = -1
+        self._shown_file: Path | None = None  # perhaps of the folder before
         self._told = ""
+        self._folder_store: Path | None = None  # chosen by itself, for the folder
         self._detection: Detection | None = None
         self.is_closed = False
         self.ask = ask
@@ -162,6 +164,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
                 self._annotations += annotations
                 self._closing += closing
                 self.store.value = other.store.value
+                self._folder_store = other._folder_store
                 for image, path in other._paths.items():
                     self._paths[image] = path
         _opened[:] = [known for known in _opened if known() is not None]
@@ -356,7 +359,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
     def fill_rest(self, code: int) -> None:
         """Label what is unlabelled of the planes shown or of all of them."""
         layer = self.require().layer
-        n = sum(_labelling.fill_rest(layer, plane, code) for plane in self._chosen_planes(layer))
+        n = _labelling.fill_rest(layer, self._chosen_planes(layer), code)
         self.say(f"{n} pixels labelled. Ctrl+Z takes it back.")
         self._tick()
 
@@ -483,10 +486,11 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
                 note = f" {path.name} is no longer the image that was painted on: without it."
         if image is not None and find_annotation(self.viewer, image) is not None:
             self.layer.value = image
-            labels = np.zeros(leftover.shape, np.uint8)
-            replay(leftover.changes, labels)
             annotation = self.require()
-            _labelling.import_labels(annotation.layer, None, labels)
+            name, now = leftover.name, annotation.layer.data
+            before, after = before_and_after(leftover, store, name, now.shape)
+            # What was erased is erased; what was not touched stays as it is here.
+            _labelling.set_all(annotation.layer, np.where(after != before, after, now))
             annotation.secure()
             leftover.discard()
             self._tick()
@@ -528,9 +532,21 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
 
     def _hold_out_switched(self) -> None:
         annotation, on = self.current, bool(self.hold_out.value)
-        if annotation is not None and (annotation.split == "val") != on:
+        if annotation is None or (annotation.split == "val") == on:
+            return
+        try:
             annotation.hold_out(on)
-            self._timer.start(SOON_MS)
+        finally:
+            self._show_what_applies()
+        if annotation.store is None:
+            self._say_split(annotation)
+        self._timer.start(SOON_MS)
+
+    def _say_split(self, annotation: Annotation) -> None:
+        if annotation.split == "val":
+            self.say(f"{annotation.title} is held out: models are judged by it.")
+        else:
+            self.say(f"{annotation.title} is not held out: models learn from it.")
 
     # A folder of images.
 
@@ -539,8 +555,9 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         if folder is None or not folder.is_dir() or self.is_closed:
             return
         self._files, self._file_index = list_images(folder, also=STACKS), -1
-        if self._store is None:
-            self.store.value = folder.parent / f"{folder.name} annotations"
+        if self._store in (None, self._folder_store):
+            self._folder_store = folder.parent / f"{folder.name} annotations"
+            self.store.value = self._folder_store
         assert self._store is not None
         AnnotationStore(self._store, create=True)
         without = self.files_without_labels()
@@ -556,7 +573,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         if self.folder_store is None:
             return []
         store = AnnotationStore(self.folder_store, create=True)
-        return [path for path in self._files if store.labels_of(path.stem) is None]
+        return [path for path in self._files if not store.has_labels_of(path)]
 
     def sort_files(self, first: Sequence[Path]) -> None:
         """Put some images of the folder first; the others follow in their order."""
@@ -585,12 +602,13 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         if not 0 <= index < len(self._files):
             self.say("That was the last image." if by > 0 else "That was the first image.")
             return
-        before = [image for image in self._images(None) if self._paths.get(image) in self._files]
+        files = (*self._files, self._shown_file)
+        before = [image for image in self._images(None) if self._paths.get(image, "") in files]
         for annotation in self._annotations:
             if annotation.image in before:
                 annotation.secure()  # or the layer, about to go, would be all there is of it
         image = self._open(self._files[index])
-        self._file_index = index
+        self._file_index, self._shown_file = index, self._files[index]
         self.layer.value = image
         for old in before:
             self._remove(old)
@@ -623,12 +641,12 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
     def _tick(self) -> None:
         if self.is_closed:
             return
-        soon = False
+        soon, news = False, ""
         for annotation in self._annotations:
             was_read_only = annotation.is_read_only
             soon = annotation.poll() or soon
             if was_read_only and not annotation.is_read_only:
-                self.say(f"{annotation.title} can be painted on now.")
+                news = f"{annotation.title} can be painted on now."
         for annotation in (*self._annotations, *self._closing):
             outcome = annotation.take_outcome()
             if outcome is not None:
@@ -639,18 +657,27 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             each for each in self._closing if not each.finish_closing() or each.is_saving
         ]
         self._tell_problems()
+        if news:
+            self.say(news)
         current = self.current
         self.progress.value = "" if current is None else current.progress
         self._timer.setInterval(SOON_MS if soon else POLL_MS)
 
-    def _saved(self, annotation: Annotation, problem: str) -> None:
+    def _saved(self, annotation: Annotation, outcome: Outcome) -> None:
         from napari.utils.notifications import show_error
 
-        if problem:
-            show_error(problem)
-            self.say(f"{problem}. What is painted is kept; save again.")
+        if outcome.problem:
+            show_error(outcome.problem)
+            self.say(f"{outcome.problem}. What is painted is kept; save again.")
         elif annotation in self._annotations:
-            self.say(f"Saved {annotation.name} in {annotation.store}.")
+            if outcome.is_saved:
+                stays = self._store not in (None, annotation.store)
+                self.say(
+                    f"Saved {annotation.name} in {annotation.store}."
+                    + f" It stays there: {self._store} is for what is begun now." * stays
+                )
+            else:
+                self._say_split(annotation)
             self._show_what_applies()
 
     def _tell_problems(self) -> None:
@@ -731,10 +758,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
     def _chosen_planes(self, layer: Labels) -> Iterator[Plane]:
         if layer.ndim == 2 or self.planes.value == ALL:
             return iter(np.ndindex(layer.data.shape[:-2]))
-        shown = shown_plane(self.viewer, layer)
-        if shown is None:
-            raise SemanticBlurError("Show one plane: two axes, the last ones.")
-        return iter([shown])
+        return iter([_labelling.require_plane(layer, shown_plane(self.viewer, layer))])
 
 
 def _folder(edit: FileEdit) -> Path | None:

@@ -115,7 +115,10 @@ class Tools:
         if str(layer.mode) != "pan_zoom":
             return
         plane = shown_plane(widget.viewer, layer)
-        if annotation is None or annotation.source is None or plane is None or not layer.editable:
+        if annotation is None or annotation.source is None or not layer.editable:
+            return
+        if plane is None:
+            widget.say(f"No plane of {layer.name} is shown: move the sliders to one.")
             return
         row, column = (round(float(p)) for p in layer.world_to_data(event.position)[-2:])
         height, width = layer.data.shape[-2:]

@@ -1,8 +1,9 @@
 """One annotation: a Labels layer on an image, journaled while it is painted. No widget here.
 
 Its metadata, under the key of `METADATA_KEY`: ``role`` ("annotation"), ``source`` and ``source_id``
-(name and id of the image layer), ``store`` (folder or None), ``name`` (in the store, or None) and
-``journal`` (folder).
+(name and id of the image layer), ``store`` (folder or None), ``name`` (in the store, or None),
+``journal`` (folder), ``read_only``, and ``split`` ("val", "open" where that was taken back, or
+None).
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import re
 import secrets
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +26,7 @@ from napari_semanticblur._annotation_source import (
     annotated_level,
     find_annotation,
     fingerprint,
+    is_free_for,
     labels_shape,
     layer_path,
     placement_as_json,
@@ -44,6 +48,28 @@ if TYPE_CHECKING:
     from napari.layers import Image, Labels
 
 BRUSH_PX = 15
+_live: WeakKeyDictionary[Any, Annotation] = WeakKeyDictionary()
+
+
+def live_annotation(layer: Labels) -> Annotation | None:
+    """The annotation of this program that a layer is of, if it goes on."""
+    return _live.get(layer)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How work in the background ended.
+
+    Attributes
+    ----------
+    problem
+        Empty where all is well.
+    is_saved
+        Whether labels were saved.
+    """
+
+    problem: str
+    is_saved: bool
 
 
 class Annotation:
@@ -97,37 +123,45 @@ class Annotation:
         shape = labels_shape(self.source) if self.source else leftover.shape if leftover else ()
         require_memory(shape, name)
         layer = None if image is None else find_annotation(viewer, image)
-        if layer is not None and store is None and layer.metadata[METADATA_KEY]["store"]:
-            store = Path(layer.metadata[METADATA_KEY]["store"])
+        record = {} if layer is None else layer.metadata[METADATA_KEY]
+        if layer is not None:  # it stays where it was begun
+            store = Path(record["store"]) if record["store"] else None
         self.store, self.name = store, name
         if store is not None:
-            store_there = AnnotationStore(store, create=True)
-            self.name = leftover.name if leftover else self._free_name(store_there, name)
-            folder = store / JOURNALS / self.name
+            AnnotationStore(store, create=True)
+            folder = store / JOURNALS / name
         elif leftover is not None:
             folder = leftover.folder
         elif layer is not None:
-            folder = Path(layer.metadata[METADATA_KEY]["journal"])
+            folder = Path(record["journal"])
         else:
             folder = user_journals() / f"{slug(name)}-{secrets.token_hex(4)}"
         self._folder = folder
+        # What was recovered belongs to the name that it was painted under.
+        self._may_be_renamed = leftover is None
         self.autosave: Autosave | None = None
         self.is_read_only = self.is_closed = False
         self.problem = ""
-        self.split: Split | None = None if store is None else store_there.split_of(self.name)
+        self.split: Split | None = None
+        self._split_said: Literal["val", "open"] | None = None
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="semanticblur-save")
-        self._saving: Future[None] | None = None
+        self._saving: Future[bool] | None = None
         self._is_over = False
         lock = self._try_to_lock()
         try:
-            saved, recovered = _read_saved(store, self.name, folder, shape)
+            if store is not None:
+                self.split = AnnotationStore(store).split_of(self.name)
+            saved, recovered = _read_saved(store, self.name, self._folder, shape)
             self._recovered = recovered if layer is None else None
+            if layer is not None and record.get("read_only"):
+                layer.data = np.zeros(shape, np.uint8) if saved is None else saved.copy()
             if layer is None:
                 # Memory that np.zeros gives costs nothing until it is painted on.
                 shown = np.zeros(shape, np.uint8) if saved is None else saved.copy()
                 layer = self._add_layer(shown, leftover)
             self.layer: Labels = layer
             self.layer.editable = not self.is_read_only
+            self._write_record()
             if lock is not None:
                 self._begin(lock, saved)
         except BaseException:
@@ -137,6 +171,7 @@ class Annotation:
         self.layer.events.paint.connect(self._painted)
         self.layer.events.set_data.connect(self._drawn)
         self.layer.events.selected_label.connect(self._label_chosen)
+        _live[self.layer] = self
 
     @property
     def n_recovered(self) -> int:
@@ -206,22 +241,29 @@ class Annotation:
         """Take back, in one step of undo, what was recovered and not painted over since."""
         if self._recovered is None:
             return
-        held = None if self.store is None else AnnotationStore(self.store).labels_of(self.name)
-        shape = self.layer.data.shape
-        before = np.zeros(shape, np.uint8) if held is None else held.reshape(shape)
-        recovered = before.copy()
-        replay(self._recovered.changes, recovered)
+        before, recovered = before_and_after(
+            self._recovered, self.store, self.name, self.layer.data.shape
+        )
         now = self.layer.data
         set_all(self.layer, np.where(now == recovered, before, now))
         self._recovered = None
 
     def hold_out(self, on: bool) -> None:
-        """Keep the image out of fine-tuning, to judge by; the store is told in the background."""
-        self.split = "val" if on else None
+        """Keep the image out of fine-tuning, to judge by; the store is told in the background.
+
+        Raises
+        ------
+        DataError
+            If the annotation is read-only.
+        """
+        if self.is_read_only:
+            raise DataError(self.problem)
+        self.split, self._split_said = ("val", "val") if on else (None, "open")
+        self._write_record()
         if self.store is None:
             return
         store = AnnotationStore(self.store)
-        self._in_background(partial(store.set_split, self.name, self.split))
+        self._in_background(partial(store.set_split, self.name, self.split), saves=False)
 
     def secure(self) -> None:
         """Wait until all that was painted is on the disk.
@@ -255,34 +297,48 @@ class Annotation:
             raise DataError(f"{self.title}: choose a folder for the store first")
         if self.autosave is None:
             raise DataError(self.trouble)
-        self._in_background(self.autosave.save(self._write))
+        self._in_background(self.autosave.save(self._write), saves=True)
 
-    def _in_background(self, run: Callable[[], object]) -> None:
-        """One after the other; a problem of the one before is told with this one's end."""
+    def write_now(self) -> None:
+        """Write the labels into the store when saves under way are done; called in a thread.
+
+        Raises
+        ------
+        SemanticBlurError
+            If it is read-only, or cannot be written.
+        """
+        if self.autosave is None or self.problem:
+            raise DataError(self.trouble)
+        self._saver.submit(lambda: self._write(np.array(self.layer.data))).result()
+
+    def _in_background(self, run: Callable[[], object], *, saves: bool) -> None:
+        """One after the other; how the one before ended is told with this one's end."""
         earlier = self._saving
 
-        def run_in_turn() -> None:
+        def run_in_turn() -> bool:
             run()
-            if earlier is not None:
-                earlier.result()
+            has_saved = earlier is not None and earlier.result()
+            return saves or has_saved
 
         self._saving = self._saver.submit(run_in_turn)
 
     @property
     def is_saving(self) -> bool:
-        """Whether a save is under way, or its outcome was not taken yet."""
+        """Whether a write to the store is under way, or its outcome was not taken yet."""
         return self._saving is not None
 
-    def take_outcome(self) -> str | None:
-        """How a save ended: a problem, or "" where all is well; None while there is nothing new."""
+    def take_outcome(self) -> Outcome | None:
+        """How a write to the store ended; None while there is nothing new."""
         if self._saving is None or not self._saving.done():
             return None
-        error = self._saving.exception()
-        self._saving = None
-        if error is None:
+        done, self._saving = self._saving, None
+        error = done.exception()
+        if error is not None:
+            ours = isinstance(error, SemanticBlurError)
+            return Outcome(str(error) if ours else f"{self.title}: {error}", is_saved=False)
+        if done.result():
             self._recovered = None
-            return ""
-        return str(error) if isinstance(error, SemanticBlurError) else f"{self.title}: {error}"
+        return Outcome("", is_saved=done.result())
 
     def move_to(self, store: Path) -> int:
         """Journal into a store from now on; what was in the user's folder moves there.
@@ -301,9 +357,10 @@ class Annotation:
             If the store cannot be used. All stays as it was.
         """
         folder_store = AnnotationStore(store, create=True)
-        name = self._free_name(folder_store, self.name)
+        name, lock = self._find_name(folder_store, self.name)
+        if isinstance(lock, DataError):
+            raise lock
         folder = store / JOURNALS / name
-        lock = Lock(folder)
         before, n_added = self.autosave, 0
         place = (self.name, self.store, self._folder, self.layer.metadata)
         self.autosave = None
@@ -326,10 +383,11 @@ class Annotation:
             raise
         if before is not None:
             before.discard()
-        if self.split is None:
+        if self._split_said is None:
             self.split = folder_store.split_of(name)
+            self._write_record()
         else:
-            self.hold_out(self.split == "val")
+            self.hold_out(self._split_said == "val")
         return n_added
 
     def close(self) -> bool:
@@ -345,6 +403,8 @@ class Annotation:
             self.layer.events.paint.disconnect(self._painted)
             self.layer.events.set_data.disconnect(self._drawn)
             self.layer.events.selected_label.disconnect(self._label_chosen)
+            if _live.get(self.layer) is self:
+                del _live[self.layer]
         return self.finish_closing()
 
     def finish_closing(self) -> bool:
@@ -377,7 +437,7 @@ class Annotation:
             finally:
                 autosave.close()
 
-        self._in_background(finish)
+        self._in_background(finish, saves=True)
 
     def wait(self) -> None:
         """Wait for saves that are under way."""
@@ -387,51 +447,71 @@ class Annotation:
         name = path.stem if path is not None else self.image.name if self.image else "image"
         return re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", name).lstrip(".") or "image"
 
-    def _free_name(self, store: AnnotationStore, name: str) -> str:
-        """The name, or one with a number where the store has another image of that name."""
+    def _find_name(self, store: AnnotationStore, name: str) -> tuple[str, Lock | DataError]:
+        """The name, or one with a number where the store has another image of that name.
+
+        With it comes the lock on its journals, or why there is none. The store is looked at under
+        the lock: before, somebody else can save another image of the name.
+        """
         for number in range(1, 1000):
             candidate = name if number == 1 else f"{name} {number}"
-            held = store.image_of(candidate)
-            if self.source is None:
-                return candidate
-            left = read_leftover(store.folder / JOURNALS / candidate)
-            ours = left is None or left.facts.get("fingerprint") in (None, self.fingerprint)
-            if ours and (held is None or shows(held, self.source)):
-                return candidate
+            lock = _lock_or_why(store.folder / JOURNALS / candidate)
+            if self.problem and candidate == self.name and not isinstance(lock, Lock):
+                return candidate, lock  # as before: not looked at every second
+            try:
+                if self.source is None or self.fingerprint is None:
+                    return candidate, lock
+                if is_free_for(store, candidate, self.source, self.fingerprint):
+                    return candidate, lock
+            except BaseException:
+                _let_go(lock)
+                raise
+            _let_go(lock)
         raise DataError(f"{name}: the store has too many images of that name")
 
     def _try_to_lock(self) -> Lock | None:
         """The lock on the journals, or None with the reason in `problem`."""
-        try:
-            return Lock(self._folder)
-        except LockedError as error:
+        if self.store is not None and self._may_be_renamed:
+            self.name, lock = self._find_name(AnnotationStore(self.store), self.name)
+            self._folder = self.store / JOURNALS / self.name
+        else:
+            lock = _lock_or_why(self._folder)
+        if isinstance(lock, Lock):
+            return lock
+        self.problem = str(lock)
+        if isinstance(lock, LockedError):
             self.is_read_only = True
-            if f"process {os.getpid()} " in str(error):
+            if f"process {os.getpid()} " in self.problem:
                 self.problem = f"{self.title}: is open in another window, or still being saved"
-            else:
-                self.problem = str(error)
             self.problem += "; it is shown read-only here until that ends"
-        except DataError as error:
-            self.problem = str(error)
         return None
 
     def _try_to_start(self) -> None:
         """Begin the journal if that is possible by now: there is room, or the other let go."""
-        lock = self._try_to_lock()
+        try:
+            lock = self._try_to_lock()
+        except SemanticBlurError as error:
+            self.problem = str(error)
+            return
         if lock is None:
             return
+        was_read_only = self.is_read_only
         try:
             shape = self.layer.data.shape
             saved, recovered = _read_saved(self.store, self.name, self._folder, shape)
-            if self.is_read_only:  # what is shown is as old as the opening
+            if was_read_only:  # what is shown is as old as the opening
                 self.layer.data = np.zeros(shape, np.uint8) if saved is None else saved.copy()
                 self._recovered = recovered
-            self._begin(lock, saved)
+                if self.store is not None:
+                    self.split = AnnotationStore(self.store).split_of(self.name)
             self.is_read_only = False
+            self._begin(lock, saved)
             self.layer.editable = True
+            if was_read_only:
+                self.layer.mode = "paint"  # which napari takes from what cannot be edited
         except SemanticBlurError as error:
             lock.close(delete=True)
-            self.problem = str(error)
+            self.is_read_only, self.problem = was_read_only, str(error)
 
     def _begin(self, lock: Lock, saved: NDArray[np.uint8] | None) -> None:
         self._journal_to(lock, saved, name=self.name, store=self.store)
@@ -468,20 +548,26 @@ class Annotation:
             "fingerprint": self.fingerprint,
             "placement": placement_as_json(self.layer),
         }
-        record = {
-            "role": "annotation",
-            "source": self.title,
-            "source_id": str(self.image.unique_id) if self.image is not None else None,
-            "store": str(store) if store else None,
-            "name": name if store else None,
-            "journal": str(self._folder),
-        }
-        self.layer.metadata = {**self.layer.metadata, METADATA_KEY: record}
         autosave = Autosave(
             self._folder, self.layer.data, saved=saved, name=name, facts=facts, lock=lock
         )
         self.autosave, self.name, self.store = autosave, name, store
+        self._write_record()
         return autosave
+
+    def _write_record(self) -> None:
+        """What others are to know of it, into the layer's metadata."""
+        record = {
+            "role": "annotation",
+            "source": self.title,
+            "source_id": str(self.image.unique_id) if self.image is not None else None,
+            "store": str(self.store) if self.store else None,
+            "name": self.name if self.store else None,
+            "journal": str(self._folder),
+            "read_only": self.is_read_only,
+            "split": self.split or self._split_said,
+        }
+        self.layer.metadata = {**self.layer.metadata, METADATA_KEY: record}
 
     def _write(self, labels: NDArray[np.uint8]) -> None:
         """Into the store; called in a thread."""
@@ -489,11 +575,24 @@ class Annotation:
         store = AnnotationStore(self.store, create=True)
         if not labels.any() and store.labels_of(self.name) is None:
             return
-        image = None if store.image_of(self.name) else self._image_to_keep()
+        held = store.image_of(self.name)
+        if held is not None and self.source is not None and not shows(held, self.source):
+            raise DataError(
+                f"{held}: is not the image that {self.title} shows, so its labels are not saved "
+                "there; move that file away, or fine-tune with another store"
+            )
+        image = self._image_to_keep() if held is None else None
         axes = self.source.axes if self.source is not None else None
         source = str(self.path) if self.path else self.title
         store.write(
-            self.name, labels, image=image, source=source, axes=axes, polarity=self.polarity
+            self.name,
+            labels,
+            image=image,
+            source=source,
+            axes=axes,
+            polarity=self.polarity,
+            split=self._split_said,
+            painted_in=str(self._folder),
         )
 
     def _image_to_keep(self) -> Path | NDArray[Any]:
@@ -530,6 +629,35 @@ class Annotation:
             self.layer.selected_label = BLURRED
 
 
+def _lock_or_why(folder: Path) -> Lock | DataError:
+    try:
+        return Lock(folder)
+    except DataError as error:
+        return error
+
+
+def _let_go(lock: Lock | DataError) -> None:
+    if isinstance(lock, Lock):
+        lock.close(delete=True)
+
+
+def before_and_after(
+    leftover: Leftover, store: Path | None, name: str, shape: tuple[int, ...]
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Labels as they were saved, and as unsaved changes leave them.
+
+    Raises
+    ------
+    DataError
+        If they do not fit.
+    """
+    held = _labels_in(store, name, shape)
+    before = np.zeros(shape, np.uint8) if held is None else held
+    after = before.copy()
+    replay(leftover.changes, after)
+    return before, after
+
+
 def _read_saved(
     store: Path | None, name: str, folder: Path, shape: tuple[int, ...]
 ) -> tuple[NDArray[np.uint8] | None, Leftover | None]:
@@ -537,15 +665,16 @@ def _read_saved(
 
     Only under the lock on the folder do they stay so.
     """
-    labels = None if store is None else AnnotationStore(store).labels_of(name)
     leftover = read_leftover(folder)
-    if labels is None and leftover is None:
-        return None, None
+    if leftover is None:
+        return _labels_in(store, name, shape), None
+    return before_and_after(leftover, store, name, shape)[1], leftover
+
+
+def _labels_in(store: Path | None, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
+    labels = None if store is None else AnnotationStore(store).labels_of(name)
     if labels is None:
-        labels = np.zeros(shape, np.uint8)
-    elif labels.size != np.prod(shape):
+        return None
+    if labels.size != np.prod(shape):
         raise DataError(f"{name}: the store's labels of {labels.shape} do not fit {shape}")
-    labels = np.array(labels).reshape(shape)  # readers of TIFF drop axes of length one
-    if leftover is not None:
-        replay(leftover.changes, labels)
-    return labels, leftover
+    return np.array(labels).reshape(shape)  # a store drops axes of length one

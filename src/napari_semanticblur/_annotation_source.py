@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from napari_semanticblur._layers import METADATA_KEY, Source, read_source, unwrapped
-from semanticblur_core.data.store import read_array, same_pixels
+from semanticblur_core.data.autosave import JOURNALS
+from semanticblur_core.data.journal import read_leftover
+from semanticblur_core.data.store import AnnotationStore, read_array, same_pixels
 from semanticblur_core.errors import ImageError, SemanticBlurError
 from semanticblur_core.io import without_alpha
 
@@ -48,19 +50,36 @@ def find_annotation(viewer: ViewerModel, image: Image) -> Labels | None:
 
 
 def shown_plane(viewer: ViewerModel, layer: Labels) -> Plane | None:
-    """Index of the plane of a layer that is shown; None where that is not one plane."""
+    """Index of the plane of a layer that is shown; None where none is, or more than one."""
     if tuple(viewer.dims.displayed) != (viewer.dims.ndim - 2, viewer.dims.ndim - 1):
         return None
     position = layer.world_to_data(viewer.dims.point)[: layer.ndim - 2]
-    lengths = layer.data.shape[:-2]
-    return tuple(
-        min(max(round(float(p)), 0), n - 1) for p, n in zip(position, lengths, strict=True)
-    )
+    plane = tuple(round(float(p)) for p in position)
+    # Beside a longer stack the sliders go on where this one has ended.
+    inside = all(0 <= i < n for i, n in zip(plane, layer.data.shape[:-2], strict=True))
+    return plane if inside else None
 
 
 def labels_shape(source: Source) -> tuple[int, ...]:
     """Of the labels: the array's but for the samples of RGB."""
     return tuple(source.array.shape[: len(source.layer_axes)])
+
+
+def is_free_for(store: AnnotationStore, name: str, source: Source, known_as: str) -> bool:
+    """Whether a name in a store is this image's, or nobody's: its image and its journals tell.
+
+    Parameters
+    ----------
+    store, name
+        Where.
+    source, known_as
+        The image and its `fingerprint`.
+    """
+    left = read_leftover(store.folder / JOURNALS / name)
+    if left is not None and left.facts.get("fingerprint") not in (None, known_as):
+        return False
+    held = store.image_of(name)
+    return held is None or shows(held, source)
 
 
 def shows(path: Path, source: Source) -> bool:

@@ -78,10 +78,12 @@ def add_labels(layer: Labels, labels: NDArray[np.uint8]) -> int:
     return n
 
 
-def fill_rest(layer: Labels, plane: Plane, code: int) -> int:
-    """Label what is unlabelled of a plane; pixels that changed."""
+def fill_rest(layer: Labels, planes: Iterable[Plane], code: int) -> int:
+    """Label what is unlabelled of planes; pixels that changed, as one step of undo."""
+    n = 0
     with layer.block_history():
-        n = set_plane(layer, plane, layer.data[plane] == UNLABELLED, code)
+        for plane in planes:
+            n += set_plane(layer, plane, layer.data[plane] == UNLABELLED, code)
     layer.refresh(extent=False)
     return n
 
@@ -165,8 +167,8 @@ def import_labels(layer: Labels, plane: Plane | None, codes: NDArray[np.uint8]) 
     # Readers of TIFF drop axes of length one.
     if _without_ones(codes.shape) == _without_ones(shape):
         whole, planes = codes.reshape(shape), list(np.ndindex(shape[:-2]))
-    elif codes.shape == shape[-2:] and plane is not None:
-        whole, planes = np.broadcast_to(codes, shape), [plane]
+    elif codes.shape == shape[-2:]:
+        whole, planes = np.broadcast_to(codes, shape), [require_plane(layer, plane)]
     else:
         raise DataError(
             f"expected a mask of {shape[-2:]} pixels"
@@ -179,6 +181,22 @@ def import_labels(layer: Labels, plane: Plane | None, codes: NDArray[np.uint8]) 
             n += set_plane(layer, index, whole[index] != UNLABELLED, whole[index])
     layer.refresh(extent=False)
     return n
+
+
+def require_plane(layer: Labels, shown: Plane | None) -> Plane:
+    """The plane that is shown.
+
+    Raises
+    ------
+    DataError
+        If there is none.
+    """
+    if shown is None:
+        raise DataError(
+            f"{layer.name}: no plane of it is shown; show its last two axes, and move the sliders "
+            "to a plane that it has"
+        )
+    return shown
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -194,7 +212,8 @@ def codes_of(array: NDArray[Any], meaning: str) -> NDArray[np.uint8]:
         Any integers or bool.
     meaning
         ``"codes"``: 0, 1, 2 as they are; ``"blur"``: anything but 0 is blurred, 0 is sharp;
-        ``"sharp"``: the other way round.
+        ``"sharp"``: the other way round. In an 8-bit mask that has values above 127 these are what
+        is not 0, and the others are grey edges, as in `semanticblur_core.io.read_mask`.
 
     Raises
     ------
@@ -208,4 +227,5 @@ def codes_of(array: NDArray[Any], meaning: str) -> NDArray[np.uint8]:
             )
         return array.astype(np.uint8)
     marked, others = (BLURRED, SHARP) if meaning == "blur" else (SHARP, BLURRED)
-    return np.where(array != 0, np.uint8(marked), np.uint8(others))
+    is_grey = array.dtype == np.uint8 and array.max(initial=0) > 127
+    return np.where(array > 127 if is_grey else array != 0, np.uint8(marked), np.uint8(others))

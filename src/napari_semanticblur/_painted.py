@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from napari_semanticblur._colors import BLURRED, UNLABELLED
+from napari_semanticblur._annotation import live_annotation
+from napari_semanticblur._annotation_source import fingerprint, is_free_for, shows
+from napari_semanticblur._colors import BLURRED
 from napari_semanticblur._layers import METADATA_KEY, Source, is_image, read_source, unwrapped
-from semanticblur_core.data.store import AnnotationStore, OtherImageError, read_labels
+from semanticblur_core.data.autosave import JOURNALS
+from semanticblur_core.data.journal import Lock, LockedError
+from semanticblur_core.data.store import AnnotationStore, Item, OtherImageError, is_store
 from semanticblur_core.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,19 +28,32 @@ if TYPE_CHECKING:
 
 # A stack above that many bytes is not copied into a store, only what is painted of it.
 WHOLE_STACK_BYTES = 2**30
-# Where a layer was saved by now: from then on its labels are all that count there.
-_saved: WeakKeyDictionary[Any, set[tuple[Path, str]]] = WeakKeyDictionary()
+# What of a layer was saved where by now: only what has changed since is new there.
+_saved: WeakKeyDictionary[Any, dict[tuple[Path, str], NDArray[np.uint8]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Annotated:
-    """A Labels layer and the image that it is painted on."""
+    """A Labels layer and the image that it is painted on.
+
+    ``is_annotation`` of a layer that is to be learned from unless somebody says otherwise;
+    ``split`` holds the image out, takes that back, or says nothing; ``journal`` is the folder of
+    its journal, "" where it has none.
+    """
 
     labels: Labels
     source: Source
     store: Path | None
     name: str
     is_annotation: bool
+    split: Literal["val", "open"] | None = None
+    journal: str = ""
+    is_read_only: bool = False
+
+    @property
+    def origin(self) -> str:
+        """File of the image, or its name."""
+        return str(self.source.layer.source.path or self.source.layer.name)
 
 
 def annotated_layers(viewer: ViewerModel) -> list[Annotated]:
@@ -59,7 +77,18 @@ def annotated_layers(viewer: ViewerModel) -> list[Annotated]:
             continue
         store = record.get("store")
         name = record.get("name") or _file_name(source.layer)
-        found.append(Annotated(layer, source, Path(store) if store else None, name, is_annotation))
+        found.append(
+            Annotated(
+                layer,
+                source,
+                Path(store) if store else None,
+                name,
+                is_annotation and not record.get("read_only"),
+                split=record.get("split"),
+                journal=record.get("journal", ""),
+                is_read_only=record.get("read_only", False),
+            )
+        )
     return found
 
 
@@ -89,21 +118,25 @@ def _file_name(image: Image) -> str:
 def save_layers(chosen: Sequence[Annotated], store: Path | None, fallback: Path) -> Path:
     """Bring the labels of layers into one store; its folder.
 
-    What the store holds of an image from before stays where the layer has no labels.
+    What the store holds of an image from before stays where the layer has no labels, but for what
+    came from the same annotation and was erased since.
 
     Parameters
     ----------
     chosen
         Layers.
     store
-        Where to; None takes the first layer's own store, or ``fallback`` where none has one.
+        Where to; None takes the first layer's own store or, where none has one, ``fallback``, with
+        a number if strokes on other images are in there: they are not learned from unasked.
 
     Raises
     ------
     SemanticBlurError
-        If labels hold other codes, or the store cannot be written.
+        If labels hold other codes, somebody else is annotating an image of them, or the store
+        cannot be written.
     """
-    folder = store or next((each.store for each in chosen if each.store), None) or fallback
+    folder = store or next((each.store for each in chosen if each.store), None)
+    folder = folder or _folder_for(chosen, fallback)
     if not chosen:
         AnnotationStore(folder)
         return folder
@@ -112,6 +145,11 @@ def save_layers(chosen: Sequence[Annotated], store: Path | None, fallback: Path)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error.strerror}") from error
     for each in chosen:
+        if each.is_read_only:
+            raise DataError(
+                f"{each.labels.name}: is read-only here and may be older than what another viewer "
+                "has saved; leave it out and choose its store, or close the image there"
+            )
         codes = np.asarray(each.labels.data)
         if codes.size and (codes.min() < 0 or codes.max() > BLURRED):
             raise DataError(
@@ -122,13 +160,33 @@ def save_layers(chosen: Sequence[Annotated], store: Path | None, fallback: Path)
     return folder
 
 
+def _folder_for(chosen: Sequence[Annotated], fallback: Path) -> Path:
+    """A folder, with a number if need be, that holds no images but those of layers."""
+    for number in itertools.count(1):
+        folder = fallback if number == 1 else fallback.with_name(f"{fallback.name} {number}")
+        if not folder.exists():
+            break
+        items = AnnotationStore(folder).items() if is_store(folder) else None
+        if items is not None and all(any(_is_of(item, x) for x in chosen) for item in items):
+            break
+    return folder
+
+
+def _is_of(item: Item, each: Annotated) -> bool:
+    """Whether an item of a store shows the image that a layer is painted on."""
+    if each.journal and item.painted_in == each.journal:
+        return True
+    if item.plane is not None:
+        return item.source == each.origin
+    return shows(item.image, each.source)
+
+
 def _save_layer(target: AnnotationStore, each: Annotated, codes: NDArray[np.uint8]) -> None:
-    if each.store == target.folder:
-        held = {item.name: item for item in target.items()}.get(each.name)
-        if held is not None:
-            if not np.array_equal(read_labels(held.labels), codes.squeeze()):
-                target.write(each.name, codes)
-            return
+    annotation = live_annotation(each.labels)
+    own = None if annotation is None else annotation.store
+    if annotation is not None and own is not None and own.resolve() == target.folder.resolve():
+        annotation.write_now()
+        return
     source = each.source
     array = source.array
     axes = source.axes
@@ -158,31 +216,56 @@ def _write(
     axes: str,
     plane: tuple[int, ...] | None,
 ) -> None:
-    """Under that name, or with a number where the store has another image of the name."""
-    source = str(each.source.layer.source.path or each.source.layer.name)
-    saved = _saved.setdefault(each.labels, set())
+    """Under that name, or with a number where the store has another image of the name.
+
+    The journal's lock keeps those out who annotate the image: they would not see what is written.
+    """
+    known_as = fingerprint(each.source) if plane is None else ""
     for number in range(1, 100):
         candidate = name if number == 1 else f"{name} {number}"
-        merged = codes
-        if (target.folder, candidate) not in saved:
-            merged = _with_those_held(target, candidate, codes)
+        if plane is None and not is_free_for(target, candidate, each.source, known_as):
+            continue
         try:
-            target.write(candidate, merged, image=array, source=source, axes=axes, plane=plane)
+            lock = Lock(target.folder / JOURNALS / candidate)
+        except LockedError as error:
+            raise DataError(
+                f"{each.labels.name}: not saved in {target.folder}: {error}; import it "
+                "there, or close that annotation"
+            ) from error
+        try:
+            merged = _with_those_held(target, candidate, each, codes)
+            target.write(
+                candidate,
+                merged,
+                image=array,
+                source=each.origin,
+                axes=axes,
+                plane=plane,
+                split=each.split,
+                painted_in=(each.journal or None) if np.array_equal(merged, codes) else None,
+            )
         except OtherImageError:
             continue
-        saved.add((target.folder, candidate))
+        finally:
+            lock.close(delete=True)
+        _saved.setdefault(each.labels, {})[target.folder, candidate] = codes
         return
     raise DataError(f"{name}: {target.folder} has too many images of that name")
 
 
 def _with_those_held(
-    target: AnnotationStore, name: str, codes: NDArray[np.uint8]
+    target: AnnotationStore, name: str, each: Annotated, codes: NDArray[np.uint8]
 ) -> NDArray[np.uint8]:
-    """Labels, and where there are none those that the store holds from before."""
+    """Labels that the store holds, and what was painted and erased since this layer was saved."""
     held = target.labels_of(name)
     if held is None or held.squeeze().shape != codes.squeeze().shape:
         return codes
-    return np.where(codes == UNLABELLED, held.reshape(codes.shape), codes)
+    if each.journal and target.painted_in(name) == each.journal:
+        return codes
+    before = _saved.get(each.labels, {}).get((target.folder, name))
+    if before is None or before.shape != codes.shape:
+        before = np.zeros_like(codes)
+    return np.where(codes == before, held.reshape(codes.shape), codes)
 
 
 def as_bytes(unit: NDArray[Any]) -> NDArray[np.uint8]:

@@ -225,6 +225,27 @@ def test_bulk_edits_are_undone_by_napari(qtbot: Any, viewer: Any, widget: Any) -
     np.testing.assert_array_equal(journaled(widget), before)
 
 
+def test_a_plane_that_is_not_shown_is_not_filled(
+    viewer: Any, widget: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = viewer.add_image(np.zeros((4, 40, 50), np.uint8), name="short")
+    viewer.add_image(np.zeros((12, 40, 50), np.uint8), name="long")
+    widget.layer.value = short
+    widget.annotate()
+    layer = widget.current.layer
+    viewer.dims.set_point(0, 9)
+    shown: list[str] = []
+    monkeypatch.setattr("napari.utils.notifications.show_error", shown.append)
+    widget.fill_sharp_button.native.click()
+    assert not layer.data.any()
+    assert "short annotation: no plane of it is shown" in shown[0]
+    widget.planes.value = _annotate.ALL
+    widget.fill_sharp_button.native.click()
+    assert layer.data.all()
+    layer.undo()
+    assert not layer.data.any()
+
+
 def test_starting_from_the_map_runs_a_detection_if_there_is_none(
     qtbot: Any, viewer: Any, widget: Any
 ) -> None:
@@ -427,6 +448,37 @@ def test_a_folder_is_walked_and_the_store_remembers(
     np.testing.assert_array_equal(io.read_image(previous), painted["photo1"])
 
 
+def test_each_folder_has_a_store_of_its_own_unless_one_is_chosen(
+    qtbot: Any, viewer: Any, widget: Any, folder: Path
+) -> None:
+    other = folder.parent / "others"
+    other.mkdir()
+    for i in range(2):  # of the same names
+        Image.fromarray(photo(50, 60) + np.uint8(i)).save(other / f"photo{i}.png")
+    widget.folder.value = folder
+    qtbot.waitUntil(lambda: widget.current is not None, timeout=5000)
+    for _ in range(2):
+        stroke(widget.current.layer, (20, 20), (20, 50), 1)
+        widget.step(1)
+    qtbot.waitUntil(lambda: not widget._closing, timeout=10_000)
+    widget.folder.value = other
+    qtbot.waitUntil(lambda: widget.current.layer.data.shape == (50, 60), timeout=5000)
+    assert widget.store.value == folder.parent / "others annotations"
+    assert widget.current.store == widget.store.value
+    assert widget.current.name == "photo0"
+    # In one store the pixels tell which images are labelled.
+    widget.store.value = folder.parent / "images annotations"
+    assert widget.files_without_labels() == [other / "photo0.png", other / "photo1.png"]
+    # An annotation stays where it was begun, and that is said.
+    stroke(widget.current.layer, (20, 20), (20, 50), 1)
+    saved(qtbot, widget)
+    assert "Saved photo0 in " in widget.status.value
+    assert f"It stays there: {widget.store.value} is for" in widget.status.value
+    widget.folder.value = folder
+    qtbot.waitUntil(lambda: widget.current.title == "photo2", timeout=5000)
+    assert widget.store.value == folder.parent / "images annotations"
+
+
 def test_the_images_of_a_folder_are_ranked(
     qtbot: Any, viewer: Any, widget: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -530,7 +582,19 @@ def test_two_viewers_do_not_write_one_image(
         second.fill_sharp_button.native.click()
     assert "read-only" in shown[0]
     saved(qtbot, widget)
-    assert len(read_store(tmp_path / "store")) == 1
+    painted = widget.current.layer.data.copy()
+    widget.current.close()  # as when its window is closed
+    qtbot.waitUntil(lambda: not second.current.is_read_only, timeout=5000)
+    assert "can be painted on now" in second.status.value
+    layer = second.current.layer
+    np.testing.assert_array_equal(layer.data, painted)
+    stroke(layer, (60, 20), (60, 80), 2)
+    both = layer.data.copy()
+    saved(qtbot, second)
+    [plane] = read_store(tmp_path / "store")
+    np.testing.assert_array_equal(plane.image, image)
+    np.testing.assert_array_equal(plane.labels, both)
+    assert set(np.unique(both)) == {0, 1, 2}
 
 
 PAINTER = """
@@ -769,14 +833,42 @@ def test_an_image_is_held_out_by_a_tick(
     stroke(widget.current.layer, (20, 20), (20, 80), 1)
     widget.store.value = tmp_path / "S"
     saved(qtbot, widget)
-    qtbot.waitUntil(lambda: read_store(tmp_path / "S")[0].split == "val", timeout=5000)
-    viewer.layers.remove(widget.current.layer)
-    qtbot.waitUntil(lambda: not widget._closing, timeout=5000)
-    assert not widget.hold_out.visible
-    widget.annotate()
-    assert widget.hold_out.value
+    assert read_store(tmp_path / "S")[0].split == "val"
+    stroke(widget.current.layer, (60, 20), (60, 80), 2)
     widget.hold_out.value = False
-    qtbot.waitUntil(lambda: read_store(tmp_path / "S")[0].split is None, timeout=5000)
+    qtbot.waitUntil(lambda: not widget.current.is_saving, timeout=5000)
+    assert widget.status.value == "photo is not held out: models learn from it."
+    [plane] = read_store(tmp_path / "S")
+    assert plane.split is None
+    assert not (plane.labels == 2).any()
+
+
+def test_what_was_erased_and_not_saved_is_erased_by_a_recovery(
+    viewer: Any, widget: Any, tmp_path: Path
+) -> None:
+    held = np.zeros((90, 120), np.uint8)
+    held[5:20, 5:50] = 1
+    AnnotationStore(tmp_path / "S", create=True).write("photo", held, image=photo())
+    image = viewer.add_image(photo(), rgb=True, name="photo")
+    widget.annotate()  # without the store
+    stroke(widget.current.layer, (60, 20), (60, 80), 2)
+    widget.current.layer.data[5:20, 5:50] = 1
+    left = Autosave(
+        tmp_path / "S" / "journal" / "photo", held.copy(), saved=held, name="photo",
+        facts={"fingerprint": widget.current.fingerprint},
+    )  # fmt: skip
+    left.labels[5:20, 20:50], left.labels[30:40] = 0, 1
+    left.finish_looking()
+    left.close()
+    now, layer = widget.current.layer.data, widget.current.layer
+    expected = np.where(left.labels != held, left.labels, now)
+    widget.store.value = tmp_path / "S"
+    widget.found.value = 0
+    widget.restore_button.native.click()
+    assert widget.current.image is image
+    np.testing.assert_array_equal(layer.data, expected)
+    assert not layer.data[5:20, 20:50].any()
+    assert (layer.data[60, 20:80] == 2).all()
 
 
 def test_without_its_image_the_labels_still_come_back(viewer: Any, open_widget: Any) -> None:

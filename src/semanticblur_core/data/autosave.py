@@ -211,7 +211,8 @@ class Autosave:
             # Planes are copied while others may come to be known. Those changes are also in the
             # next journal, and replaying it on labels that have them already does no harm.
             write(self._known.copy())
-            for path in finished:
+            # The oldest first: one that is left behind alone would bring its strokes back.
+            for path in sorted(finished):
                 path.unlink(missing_ok=True)
             self._finished -= finished
 

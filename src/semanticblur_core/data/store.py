@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,8 @@ N_PREVIOUS = 20
 # A first save of a large stack over a network takes its time.
 _LOCK_WAIT_S = 60.0
 _LOCK_NAME = ".lock"
+_NPY = (".npy",)
+_LABEL_SUFFIXES = (".png", *io.TIFF_SUFFIXES)
 
 Split = Literal["train", "val"]
 
@@ -87,9 +90,10 @@ class Item:
     """What the store knows of one image.
 
     ``image`` and ``labels`` are files; ``axes`` the image's axis names (``YX``, ``YXS``, ``ZYX``
-    ...); ``plane`` its index in the source it was taken from; ``sha256`` that of the image file;
-    ``time`` when labels were last written (ISO 8601, UTC); ``polarity`` what white meant in
-    imported masks.
+    ...) but for those of length one; ``plane`` its index in the source it was taken from;
+    ``sha256`` that of the image file; ``time`` when labels were last written (ISO 8601, UTC);
+    ``polarity`` what white meant in imported masks; ``painted_in`` the folder of the journal whose
+    labels they are, all of them.
     """
 
     name: str
@@ -102,6 +106,7 @@ class Item:
     time: str = ""
     polarity: str | None = None
     split: Split | None = None
+    painted_in: str | None = None
 
 
 class AnnotationStore:
@@ -162,6 +167,7 @@ class AnnotationStore:
                     time=values.get("time", ""),
                     polarity=values.get("polarity"),
                     split=values.get("split"),
+                    painted_in=values.get("painted_in"),
                 )
             )
         return found
@@ -177,6 +183,7 @@ class AnnotationStore:
         plane: Sequence[int] | None = None,
         polarity: Literal["blur", "sharp"] | None = None,
         split: Split | Literal["open"] | None = None,
+        painted_in: str | None = None,
     ) -> Path:
         """Write the labels of an image; those they replace are kept.
 
@@ -185,11 +192,14 @@ class AnnotationStore:
         name
             Name stem of image and labels.
         labels
-            uint8 ``(H, W)``, or ``(..., H, W)`` of a stack.
+            uint8 ``(H, W)``, or ``(..., H, W)`` of a stack. Axes of length one before the last two
+            are dropped: an image is the same with and without them.
         image
             The image: a file to copy, or an array. None when the store holds it already.
         source, axes, plane, polarity, split
             See `Item`; None keeps what is known. A split of ``"open"`` forgets it.
+        painted_in
+            See `Item`; it holds for these labels only.
 
         Returns
         -------
@@ -210,6 +220,11 @@ class AnnotationStore:
             raise DataError(f"{name!r}: not a name that a file can have")
         if labels.dtype != np.uint8 or labels.ndim < 2 or labels.max(initial=0) > BLURRED:
             raise DataError(f"{name}: expected labels (..., H, W) of uint8 0, 1 or 2")
+        letters = (axes or "").removesuffix("S")
+        if axes and len(letters) == labels.ndim:
+            kept = [a for a, n in zip(letters[:-2], labels.shape, strict=False) if n != 1]
+            axes = "".join(kept) + axes[labels.ndim - 2 :]
+        labels = labels.reshape(_without_ones(labels.shape))
         stacked = labels.ndim > 2
         path = self.folder / "labels" / f"{name}{'.tif' if stacked else '.png'}"
         with self._locked():
@@ -230,7 +245,13 @@ class AnnotationStore:
                     )
                 else:
                     Image.fromarray(labels).save(temporary, format="PNG")
+            for other in _files_of(path.parent, name, _LABEL_SUFFIXES):
+                if not other.samefile(path):
+                    self._keep_previous(other)
+                    other.unlink()
+            values.pop("painted_in", None)
             given = {"source": source, "axes": axes, "polarity": polarity, "split": split}
+            given["painted_in"] = painted_in
             given["plane"] = None if plane is None else list(plane)  # type: ignore[assignment]
             values |= {key: value for key, value in given.items() if value is not None}
             if split == "open":
@@ -242,6 +263,11 @@ class AnnotationStore:
     def split_of(self, name: str) -> Split | None:
         """Whether an image is held out; None where nothing is said or there is none."""
         found: Split | None = self._read_index()["items"].get(name, {}).get("split")
+        return found
+
+    def painted_in(self, name: str) -> str | None:
+        """See `Item`."""
+        found: str | None = self._read_index()["items"].get(name, {}).get("painted_in")
         return found
 
     def set_split(self, name: str, split: Split | None) -> None:
@@ -276,18 +302,20 @@ class AnnotationStore:
             If a file cannot be read, or image and labels do not fit each other.
         """
         image, labels = read_array(item.image), read_labels(item.labels)
+        labels = labels.reshape(_without_ones(labels.shape))
         colour = item.axes.endswith("S") or (
-            not item.axes and image.ndim == labels.ndim + 1 and image.shape[-1] in (3, 4)
+            not item.axes
+            and image.shape[-1] in (3, 4)
+            and _without_ones(image.shape[:-1]) == labels.shape
         )
-        lengths = image.shape[:-1] if colour else image.shape
-        if lengths != labels.shape:
+        if _without_ones(image.shape[:-1] if colour else image.shape) != labels.shape:
             raise DataError(
                 f"{item.labels}: labels of shape {labels.shape} for an image of {image.shape}"
             )
-        if colour:
-            image = image[..., :3]
+        image = image[..., :3].reshape(*labels.shape, 3) if colour else image.reshape(labels.shape)
         # Channels differ in what they show and in how bright it is: each has a range of its own.
-        place = item.axes.find("C")
+        letters = item.axes.removesuffix("S")
+        place = letters.find("C") if len(letters) == labels.ndim else -1
         by_channel = 0 <= place < labels.ndim - 2
         ranges = [
             _stack_range(part) if labels.ndim > 2 else None
@@ -313,19 +341,25 @@ class AnnotationStore:
         DataError
             If the file is damaged or of another kind.
         """
-        for suffix in (".png", *io.TIFF_SUFFIXES):
-            path = self.folder / "labels" / f"{name}{suffix}"
-            if path.is_file():
-                return read_labels(path)
-        return None
+        files = _files_of(self.folder / "labels", name, _LABEL_SUFFIXES)
+        return read_labels(_newest(files)) if files else None
 
     def image_of(self, name: str) -> Path | None:
         """File of the image of that name, or None."""
-        for suffix in (*io.IMAGE_SUFFIXES, *_NPY):
-            path = self.folder / "images" / f"{name}{suffix}"
-            if path.is_file():
-                return path
-        return None
+        files = _files_of(self.folder / "images", name, (*io.IMAGE_SUFFIXES, *_NPY))
+        return files[0] if files else None
+
+    def has_labels_of(self, image: Path) -> bool:
+        """Whether an image file has labels, under its name or that and a number; pixels tell."""
+        folder = self.folder / "labels"
+        numbered = {path.stem for path in folder.glob(f"{_escape(image.stem)}*")}
+        for name in numbered:
+            number = name.removeprefix(image.stem)
+            held = self.image_of(name) if re.fullmatch(r"( \d+)?", number) else None
+            labels = _files_of(folder, name, _LABEL_SUFFIXES)
+            if held is not None and labels and _same_image(held, image):
+                return True
+        return False
 
     def _put_image(self, name: str, image: Path | NDArray[Any], held: Path | None) -> str:
         """Copy the image into the store unless it is there; its file's sha256."""
@@ -431,11 +465,22 @@ def is_store(folder: Path) -> bool:
 
 
 def _label_files(folder: Path) -> list[Path]:
-    return [
-        path
-        for path in sorted((folder / "labels").iterdir())
-        if path.suffix.lower() in (".png", *io.TIFF_SUFFIXES) and not path.name.startswith(".")
-    ]
+    """One of each name: a writer that was killed may have left an older one beside it."""
+    named: dict[str, list[Path]] = {}
+    for path in sorted((folder / "labels").iterdir()):
+        if path.suffix.lower() in _LABEL_SUFFIXES and not path.name.startswith("."):
+            named.setdefault(path.stem, []).append(path)
+    return [_newest(files) for files in named.values()]
+
+
+def _files_of(folder: Path, name: str, suffixes: Sequence[str]) -> list[Path]:
+    """Files of that name and one of the suffixes, however they are capitalised."""
+    found = sorted(folder.glob(f"{_escape(name)}.*"))
+    return [path for path in found if path.stem == name and path.suffix.lower() in suffixes]
+
+
+def _newest(files: Sequence[Path]) -> Path:
+    return max(files, key=lambda path: path.stat().st_mtime_ns) if len(files) > 1 else files[0]
 
 
 def read_labels(path: Path) -> NDArray[np.uint8]:
@@ -462,8 +507,23 @@ def labels_of_mask(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
 
 def same_pixels(one: NDArray[Any], other: NDArray[Any]) -> bool:
-    """Whether arrays are equal, NaN where the other is NaN too."""
-    return np.array_equal(one, other, equal_nan=one.dtype.kind in "fc")
+    """Whether arrays are equal but for axes of length one, NaN where the other is NaN too."""
+    return np.array_equal(one.squeeze(), other.squeeze(), equal_nan=one.dtype.kind in "fc")
+
+
+def _same_image(one: Path, other: Path) -> bool:
+    """Whether files hold the same image; false where one cannot be read."""
+    if one.stat().st_size == other.stat().st_size and _sha256(one) == _sha256(other):
+        return True
+    try:
+        return same_pixels(read_array(one), read_array(other))
+    except SemanticBlurError:
+        return False
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Lengths of the axes, less those of one before the last two."""
+    return (*(n for n in shape[:-2] if n != 1), *shape[-2:])
 
 
 def read_store(folder: Path) -> list[LabelledImage]:
@@ -518,9 +578,6 @@ def check_store(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
             }
         )
     return rows, problems
-
-
-_NPY = (".npy",)
 
 
 def read_array(path: Path) -> NDArray[Any]:

@@ -116,6 +116,38 @@ def test_saving_empties_the_journal_and_what_comes_meanwhile_stays(tmp_path: Pat
     autosave.close()
 
 
+def test_a_kill_amid_the_deletion_of_journals_brings_no_older_strokes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.zeros((40, 50), np.uint8)
+    folder = tmp_path / "j"
+    for code in (1, 2, 1, 2, 1, 2):  # each session paints over the one before
+        session = Autosave(folder, labels, saved=labels.copy(), name="photo")
+        labels[:20] = code
+        session.poll(())
+        session.close()
+    session = Autosave(folder, labels, saved=labels.copy(), name="photo")
+    written: list[np.ndarray] = []
+    save, unlink = session.save(written.append), Path.unlink
+    for left in range(5, 0, -1):
+
+        def dying(path: Path, missing_ok: bool = False) -> None:
+            unlink(path, missing_ok=missing_ok)
+            if len(journal_files(folder)) == left:  # noqa: B023
+                raise InterruptedError
+
+        monkeypatch.setattr(Path, "unlink", dying)
+        with pytest.raises(InterruptedError):
+            save()
+        monkeypatch.undo()
+        recovered = written[-1].copy()
+        leftover = read_leftover(folder)
+        assert leftover is not None
+        replay(leftover.changes, recovered)
+        np.testing.assert_array_equal(recovered, labels)
+    session.close()
+
+
 def test_a_save_that_fails_keeps_the_journal(tmp_path: Path) -> None:
     labels = np.zeros((40, 50), np.uint8)
     autosave = Autosave(tmp_path / "journal", labels, name="photo")

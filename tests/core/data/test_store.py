@@ -97,12 +97,75 @@ def test_a_stack_gives_its_labelled_planes_with_one_range_of_intensity(tmp_path:
     assert {plane.value_range for plane in planes} == {(low, high)}
 
 
+@pytest.mark.parametrize("first_is_flat", [False, True])
+@pytest.mark.parametrize("suffix", [".tif", ".npy"])
+def test_an_image_is_the_same_with_and_without_an_axis_of_length_one(
+    tmp_path: Path, first_is_flat: bool, suffix: str
+) -> None:
+    stack = np.arange(20 * 30, dtype=np.uint16).reshape(1, 20, 30)
+    store = AnnotationStore(tmp_path / "S", create=True)
+    forms = [(stack[0], strokes(1), "YX"), (stack, strokes(2)[None], "ZYX")]
+    for image, labels, axes in forms if first_is_flat else forms[::-1]:
+        given = image
+        if suffix == ".npy":
+            given = tmp_path / "a.npy"
+            np.save(given, stack)
+        store.write("a", labels, image=given, axes=axes)
+        np.testing.assert_array_equal(store.labels_of("a"), labels.squeeze())
+    [plane] = read_store(store.folder)
+    assert (plane.name, plane.image.shape) == ("a", (20, 30))
+    np.testing.assert_array_equal(plane.labels, strokes(2 if first_is_flat else 1))
+    assert len(store.previous("a")) == 1
+
+
+def test_a_name_has_one_file_of_labels_and_of_two_the_newest_counts(tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    store.write("a", strokes(1), image=photo())
+    # As an earlier release wrote them, or a writer that was killed left them.
+    old = tmp_path / "labels" / "a.tif"
+    tifffile.imwrite(old, strokes(2)[None], photometric="minisblack")
+    os.utime(old, (1, 1))
+    [plane] = read_store(tmp_path)
+    np.testing.assert_array_equal(plane.labels, strokes(1))
+    store.write("a", strokes(1))
+    assert not old.exists()
+    assert [path.suffix for path in store.previous("a")] == [".png", ".tif"]
+
+
+def test_channels_are_found_beside_axes_of_length_one(tmp_path: Path) -> None:
+    stack = np.stack([np.full((20, 30), value, np.uint16) for value in (0, 1000, 2000)])[None]
+    stack[..., ::2] += 500
+    labels = np.zeros(stack.shape, np.uint8)
+    labels[0, :, 0] = 1
+    for axes, n_ranges in (("CZYX", 1), ("ZCYX", 3)):
+        store = AnnotationStore(tmp_path / axes, create=True)
+        store.write("a", labels, image=stack, axes=axes)
+        assert len({plane.value_range for plane in read_store(store.folder)}) == n_ranges
+
+
+def test_an_image_file_is_known_by_its_pixels_not_by_its_name(tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path / "S", create=True)
+    files = []
+    for i in range(3):
+        (tmp_path / str(i)).mkdir()
+        files.append(tmp_path / str(i) / "a.png")
+        Image.fromarray(photo(i)).save(files[i])
+    store.write("a", strokes(), image=files[0])
+    assert [store.has_labels_of(path) for path in files] == [True, False, False]
+    store.write("a 2", strokes(), image=photo(2))  # the same pixels in another file
+    store.write("a b", strokes(), image=files[1])
+    assert [store.has_labels_of(path) for path in files] == [True, False, True]
+
+
 def test_a_folder_made_by_hand_is_a_store(tmp_path: Path) -> None:
     for name in ("images", "labels"):
         (tmp_path / name).mkdir()
-    Image.fromarray(photo()).save(tmp_path / "images" / "p.jpg")
-    Image.fromarray(strokes()).save(tmp_path / "labels" / "p.png")
+    Image.fromarray(photo()).save(tmp_path / "images" / "p.JPG", format="JPEG")
+    Image.fromarray(strokes()).save(tmp_path / "labels" / "p.PNG", format="PNG")
+    store = AnnotationStore(tmp_path)
     assert [image.name for image in read_store(tmp_path)] == ["p"]
+    assert store.image_of("p") == tmp_path / "images" / "p.JPG"
+    np.testing.assert_array_equal(store.labels_of("p"), strokes())
 
 
 def test_masks_in_a_folder_named_labels_are_no_store(tmp_path: Path) -> None:
