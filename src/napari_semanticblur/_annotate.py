@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -33,10 +34,11 @@ from napari_semanticblur._colors import BLURRED, SHARP, UNLABELLED
 from napari_semanticblur._detection import Detection, Settings
 from napari_semanticblur._dialogs import ask
 from napari_semanticblur._layers import METADATA_KEY, find_result, is_image, unwrapped
+from napari_semanticblur._models import recommended
 from napari_semanticblur._recovery import Offer, find_offers, image_of, offer, strokes
 from napari_semanticblur._settings import preferences
 from napari_semanticblur._where_next import WhereNext
-from semanticblur_core import io
+from semanticblur_core import io, weights
 from semanticblur_core.data.datasets import list_images
 from semanticblur_core.data.journal import Leftover
 from semanticblur_core.data.store import AnnotationStore, read_array
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 POLL_MS, SOON_MS, TYPING_MS = 1000, 50, 700
 SHOWN, ALL = "the one shown", "all"
+MOST_RANKED = 100  # planes that are analysed for "Where next?" unasked
 FROM_FILE = "a file ..."
 ASK = "choose what it means ..."
 MEANINGS = {
@@ -385,8 +388,11 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         camera = getattr(self.viewer, "scene", self.viewer).camera
         camera.center = tuple(world[-2:])
 
-    def with_map(self, action: Callable[[Image], None]) -> None:
+    def with_map(self, action: Callable[[Image], None], *, ranking: bool = False) -> None:
         """Do something with the blur map of the image, after a detection if there is none yet.
+
+        For a ranking all planes are to have one (of long stacks those chosen), of the model that
+        was made last.
 
         Raises
         ------
@@ -398,19 +404,26 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
             raise SemanticBlurError("Open the image first.")
         image = annotation.image
         blur_map = find_result(self.viewer, image, "map")
-        planes = list(self._chosen_planes(annotation.layer))
-        if blur_map is not None and all(
+        every = list(np.ndindex(annotation.layer.data.shape[:-2]))
+        takes_all = self.planes.value == ALL or (ranking and len(every) <= MOST_RANKED)
+        planes = every if takes_all else list(self._chosen_planes(annotation.layer))
+        better = recommended() if ranking else None
+        has_all = blur_map is not None and all(
             _labelling.map_index(annotation.layer, blur_map, plane) is not None for plane in planes
-        ):
+        )
+        if has_all and (better is None or made_by(blur_map, better)):
             action(blur_map)
             return
         if self._detection is not None:
             return
         chosen = preferences()
         settings = Settings(
-            chosen.model, chosen.device, level=annotated_level(image).level,
-            scope="all" if self.planes.value == ALL else "current",
+            better or chosen.model, chosen.device, level=annotated_level(image).level,
+            scope="all" if takes_all else "current",
         )  # fmt: skip
+        if blur_map is not None and ranking:  # analysed as the user did
+            used = blur_map.metadata[METADATA_KEY].get("settings", {})
+            settings = replace(settings, size=used.get("size", settings.size))
 
         def ended() -> None:
             self._detection = None
@@ -759,6 +772,12 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         if layer.ndim == 2 or self.planes.value == ALL:
             return iter(np.ndindex(layer.data.shape[:-2]))
         return iter([_labelling.require_plane(layer, shown_plane(self.viewer, layer))])
+
+
+def made_by(blur_map: Image, model: str) -> bool:
+    """Whether a result is of this very version of a model."""
+    digest = weights.read_info(weights.resolve(model)).sha256
+    return bool(blur_map.metadata[METADATA_KEY].get("model_sha256") == digest)
 
 
 def _folder(edit: FileEdit) -> Path | None:

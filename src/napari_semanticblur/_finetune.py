@@ -21,7 +21,7 @@ from magicgui.widgets import (
 
 from napari_semanticblur._detect import CUSTOM, NATIVE, OTHER_FILE, PAPER
 from napari_semanticblur._layers import METADATA_KEY, is_image, unwrapped
-from napari_semanticblur._models import models
+from napari_semanticblur._models import models, recommend
 from napari_semanticblur._outcome import ModelActions, cancelled_text, outcome_text
 from napari_semanticblur._painted import Annotated, annotated_layers, save_layers
 from napari_semanticblur._settings import preferences
@@ -347,8 +347,8 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
             table, verdict = outcome_text(tuning.last.result)
             self.table.value = table
             self._say(verdict)
-            if tuning.last.result["is_proven"]:
-                models.recommended.emit(tuning.kept)
+            if tuning.last.result["is_proven"] and tuning.kept:
+                recommend(tuning.kept)
 
     def _rescue(self) -> None:
         """Offer what a run left whose window ended without a word."""

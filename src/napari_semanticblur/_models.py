@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -33,9 +34,25 @@ class _ModelEvents:
 
 
 models = _ModelEvents()
+_recommended: list[str] = []
 _KEPT = 2
 _lock = threading.Lock()
 _detectors: OrderedDict[tuple[str, str, int], Detector] = OrderedDict()
+
+
+def recommend(name: str) -> None:
+    """Say that a model is to be chosen from now on: a better one was made."""
+    _recommended[:] = [name]
+    models.recommended.emit(name)
+
+
+def recommended() -> str | None:
+    """Model that was recommended last since the program started, if it is still there."""
+    for name in _recommended:
+        with suppress(SemanticBlurError):
+            weights.resolve(name)
+            return name
+    return None
 
 
 def detector(model: str, device: str) -> Detector | ClassicalDetector:

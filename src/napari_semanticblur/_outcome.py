@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from magicgui.widgets import ComboBox, Container, PushButton
 
 from napari_semanticblur._dialogs import ask, ask_file, ask_text
-from napari_semanticblur._models import models
+from napari_semanticblur._models import models, recommend
 from napari_semanticblur._settings import preferences, set_default_model
 from semanticblur_core import io, weights
 from semanticblur_core.errors import SemanticBlurError
@@ -142,7 +142,7 @@ class ModelActions:
             self._say(f"{name} was not made the default.")
             return
         set_default_model(name)
-        models.recommended.emit(name)
+        recommend(name)
         self._say(f"Detect starts with {name} from now on.")
 
     def rename(self, name: str) -> None:

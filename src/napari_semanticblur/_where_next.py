@@ -11,6 +11,7 @@ import numpy as np
 from magicgui.widgets import ComboBox, Container, PushButton
 
 from napari_semanticblur import _labelling
+from napari_semanticblur._models import recommended
 from napari_semanticblur._settings import preferences
 from napari_semanticblur._worker import Announcement, Failure, Run
 from semanticblur_core.data.labelling import uncertain_places
@@ -90,7 +91,7 @@ class WhereNext(Container):  # type: ignore[type-arg]
         if self.is_running:
             self.cancel()
         else:
-            self._owner.with_map(self._rank_places)
+            self._owner.with_map(self._rank_places, ranking=True)
 
     def _rank_places(self, blur_map: Image) -> None:
         annotation = self._owner.require()
@@ -136,7 +137,7 @@ class WhereNext(Container):  # type: ignore[type-arg]
         chosen = preferences()
         found: list[Place] = []
         self._start(
-            lambda: doubts_of(paths, chosen.model, chosen.device),
+            lambda: doubts_of(paths, recommended() or chosen.model, chosen.device),
             n_steps=len(paths),
             on_update=found.append,
             on_end=lambda: self._open_first(found),
@@ -234,7 +235,7 @@ def doubts_of(paths: Sequence[Path], model: str, device: str) -> Iterator[Any]:
 
 
 _PLACE_TIP = (
-    "Lists the places where the model's map is least sure and nothing is labelled, and goes to the "
-    "first; pressed again, to the next."
+    "Lists the places where the model's map is least sure and nothing is labelled, of all planes, "
+    "and goes to the first; pressed again, to the next."
 )
 _IMAGE_TIP = "Lists the images of the folder without labels by how unsure the model is of them."

@@ -13,14 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from napari_semanticblur import _annotate
 from napari_semanticblur._layers import METADATA_KEY, find_result
-from semanticblur_core import io
+from napari_semanticblur._models import recommend
+from semanticblur_core import io, weights
+from semanticblur_core.config import ModelConfig
 from semanticblur_core.data.autosave import Autosave
 from semanticblur_core.data.journal import find_leftovers, read_leftover, replay
 from semanticblur_core.data.store import AnnotationStore, read_store
+from semanticblur_core.network import SemanticBlur
 
 
 @pytest.fixture(autouse=True)
@@ -296,6 +300,36 @@ def test_where_next_ranks_places_and_goes_there(qtbot: Any, viewer: Any, widget:
     where.place_button.native.click()
     qtbot.waitUntil(lambda: not where.is_running, timeout=5000)
     assert "sure wherever" in widget.status.value
+
+
+def test_where_next_looks_at_all_planes_and_asks_the_newest_model(
+    qtbot: Any, viewer: Any, widget: Any, home: Path
+) -> None:
+    digests = []
+    for seed, name in enumerate(("a", "b")):
+        torch.manual_seed(seed)
+        path = home / "models" / f"{name}@1.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        model = SemanticBlur(ModelConfig(backbone="resnet34")).eval()
+        weights.save(path, model, provenance={}, metrics={}, licence="test")
+        digests.append(weights.read_info(path).sha256)
+    rng = np.random.default_rng(0)
+    image = viewer.add_image(rng.integers(0, 256, (3, 64, 64), np.uint8), name="stack")
+    widget.layer.value = image
+    for name, digest in zip(("a@1", "b@1"), digests, strict=True):
+        recommend(name)
+        widget.where_next.place_button.native.click()
+        qtbot.waitUntil(lambda: widget._detection is None, timeout=60_000)
+        qtbot.waitUntil(lambda: not widget.where_next.is_running, timeout=5000)
+        blur_map = find_result(viewer, image, "map")
+        assert blur_map.metadata[METADATA_KEY]["model_sha256"] == digest
+        assert np.isfinite(blur_map.data).all()
+        assert blur_map.data.shape == (3, 64, 64)
+    shown = blur_map.data
+    widget.where_next.place_button.native.click()
+    assert widget._detection is None
+    qtbot.waitUntil(lambda: not widget.where_next.is_running, timeout=5000)
+    assert find_result(viewer, image, "map").data is shown
 
 
 def test_keys_change_the_class_and_the_brush(qtbot: Any, viewer: Any, widget: Any) -> None:
