@@ -416,7 +416,7 @@ def test_a_pixel_size_that_is_no_number_spoils_no_image(tmp_path: Path) -> None:
     path = tmp_path / "s.ome.tif"
     metadata = {"axes": "YX", "PhysicalSizeX": 123.25}
     tifffile.imwrite(path, np.zeros((40, 50), np.uint8), ome=True, metadata=metadata)
-    path.write_bytes(path.read_bytes().replace(b'"123.25"', b'"a 1/4"'))
+    path.write_bytes(path.read_bytes().replace(b'"123.25"', b'"a 1/4 "'))
     assert stacks.read_pixel_size(path) == {}
 
 
