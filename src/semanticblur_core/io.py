@@ -398,6 +398,10 @@ def held(temporary: Path) -> Iterator[None]:
 
 def remove_if_stale(temporary: Path) -> None:
     """Delete a temporary file or folder, unless a process may still be writing it."""
+    if os.name == "nt":  # without such locks, but a file that is open cannot be deleted
+        with suppress(OSError):
+            temporary.unlink()
+        return
     descriptor = _lock(temporary)
     if descriptor is None:
         return

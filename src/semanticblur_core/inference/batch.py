@@ -646,7 +646,7 @@ def job_outputs(job: Job, options: DetectOptions) -> list[Path]:
 def remove_stale_parts(jobs: Iterable[Job], options: DetectOptions) -> None:
     """Delete what killed runs had begun to write under the names of these jobs' results.
 
-    What a process that lives is writing stays; so does all where the system has no locks to tell.
+    What a process that lives is writing stays, and what the system cannot tell from it.
     """
     by_folder: dict[Path, list[Job]] = {}
     for job in jobs:
