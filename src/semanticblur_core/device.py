@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import os
 import sys
 import time
+from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from semanticblur_core.errors import ConfigError
+from semanticblur_core import io
+from semanticblur_core.errors import ConfigError, ImageError
+from semanticblur_core.machine import processor_name
 
 
 class DeviceChoice(NamedTuple):
@@ -91,9 +97,25 @@ def computes_bfloat16(device: torch.device) -> bool:
     )
 
 
+def settle_precision(device: str, precision: str) -> str:
+    """Precision for several processes on this machine: a CPU's is found here, not by each.
+
+    That of GPUs is left to them: what they find is always the same.
+    """
+    if precision != "auto" or device.startswith("cuda"):
+        return precision
+    if device == "auto" and torch.cuda.is_available():
+        return precision
+    return str(choose_device(device, precision).dtype).removeprefix("torch.")
+
+
 @lru_cache
 def bfloat16_pays(device_type: str) -> bool:
-    """Whether convolutions run at least 1.2 times as fast in bfloat16; on a CPU it is timed."""
+    """Whether convolutions run at least 1.2 times as fast in bfloat16.
+
+    On a CPU it is timed once and remembered in the user's folder: a stopwatch does not give the
+    same answer twice, and what it says changes the maps.
+    """
     if device_type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     mkldnn_available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -101,6 +123,26 @@ def bfloat16_pays(device_type: str) -> bool:
         return False
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
+    path = io.user_folder() / "precision.json"
+    key = f"{processor_name()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    known = _read_remembered(path)
+    if key not in known:
+        pays = _bfloat16_is_faster()
+        known = {key: pays} | _read_remembered(path)  # of two processes the first one counts
+        with suppress(ImageError):  # a folder that cannot be written: measured again next time
+            io.write_text(path, json.dumps(known, indent=1) + "\n")
+    return known[key]
+
+
+def _read_remembered(path: Path) -> dict[str, bool]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {str(key): bool(value) for key, value in found.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _bfloat16_is_faster() -> bool:
     seconds = {torch.float32: [0.0] * 5, torch.bfloat16: [0.0] * 5}
     layers = {dtype: nn.Conv2d(128, 128, 3, padding=1).to(dtype) for dtype in seconds}
     inputs = {

@@ -6,6 +6,7 @@ import glob
 import math
 import os
 import secrets
+import shutil
 import struct
 import sys
 import threading
@@ -130,10 +131,8 @@ def read_orientation(path: Path) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if path.suffix.lower() in TIFF_SUFFIXES:
-                import tifffile
-
-                with tifffile.TiffFile(path) as tiff:
-                    tag = tiff.pages.first.tags.get("Orientation")
+                with open_tiff(path) as tiff:
+                    tag = whole_series(path, tiff).keyframe.tags.get("Orientation")
                     code = tag.value if tag is not None else 1
             else:
                 with _open_pillow(path) as opened:
@@ -338,6 +337,23 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def require_writable(path: Path) -> None:
+    """Refuse a file that cannot be written, before the work; what is there is not touched.
+
+    Raises
+    ------
+    ImageError
+        With the system's reason.
+    """
+    temporary = temporary_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
 def user_folder() -> Path:
     """Folder of what the user makes here; it need not exist.
 
@@ -361,6 +377,59 @@ def temporary_name(path: Path, kind: str = "part") -> Path:
     Random, since the number of a process does not tell apart those of several machines.
     """
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
+
+
+@contextmanager
+def held(temporary: Path) -> Iterator[None]:
+    """Lock a temporary file or folder, made if it is not there, for as long as it is written.
+
+    The lock goes with its process, however that ends. Without effect where the system or the disk
+    has no such locks.
+    """
+    if not temporary.is_dir():
+        temporary.touch()
+    descriptor = _lock(temporary)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def remove_if_stale(temporary: Path) -> None:
+    """Delete a temporary file or folder, unless a process may still be writing it."""
+    if os.name == "nt":  # without such locks, but a file that is open cannot be deleted
+        with suppress(OSError):
+            temporary.unlink()
+        return
+    descriptor = _lock(temporary)
+    if descriptor is None:
+        return
+    try:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the lock; None where another has it or it cannot be had."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def left_behind(path: Path) -> list[Path]:
@@ -389,7 +458,8 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
+        with held(temporary):
+            yield temporary
         if durable:
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
@@ -444,17 +514,11 @@ def _read_tiff(path: Path, max_pixels: int) -> NDArray[Any]:
     try:
         with open_tiff(path) as tiff:
             refuse_lying_tiff(path, tiff)
-            page = tiff.pages.first
-            if not is_plain_photometric(page):
-                # Palettes, CMYK, Lab: Pillow knows how to turn them into RGB.
+            series = whole_series(path, tiff)
+            page = series.keyframe
+            if page.index == 0 and not is_plain_photometric(page):
+                # Palettes, CMYK, Lab: Pillow knows how to turn them into RGB; it reads the first.
                 return _read_pillow(path, max_pixels)
-            whole = [series for series in tiff.series if not series.keyframe.is_reduced]
-            if len(whole) > 1:
-                raise ImageError(
-                    f"{path}: holds {len(whole)} images of different sizes or kinds; save the "
-                    "wanted one as a file of its own"
-                )
-            series = tiff.series[0]
             axes = series.axes
             samples = series.shape[axes.index("S")] if "S" in axes else 1
             refuse_bomb(path, math.prod(series.shape) // max(samples, 1), max_pixels)
@@ -510,6 +574,23 @@ def open_tiff(path: Path) -> Iterator[Any]:
         yield tiff
 
 
+def whole_series(path: Path, tiff: Any) -> Any:
+    """The image of an open TIFF, a tifffile series: not a thumbnail, wherever that lies.
+
+    Raises
+    ------
+    ImageError
+        If it holds several.
+    """
+    whole = [series for series in tiff.series if not series.keyframe.is_reduced]
+    if len(whole) > 1:
+        raise ImageError(
+            f"{path}: holds {len(whole)} images of different sizes or kinds; save the wanted one "
+            "as a file of its own"
+        )
+    return whole[0] if whole else tiff.series[0]
+
+
 def refuse_lying_tiff(path: Path, tiff: Any) -> None:
     """Refuse an open TIFF whose header promises pixels that it does not hold.
 
@@ -520,7 +601,30 @@ def refuse_lying_tiff(path: Path, tiff: Any) -> None:
     ImageError
         If it has no pixels, or lacks strips, tiles or planes.
     """
-    page = tiff.pages.first
+    first = tiff.pages.first
+    _refuse_lacking_pieces(path, first)
+    len(tiff.pages)  # follows the chain of images to its end, where a zero has to be
+    tiff.filehandle.seek(tiff.pages.next_page_offset)
+    if any(tiff.filehandle.read(tiff.tiff.offsetsize)):
+        raise ImageError(f"{path}: truncated: ends after {len(tiff.pages)} images, more are stated")
+    series = whole_series(path, tiff)
+    if series.keyframe is not first:
+        _refuse_lacking_pieces(path, series.keyframe)
+    if series.kind in ("ome", "mmstack"):  # these have None where a plane is missing
+        n_stated, n_planes = len(series), sum(page is not None for page in series)
+    else:
+        n_planes = math.prod(
+            n for axis, n in zip(series.axes, series.shape, strict=True) if axis not in "YXS"
+        )
+        n_stated = max(_ome_planes(tiff), int((tiff.imagej_metadata or {}).get("images", 1)))
+    if n_planes < n_stated:
+        raise ImageError(
+            f"{path}: truncated or without its other files: states {n_stated} planes, {n_planes} "
+            "are there"
+        )
+
+
+def _refuse_lacking_pieces(path: Path, page: Any) -> None:
     if page.imagelength == 0 or page.imagewidth == 0:
         raise ImageError(f"{path}: the image has no pixels, {page.imagelength} x {page.imagewidth}")
     n_pieces, n_stated = len(page.dataoffsets), math.prod(page.chunked)
@@ -528,18 +632,18 @@ def refuse_lying_tiff(path: Path, tiff: Any) -> None:
         raise ImageError(
             f"{path}: truncated: its size needs {n_stated} strips or tiles, {n_pieces} are there"
         )
-    len(tiff.pages)  # follows the chain of images to its end, where a zero has to be
-    tiff.filehandle.seek(tiff.pages.next_page_offset)
-    if any(tiff.filehandle.read(tiff.tiff.offsetsize)):
-        raise ImageError(f"{path}: truncated: ends after {len(tiff.pages)} images, more are stated")
-    metadata = tiff.imagej_metadata or {}
-    series = tiff.series[0]
-    n_planes = math.prod(
-        n for axis, n in zip(series.axes, series.shape, strict=True) if axis not in "YXS"
-    )
-    n_stated = int(metadata.get("images", 1))
-    if n_planes < n_stated:
-        raise ImageError(f"{path}: truncated: states {n_stated} planes, {n_planes} are there")
+
+
+def _ome_planes(tiff: Any) -> int:
+    """Planes of the first image that OME metadata describe; 0 where there are none."""
+    from xml.etree import ElementTree
+
+    try:
+        root = ElementTree.fromstring(tiff.ome_metadata or "<OME/>")
+        pixels = next((e for e in root.iter() if e.tag.endswith("}Pixels")), None)
+        return 0 if pixels is None else math.prod(int(pixels.get(f"Size{a}", 1)) for a in "ZT")
+    except (ElementTree.ParseError, ValueError):  # tifffile does without them too
+        return 0
 
 
 def is_plain_photometric(page: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,8 +24,13 @@ COARSEST_SIDE_PX = 2048
 FEWEST_COLUMNS = 16
 # By the number of axes, where a file does not name them.
 _USUAL_AXES = {2: "YX", 3: "ZYX", 4: "TZYX", 5: "TCZYX"}
-_MICROMETRES = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
-_NGFF_UNITS = {"nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3}
+# As OME-XML, ImageJ and OME-Zarr name them.
+_MICROMETRES = {
+    **{"pm": 1e-6, "picometer": 1e-6, "Å": 1e-4, "angstrom": 1e-4, "nm": 1e-3, "nanometer": 1e-3},
+    **{"µm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "micrometer": 1.0},
+    **{"mm": 1e3, "millimeter": 1e3, "cm": 1e4, "centimeter": 1e4, "dm": 1e5, "decimeter": 1e5},
+    **{"m": 1e6, "meter": 1e6, "in": 25400.0, "inch": 25400.0},
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def open_stack(path: Path, *, axes: str | None = None, level: int = 0) -> Iterat
                 array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
                 found = _guess_axes(array.shape)
                 sizes: dict[str, float] = {}
-            elif suffix == ".zarr":
+            elif is_zarr(path) or suffix == ".zarr":
                 array, found, sizes = _open_zarr(path, level)
             else:
                 array, found, sizes = _open_tiff(path, level, resources)
@@ -90,16 +95,28 @@ def open_stack(path: Path, *, axes: str | None = None, level: int = 0) -> Iterat
         yield Stack(array, named, sizes)
 
 
+def is_zarr(path: Path) -> bool:
+    """Whether a folder is a Zarr, or an array or image within one: by its name or what it holds."""
+    with suppress(OSError):  # a folder that may not be looked into
+        return path.is_dir() and (
+            path.suffix.lower() == ".zarr"
+            or any((path / name).is_file() for name in (".zarray", ".zgroup", "zarr.json"))
+        )
+    return False
+
+
 def is_stack(path: Path, *, axes: str | None = None) -> bool:
     """Whether a file holds more than one image: it is to be opened with `open_stack`."""
     suffix = path.suffix.lower()
     if suffix in (".npy", ".zarr") or (axes is not None and suffix in STACK_SUFFIXES):
         return True
+    if is_zarr(path):
+        return True
     if suffix not in io.TIFF_SUFFIXES or not path.is_file() or path.stat().st_size == 0:
         return False
     try:
         with io.open_tiff(path) as tiff:
-            series = tiff.series[0]
+            series = io.whole_series(path, tiff)
             inside = math.prod(
                 length
                 for axis, length in zip(series.axes, series.shape, strict=True)
@@ -126,10 +143,10 @@ def read_pixel_size(path: Path) -> Mapping[str, float]:
 
 
 def plane_pixels(path: Path) -> int:
-    """Rows times columns of a TIFF's first image; 0 if it cannot be read."""
+    """Rows times columns of a TIFF's image; 0 if it cannot be read."""
     try:
         with io.open_tiff(path) as tiff:
-            series = tiff.series[0]
+            series = io.whole_series(path, tiff)
             lengths = dict(zip(series.axes, series.shape, strict=True))
             return int(lengths["Y"]) * int(lengths["X"])
     except Exception:  # whatever is wrong with it is reported by the reader of images
@@ -188,7 +205,7 @@ def new_map(path: Path, shape: tuple[int, ...]) -> Iterator[MapFile]:
                 f"{path}: a map of {needed / 2**30:.1f} GiB does not fit on the disk, "
                 f"{free / 2**30:.1f} GiB are free"
             )
-        with temporary.open("w+b") as stream:
+        with io.held(temporary), temporary.open("w+b") as stream:
             yield MapFile(stream, shape)
     except OSError as error:
         raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
@@ -242,6 +259,10 @@ def write_zarr(path: Path, maps: MapFile, *, axes: str, pixel_size_um: Mapping[s
 
     temporary = io.temporary_name(path)
     kinds = {"T": "time", "C": "channel", "Z": "space", "Y": "space", "X": "space"}
+    # The standard wants time first, then channels or what else there is, then space.
+    ranks = {"T": 0, "Z": 2, "Y": 3, "X": 4}
+    order = sorted(range(len(axes)), key=lambda i: ranks.get(axes[i], 1))
+    axes = "".join(axes[i] for i in order)
     described: list[dict[str, str]] = []
     for axis in axes:
         entry = {"name": axis.lower()}
@@ -252,18 +273,24 @@ def write_zarr(path: Path, maps: MapFile, *, axes: str, pixel_size_um: Mapping[s
         described.append(entry)
     scale = [float(pixel_size_um.get(axis, 1)) for axis in axes]
     datasets: list[Any] = []
+    resources = ExitStack()
     try:
         group = zarr.open_group(temporary, mode="w", zarr_format=2)
-        shape, finer = maps.shape, None
+        resources.enter_context(io.held(temporary))
+        shape, finer = tuple(maps.shape[i] for i in order), None
         while True:
             chunks = (*(1 for _ in shape[:-2]), *(min(BLOCK_PX, n) for n in shape[-2:]))
             name = str(len(datasets))
-            level = group.create_array(name, shape=shape, chunks=chunks, dtype="float32")
+            level = group.create_array(
+                name, shape=shape, chunks=chunks, dtype="float32",
+                chunk_key_encoding={"name": "v2", "separator": "/"},
+            )  # fmt: skip
             for index in np.ndindex(shape[:-2]):
+                place = [index[order.index(i)] for i in range(len(index))]
                 for top in range(0, shape[-2], BLOCK_PX):
                     rows = slice(top, min(top + BLOCK_PX, shape[-2]))
                     source = (
-                        maps.read(index, rows) if finer is None else _halved(finer, index, rows)
+                        maps.read(place, rows) if finer is None else _halved(finer, index, rows)
                     )
                     level[(*index, rows)] = source
             transform = {"type": "scale", "scale": scale}
@@ -279,6 +306,7 @@ def write_zarr(path: Path, maps: MapFile, *, axes: str, pixel_size_um: Mapping[s
     except OSError as error:
         raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
+        resources.close()
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -351,13 +379,7 @@ def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, 
 
     tiff = resources.enter_context(io.open_tiff(path))
     io.refuse_lying_tiff(path, tiff)
-    whole = [series for series in tiff.series if not series.keyframe.is_reduced]
-    if len(whole) > 1:
-        raise ImageError(
-            f"{path}: holds {len(whole)} images of different sizes or kinds; save the wanted one "
-            "as a file of its own"
-        )
-    series = tiff.series[0]
+    series = io.whole_series(path, tiff)
     if not 0 <= level < len(series.levels):
         raise ImageError(f"{path}: expected a level of 0 to {len(series.levels) - 1}, got {level}")
     chosen = series.levels[level]
@@ -366,10 +388,15 @@ def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, 
     if chosen.dataoffset is not None:
         array = _Mapped.of_series(chosen)
     else:
-        array = zarr.open(resources.enter_context(chosen.aszarr()), mode="r")
+        # Of a pyramid, the level is named: else it would be the group of all levels.
+        array = zarr.open(resources.enter_context(series.aszarr(level=level)), mode="r")
     if chosen.keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
         array = _Inverted(array)
-    return array, _tiff_axes(series), _tiff_pixel_size(tiff)
+    sizes = _tiff_pixel_size(tiff)
+    for axis, length, full in zip(series.axes, chosen.shape, series.shape, strict=True):
+        if axis in sizes and axis in "YX":
+            sizes[axis] *= full / length
+    return array, _tiff_axes(series), sizes
 
 
 @dataclass(frozen=True)
@@ -451,6 +478,14 @@ def _tiff_axes(series: Any) -> str:
 
 
 def _tiff_pixel_size(tiff: Any) -> dict[str, float]:
+    """Micrometres a step; none where what the file says makes no sense: that spoils no image."""
+    with suppress(ElementTree.ParseError, ValueError, TypeError):
+        sizes = _stated_pixel_size(tiff)
+        return {axis: size for axis, size in sizes.items() if 0 < size < math.inf}
+    return {}
+
+
+def _stated_pixel_size(tiff: Any) -> dict[str, float]:
     sizes: dict[str, float] = {}
     if tiff.ome_metadata:
         root = ElementTree.fromstring(tiff.ome_metadata)
@@ -458,12 +493,12 @@ def _tiff_pixel_size(tiff: Any) -> dict[str, float]:
         for axis in "XYZ" if pixels is not None else "":
             assert pixels is not None
             size = pixels.get(f"PhysicalSize{axis}")
-            unit = pixels.get(f"PhysicalSize{axis}Unit", "µm")
-            if size is not None and unit in _MICROMETRES:
-                sizes[axis] = float(size) * _MICROMETRES[unit]
+            factor = _micrometres(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+            if size is not None and factor is not None:
+                sizes[axis] = float(size) * factor
     elif tiff.imagej_metadata:
         information = tiff.imagej_metadata
-        factor = _MICROMETRES.get(str(information.get("unit", "")).replace("\\u00B5", "µ"))
+        factor = _micrometres(information.get("unit", ""))
         if factor is not None:
             if "spacing" in information:
                 sizes["Z"] = float(information["spacing"]) * factor
@@ -474,16 +509,29 @@ def _tiff_pixel_size(tiff: Any) -> dict[str, float]:
     return sizes
 
 
+def _micrometres(unit: object) -> float | None:
+    """Of one unit; the sign for micro comes as the letter mu too, from ImageJ even escaped."""
+    name = str(unit).strip().replace("\\u00B5", "µ").replace("\N{GREEK SMALL LETTER MU}", "µ")
+    return _MICROMETRES.get(name)
+
+
 def _open_zarr(path: Path, level: int) -> tuple[Any, str, dict[str, float]]:
     import zarr
 
     opened: Any = zarr.open(path, mode="r")
     if isinstance(opened, zarr.Array):
         return opened, _guess_axes(opened.shape), {}
-    attributes: dict[str, Any] = dict(opened.attrs)
-    scales = attributes.get("ome", attributes).get("multiscales")
+    attributes = _ome_attributes(opened)
+    if "bioformats2raw.layout" in attributes and "multiscales" not in attributes and "0" in opened:
+        # A group of images, of which the first is the scan; labels and overviews follow.
+        opened = opened["0"]
+        attributes = _ome_attributes(opened)
+    scales = attributes.get("multiscales")
     if not scales:
-        raise ImageError(f"{path}: a Zarr group without OME multiscales; name one of its arrays")
+        raise ImageError(
+            f"{path}: a Zarr group without OME multiscales; name an image or array inside it, "
+            f"{path / 'NAME'}"
+        )
     datasets = scales[0]["datasets"]
     if not 0 <= level < len(datasets):
         raise ImageError(f"{path}: expected a level of 0 to {len(datasets) - 1}, got {level}")
@@ -495,7 +543,14 @@ def _open_zarr(path: Path, level: int) -> tuple[Any, str, dict[str, float]]:
     transforms = datasets[level].get("coordinateTransformations", [])
     scale = next((t["scale"] for t in transforms if t["type"] == "scale"), None)
     for letter, axis, step in zip(axes, described, scale or [], strict=False):
-        factor = _NGFF_UNITS.get(axis.get("unit", "")) if isinstance(axis, dict) else None
+        factor = _micrometres(axis.get("unit", "")) if isinstance(axis, dict) else None
         if factor is not None:
             sizes[letter] = float(step) * factor
     return array, axes, sizes
+
+
+def _ome_attributes(group: Any) -> dict[str, Any]:
+    """Attributes of a Zarr group as OME-Zarr 0.4 has them; from 0.5 on they are under one key."""
+    attributes: dict[str, Any] = dict(group.attrs)
+    found: dict[str, Any] = attributes.get("ome", attributes)
+    return found

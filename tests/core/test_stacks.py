@@ -1,5 +1,7 @@
 """Files of any axes: opened lazily, written whole or not at all."""
 
+import json
+import os
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -296,3 +298,200 @@ def test_a_map_without_room_is_refused_and_leaves_nothing(
         file.append(np.ones((3, 4), np.float32))
         assert list(tmp_path.iterdir())
     assert not list(tmp_path.iterdir())
+
+
+def write_pyramid(path: Path, data: np.ndarray, axes: str, compression: str | None) -> None:
+    """Three levels, tiled, half a micrometre a pixel."""
+    rgb: dict[str, Any] = {"photometric": "rgb" if axes.endswith("S") else "minisblack"}
+    how = {**rgb, "tile": (32, 32), "compression": compression}
+    sizes = {f"PhysicalSize{axis}": 0.5 for axis in "XY"}
+    with tifffile.TiffWriter(path, ome=True) as tiff:
+        tiff.write(data, subifds=2, metadata={"axes": axes, **sizes}, **how)
+        for step in (2, 4):
+            part = tuple(slice(None, None, step if axis in "YX" else None) for axis in axes)
+            tiff.write(data[part], subfiletype=1, **how)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("axes", ["YX", "YXS", "ZYX"])
+def test_each_level_of_a_tiled_pyramid_has_its_pixels_and_their_size(
+    tmp_path: Path, rng: np.random.Generator, axes: str, compression: str | None
+) -> None:
+    lengths = {"Z": 3, "Y": 128, "X": 192, "S": 3}
+    data = rng.integers(0, 255, [lengths[axis] for axis in axes], np.uint8)
+    write_pyramid(tmp_path / "p.ome.tif", data, axes, compression)
+    for level, step in enumerate((1, 2, 4)):
+        part = tuple(slice(None, None, step if axis in "YX" else None) for axis in axes)
+        with stacks.open_stack(tmp_path / "p.ome.tif", level=level) as stack:
+            assert stack.axes == axes
+            np.testing.assert_array_equal(stack.array[:], data[part])
+            assert stack.pixel_size_um == {"X": 0.5 * step, "Y": 0.5 * step}
+
+
+def test_a_thumbnail_before_the_image_is_not_the_image(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    data = rng.integers(0, 255, (64, 96), np.uint8)
+    path = tmp_path / "t.tif"
+    how: dict[str, Any] = {"photometric": "minisblack", "metadata": None}
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(data[::8, ::8], subfiletype=1, **how)
+        tiff.write(data, extratags=[(274, 3, 1, 3, True)], **how)
+    np.testing.assert_array_equal(io.read_image(path), data[::-1, ::-1])
+    assert io.read_orientation(path) == 3
+    assert stacks.plane_pixels(path) == 64 * 96
+    assert not stacks.is_stack(path)
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(data[::8, ::8], subfiletype=1, **how)
+        tiff.write(np.stack([data, data + 1]), **how)
+    assert stacks.is_stack(path)
+    with stacks.open_stack(path) as stack:
+        np.testing.assert_array_equal(stack.array[:], np.stack([data, data + 1]))
+
+
+OME_OF_TWO_FILES = """<?xml version="1.0" encoding="UTF-8"?>
+<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:1">
+<Image ID="Image:0">
+<Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint8" SizeX="50" SizeY="40" SizeZ="2" SizeC="1"
+SizeT="1"><Channel ID="Channel:0:0" SamplesPerPixel="1"/>
+<TiffData FirstZ="0" IFD="0"{count}><UUID FileName="a.ome.tif">urn:uuid:1</UUID></TiffData>
+<TiffData FirstZ="1" IFD="0"{count}><UUID FileName="b.ome.tif">urn:uuid:2</UUID></TiffData>
+</Pixels></Image></OME>"""
+
+
+@pytest.mark.parametrize("count", ["", ' PlaneCount="1"'])
+def test_planes_that_ome_metadata_state_and_no_file_holds_are_not_taken_for_black(
+    tmp_path: Path, rng: np.random.Generator, count: str
+) -> None:
+    data = rng.integers(1, 255, (2, 40, 50), np.uint8)
+    path = tmp_path / "a.ome.tif"
+    description = OME_OF_TWO_FILES.format(count=count)
+    tifffile.imwrite(path, data[0], description=description, metadata=None)
+    message = "states 2 planes, 1 are there"
+    with pytest.raises(ImageError, match=message), stacks.open_stack(path):
+        pass
+    with pytest.raises(ImageError, match=message):
+        io.read_image(path)
+    second = description.replace('UUID="urn:uuid:1"', 'UUID="urn:uuid:2"', 1)
+    tifffile.imwrite(tmp_path / "b.ome.tif", data[1], description=second, metadata=None)
+    with stacks.open_stack(path) as stack:
+        np.testing.assert_array_equal(stack.array[:], data)
+
+
+def test_ome_metadata_that_state_more_planes_than_the_file_has(tmp_path: Path) -> None:
+    path = tmp_path / "s.ome.tif"
+    tifffile.imwrite(path, np.ones((6, 40, 50), np.uint8), ome=True, metadata={"axes": "TYX"})
+    lying = path.read_bytes().replace(b'SizeT="6"', b'SizeT="9"')
+    path.write_bytes(lying.replace(b'PlaneCount="6"', b'PlaneCount="9"'))
+    with (
+        pytest.raises(ImageError, match="states 9 planes, 6 are there"),
+        stacks.open_stack(path),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("unit", ["um", "\N{MICRO SIGN}m", "\\u00B5m", "micron", "microns"])
+def test_imagej_names_the_micrometre_in_many_ways(tmp_path: Path, unit: str) -> None:
+    path = tmp_path / "ij.tif"
+    written_as = "um" if unit == "\N{MICRO SIGN}m" else unit
+    metadata = {"axes": "ZYX", "spacing": 3.0, "unit": written_as}
+    data = np.zeros((2, 40, 50), np.uint8)
+    tifffile.imwrite(path, data, imagej=True, resolution=(4, 2), metadata=metadata)
+    if written_as != unit:  # as ImageJ writes it, and tifffile does not
+        path.write_bytes(path.read_bytes().replace(b"unit=um", "unit=\xb5m".encode("latin-1")))
+    assert stacks.read_pixel_size(path) == pytest.approx({"Z": 3.0, "X": 0.25, "Y": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("unit", "size"), [("\N{GREEK SMALL LETTER MU}m", 0.25), ("nm", 0.00025), ("pixel", None)]
+)
+def test_units_of_ome_metadata(tmp_path: Path, unit: str, size: float | None) -> None:
+    path = tmp_path / "s.ome.tif"
+    metadata = {"axes": "YX", "PhysicalSizeX": 0.25, "PhysicalSizeXUnit": unit}
+    tifffile.imwrite(path, np.zeros((40, 50), np.uint8), ome=True, metadata=metadata)
+    assert stacks.read_pixel_size(path).get("X") == size
+
+
+def test_a_pixel_size_that_is_no_number_spoils_no_image(tmp_path: Path) -> None:
+    path = tmp_path / "s.ome.tif"
+    metadata = {"axes": "YX", "PhysicalSizeX": 123.25}
+    tifffile.imwrite(path, np.zeros((40, 50), np.uint8), ome=True, metadata=metadata)
+    path.write_bytes(path.read_bytes().replace(b'"123.25"', b'"a 1/4 "'))
+    assert stacks.read_pixel_size(path) == {}
+
+
+def test_an_image_of_bioformats2raw_is_found_at_the_top_and_by_its_own_folder(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "scan"
+    group = zarr.open_group(path, mode="w", zarr_format=2)
+    group.attrs["bioformats2raw.layout"] = 3
+    image = group.create_group("0")
+    image.create_array("0", shape=(2, 40, 50), chunks=(1, 40, 50), dtype="u1")[1] = 7
+    scale = {"type": "scale", "scale": [2, 250, 0.25e-3]}
+    units = {"z": "micrometer", "y": "nanometer", "x": "millimeter"}
+    image.attrs["multiscales"] = [
+        {
+            "version": "0.4",
+            "axes": [{"name": n, "type": "space", "unit": unit} for n, unit in units.items()],
+            "datasets": [{"path": "0", "coordinateTransformations": [scale]}],
+        }
+    ]
+    for place in (path, path / "0"):
+        assert stacks.is_stack(place)
+        with stacks.open_stack(place) as stack:
+            assert stack.axes == "ZYX"
+            assert stack.pixel_size_um == pytest.approx({"Z": 2.0, "Y": 0.25, "X": 0.25})
+            assert stack.array[1].max() == 7
+    with stacks.open_stack(path / "0" / "0") as stack:
+        assert stack.array.shape == (2, 40, 50)
+    (tmp_path / "plain").mkdir()
+    assert not stacks.is_zarr(tmp_path / "plain")
+
+
+def test_ome_zarr_has_nested_chunks_and_its_axes_in_the_order_of_the_standard(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    maps = rng.random((2, 3, 4, 41, 50)).astype(np.float32)
+    written(tmp_path / "m.zarr", maps, "ZCTYX")
+    with stacks.open_stack(tmp_path / "m.zarr") as stack:
+        assert stack.axes == "TCZYX"
+        assert stack.pixel_size_um == SIZES
+        np.testing.assert_array_equal(stack.array[:], maps.transpose(2, 1, 0, 3, 4))
+    assert (tmp_path / "m.zarr" / "0" / "3" / "2" / "1" / "0" / "0").is_file()
+    described = json.loads((tmp_path / "m.zarr" / "0" / ".zarray").read_text())
+    assert described["dimension_separator"] == "/"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such locks")
+def test_what_is_being_written_is_not_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def sweep() -> None:
+        for path in tmp_path.glob(".*.part"):
+            io.remove_if_stale(path)
+            assert path.exists()
+            seen.append(path.name[:6])
+
+    halved = stacks._halved
+
+    def watched(*arguments: Any) -> np.ndarray:
+        sweep()
+        return halved(*arguments)
+
+    monkeypatch.setattr(stacks, "BLOCK_PX", 16)
+    monkeypatch.setattr(stacks, "COARSEST_SIDE_PX", 30)
+    monkeypatch.setattr(stacks, "_halved", watched)
+    written(tmp_path / "m.zarr", np.zeros((1, 41, 50), np.float32), "ZYX")
+    with io.replacing(tmp_path / "m.npy") as temporary:
+        temporary.write_bytes(b"half")
+        sweep()
+    assert set(seen) == {".m.zar", ".m.npy"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.npy", "m.zarr"]
+    for name in (".m.npy.01234567.part", ".m.zarr.01234567.part", ".m.tif.01234567.map.part"):
+        stale = tmp_path / name
+        stale.mkdir() if "zarr" in name else stale.touch()
+        io.remove_if_stale(stale)
+        assert not stale.exists()

@@ -213,14 +213,22 @@ def command(
     is done, and the exit code is 2.
     """
     from semanticblur_core.inference.backends import is_exported
-    from semanticblur_core.inference.batch import DetectOptions, detect_files, find_jobs
+    from semanticblur_core.inference.batch import (
+        DetectOptions,
+        detect_files,
+        find_jobs,
+        remove_stale_parts,
+    )
     from semanticblur_core.inference.table import require_table_format, summary_table
     from semanticblur_core.inference.workload import count_squares
+    from semanticblur_core.io import require_writable
 
     if scheduler is not None and workers > 1:
         raise click.UsageError("--workers is of this machine; --scheduler has workers of its own")
     if table_path is not None:
         require_table_format(table_path)
+    if json_path is not None:
+        require_writable(json_path)
     refuse_network_flags(
         method, "model", "device", "precision", "backend", "flip", "size", "scales", "upsampling"
     )
@@ -230,7 +238,10 @@ def command(
         axes, channels, planes, level, every, max_pixels,
         value_ranges if value_ranges and len(value_ranges) > 1 else None,
     )  # fmt: skip
-    jobs, left_out = find_jobs(inputs, output, recursive=recursive)
+    problems: list[str] = []
+    jobs, left_out = find_jobs(inputs, output, recursive=recursive, on_problem=problems.append)
+    for problem in problems:
+        click.echo(f"semanticblur-core: {problem}", err=True)
     if left_out:
         click.echo(
             f"{len(left_out)} files in {output} left out as results of an earlier run, first "
@@ -242,6 +253,10 @@ def command(
     alone = scheduler is None and workers == 1
     if not alone and backend == "auto" and not is_exported(model):
         backend = "torch"  # the same in every worker, whatever was measured on its machine
+    if workers > 1 and method == "network" and backend in ("torch", "compile"):
+        from semanticblur_core.device import settle_precision
+
+        precision = settle_precision(device, precision)
     make = functools.partial(
         _make_detector,
         method,
@@ -266,6 +281,7 @@ def command(
             table = resources.enter_context(summary_table(table_path, resume=resume))
         if alone:
             cluster = None
+            remove_stale_parts(jobs, options)
             coming: Iterator[FileResult] = detect_files(jobs, detector, options)
         else:
             cluster = resources.enter_context(_open_cluster(make, workers, scheduler))
@@ -290,7 +306,7 @@ def command(
     if len(jobs) > 1:
         kept = f", {n_skipped} of them before" if n_skipped else ""
         click.echo(f"{len(jobs) - n_failed} of {len(jobs)} images done{kept} ({detector.reason})")
-    if n_failed:
+    if n_failed or problems:
         raise SystemExit(2)
 
 
@@ -369,21 +385,30 @@ def _write_json(
             "device": detector.device,
             "precision": detector.precision,
         }
+    settings = {
+        "model_sha256": getattr(detector, "sha256", None),
+        "protocol": json.loads(json.dumps(protocol)),
+    }
     earlier = _read_images(path) if options.resume else {}
-    images = []
+    images, n_other = [], 0
     for result in results:
         before = earlier.pop(result.source, None)
         if result.error is None and not result.skipped:
             images.append(_image(result, detector, options))
         elif result.skipped and before and is_of_results(before["outputs"], result):
-            images.append(before)
+            images.append(_without(before, settings))
+            n_other += not settings.keys().isdisjoint(images[-1])
     # Files that a stopped run did not come to.
-    images += [earlier[job.source] for job in jobs if job.source in earlier]
+    images += [_without(earlier[job.source], settings) for job in jobs if job.source in earlier]
+    if n_other:
+        click.echo(
+            f"{n_other} of the files done before were made with other settings, which {path} keeps "
+            "beside each"
+        )
     document = {
         "software": f"napari-semanticblur {__version__}",
         "model": detector.name,
-        "model_sha256": getattr(detector, "sha256", None),
-        "protocol": protocol,
+        **settings,
         "images": images,
         "skipped": [result.source for result in results if result.skipped],
         "failures": [{"input": r.source, "error": r.error} for r in results if r.error is not None],
@@ -406,10 +431,24 @@ def _image(result: FileResult, detector: Any, options: DetectOptions) -> dict[st
     }
 
 
+def _without(image: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Without those settings of its own that are the document's."""
+    return {
+        name: value
+        for name, value in image.items()
+        if name not in settings or value != settings[name]
+    }
+
+
 def _read_images(path: Path) -> dict[str, dict[str, Any]]:
-    """Images of the file of an earlier run by input; none where there is no such file."""
+    """Images of the file of an earlier run by input, each with the settings that it was made with.
+
+    None where there is no such file.
+    """
     try:
-        images = json.loads(path.read_text(encoding="utf-8"))["images"]
-        return {image["input"]: image for image in images if "outputs" in image}
+        document = json.loads(path.read_text(encoding="utf-8"))
+        images = document["images"]
+        common = {name: document.get(name) for name in ("model_sha256", "protocol")}
+        return {image["input"]: common | image for image in images if "outputs" in image}
     except (OSError, ValueError, LookupError, TypeError):
         return {}

@@ -609,7 +609,7 @@ def _open_stack(
     from semanticblur_core.focus.stack import FileStack, StackFocus, in_stack_order
 
     path = Path(text).expanduser()
-    if path.suffix.lower() in stacks.STACK_SUFFIXES:
+    if path.suffix.lower() in stacks.STACK_SUFFIXES or stacks.is_zarr(path):
         with stacks.open_stack(path, axes=axes) as opened:
             yield _open_file(path, opened, channels, along, options.value_range)
         return

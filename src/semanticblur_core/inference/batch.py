@@ -10,7 +10,8 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 SAMPLES = {"cat": "chelsea", "coffee": "coffee", "astronaut": "astronaut"}
 _RESULT_NAME = re.compile(r"_blur\.(png|tif|npy|zarr|csv|json|mp4)$|_overlay\.png$")
+_PART = re.compile(r"^\.(.+)\.[0-9a-f]{8}(\.map)?\.part$")
 _SAMPLE_PREFIX = "sample:"
 _IMAGE_FORMATS = ("png", "tif", "npy", "zarr")
 STREAMED_PIXELS = 64_000_000
@@ -136,9 +138,21 @@ class PlaneResult:
 
 
 def find_jobs(
-    inputs: Iterable[str], output: Path, *, recursive: bool = False
+    inputs: Iterable[str],
+    output: Path,
+    *,
+    recursive: bool = False,
+    on_problem: Callable[[str], None] | None = None,
 ) -> tuple[list[Job], list[str]]:
     """Images named by paths, globs, folders and ``sample:NAME``, in order, each once.
+
+    Parameters
+    ----------
+    inputs, output, recursive
+        As of ``semanticblur-core detect``.
+    on_problem
+        Called with a line for each input that names nothing and each folder that cannot be read,
+        where there are others; without it the first of them is raised.
 
     Returns
     -------
@@ -153,17 +167,31 @@ def find_jobs(
         write the same file.
     """
     found: dict[str, tuple[str, Path]] = {}
-    left_out = []
+    left_out: list[str] = []
+    problems: list[str] = []
+
+    def unreadable(error: OSError, name: str = "") -> None:
+        reason = error.strerror or error
+        problems.append(f"{name or error.filename}: cannot be read: {reason}")
+
     for text in inputs:
         try:
-            for source, relative, named in expand_input(text, recursive, arrays=True):
+            for source, relative, named in expand_input(
+                text, recursive, arrays=True, on_error=unreadable
+            ):
                 if not named and _is_result(source, output):
                     left_out.append(source)
                     continue
                 key = source if source.startswith(_SAMPLE_PREFIX) else str(Path(source).resolve())
                 found.setdefault(key, (source, relative))
         except OSError as error:
-            raise ImageError(f"{text}: cannot be read: {error.strerror or error}") from error
+            unreadable(error, text)
+        except ImageError as error:
+            problems.append(str(error))
+    for problem in problems:
+        if on_problem is None or not (found or left_out):
+            raise ImageError(problem)
+        on_problem(problem)
     if not found:
         raise ImageError(f"{output}: the only images found are results of an earlier run")
     # A raw file is refused later; it must not rename the result of the JPEG beside it.
@@ -298,9 +326,30 @@ def _is_video(job: Job) -> bool:
 def _is_photograph(job: Job, options: DetectOptions) -> bool:
     """Whether it is neither a video nor a stack nor to be read piece by piece."""
     path = Path(job.source)
-    return is_sample(job.source) or not (
-        _is_video(job) or stacks.is_stack(path, axes=options.axes) or _is_streamed(path, options)
-    )
+    if is_sample(job.source):
+        return True
+    # With such options also a TIFF of one image, which may be a pyramid.
+    as_stack = bool(_stack_options(options)) and path.suffix.lower() in stacks.STACK_SUFFIXES
+    return not (_is_video(job) or as_stack or stacks.is_stack(path) or _is_streamed(path, options))
+
+
+def _stack_options(options: DetectOptions) -> list[str]:
+    """Those that were given and are of stacks only."""
+    given = {
+        "--axes": options.axes is not None,
+        "--planes": options.planes is not None,
+        "--channels": options.channels != "each",
+        "--level": options.level != 0,
+    }
+    return [name for name, is_given in given.items() if is_given]
+
+
+def _refuse_stack_options(job: Job, options: DetectOptions) -> None:
+    if _stack_options(options):
+        raise ImageError(
+            f"{job.source}: {', '.join(_stack_options(options))}: of stacks and pyramids, which it "
+            "is not; detect it without"
+        )
 
 
 def _read_photograph(job: Job, options: DetectOptions) -> NDArray[Any] | FileResult | None:
@@ -308,18 +357,21 @@ def _read_photograph(job: Job, options: DetectOptions) -> NDArray[Any] | FileRes
     if not _is_photograph(job, options):
         return None
     _require_one_range(job, options)
-    targets, overlay = _photograph_outputs(job, options)
+    _refuse_stack_options(job, options)
+    targets, overlay = _picture_outputs(job, options, "png")
     outputs = [*targets.values(), *overlay]
     if is_done(outputs, options):
         return FileResult(job.source, outputs, skipped=True)
     return load(job.source, max_pixels=options.max_pixels)
 
 
-def _photograph_outputs(job: Job, options: DetectOptions) -> tuple[dict[str, Path], list[Path]]:
+def _picture_outputs(
+    job: Job, options: DetectOptions, default: str
+) -> tuple[dict[str, Path], list[Path]]:
     """Files of its map by format, and the file of its overlay if one is wanted."""
     base = options.output / job.output_stem
     overlay = [base.with_name(f"{base.name}_overlay.png")] if options.overlay else []
-    return result_paths(job, options, "png", _IMAGE_FORMATS), overlay
+    return result_paths(job, options, default, _IMAGE_FORMATS), overlay
 
 
 def _finish(begun: _Begun, detector: MapMaker, options: DetectOptions) -> FileResult:
@@ -329,6 +381,7 @@ def _finish(begun: _Begun, detector: MapMaker, options: DetectOptions) -> FileRe
         from semanticblur_core.inference.video import detect_video
 
         _require_one_range(job, options)
+        _refuse_stack_options(job, options)
         return detect_video(job, detector, options)
     if image is None:
         return _detect_stack(job, detector, options)
@@ -337,22 +390,19 @@ def _finish(begun: _Begun, detector: MapMaker, options: DetectOptions) -> FileRe
             blur = detector.detect(image, size=options.size, value_range=options.value_range)
         except SemanticBlurError as error:
             raise ImageError(f"{job.source}: {error}") from error
-    targets, overlay = _photograph_outputs(job, options)
-    if "png" in targets:
-        io.write_png(targets["png"], np.round(blur * 255).astype(np.uint8))
-    if "tif" in targets:
+    targets, overlay = _picture_outputs(job, options, "png")
+    sizes = _photograph_pixel_size(job) if {"tif", "zarr"} & set(targets) else {}
+    if "tif" in targets and not sizes:
         io.write_tiff(targets["tif"], blur)
     if "npy" in targets:
         io.write_npy(targets["npy"], blur)
-    if "zarr" in targets:
-        with stacks.new_map(targets["zarr"], blur.shape) as maps:
+    described = {"tif", "zarr"} if sizes else {"zarr"}
+    for name in sorted(described & set(targets)):
+        with stacks.new_map(targets[name], blur.shape) as maps:
             maps.append(blur)
-            stacks.write_zarr(targets["zarr"], maps, axes="YX", pixel_size_um={})
-    for path in overlay:
-        drawn = draw_overlay(
-            image, blur, threshold=options.threshold, value_range=options.value_range
-        )
-        io.write_png(path, drawn)
+            write = stacks.write_tiff if name == "tif" else stacks.write_zarr
+            write(targets[name], maps, axes="YX", pixel_size_um=sizes)
+    _write_pictures(targets.get("png"), overlay, blur, image, options, options.value_range)
     return FileResult(
         source=job.source,
         outputs=[*targets.values(), *overlay],
@@ -363,16 +413,39 @@ def _finish(begun: _Begun, detector: MapMaker, options: DetectOptions) -> FileRe
     )
 
 
+def _photograph_pixel_size(job: Job) -> Mapping[str, float]:
+    """Micrometres a step of the image as it is read, turned upright; of others than TIFF none."""
+    path = Path(job.source)
+    if is_sample(job.source) or path.suffix.lower() not in io.TIFF_SUFFIXES:
+        return {}
+    sizes = stacks.read_pixel_size(path)
+    if io.read_orientation(path) in (5, 6, 7, 8):
+        turned = {"X": "Y", "Y": "X"}
+        return {turned.get(axis, axis): size for axis, size in sizes.items()}
+    return sizes
+
+
+def _write_pictures(
+    png: Path | None,
+    overlay: list[Path],
+    blur: NDArray[np.float32],
+    image: NDArray[Any],
+    options: DetectOptions,
+    value_range: tuple[float, float] | None,
+) -> None:
+    if png is not None:
+        io.write_png(png, np.round(blur * 255).astype(np.uint8))
+    for path in overlay:
+        drawn = draw_overlay(image, blur, threshold=options.threshold, value_range=value_range)
+        io.write_png(path, drawn)
+
+
 def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileResult:
     path = Path(job.source)
-    targets = result_paths(job, options, "tif", _IMAGE_FORMATS)
-    if "png" in targets or options.overlay:
-        raise ImageError(
-            f"{path}: a stack or a large image, and pictures hold one plane in memory; use "
-            "--format=tif, npy or zarr, without --overlay"
-        )
-    if is_done(list(targets.values()), options):
-        return FileResult(job.source, list(targets.values()), skipped=True)
+    targets, overlay = _picture_outputs(job, options, "tif")
+    outputs = [*targets.values(), *overlay]
+    if is_done(outputs, options):
+        return FileResult(job.source, outputs, skipped=True)
     with stacks.open_stack(path, axes=options.axes, level=options.level) as stack:
         try:
             planes = Planes(stack.array, stack.axes, options.channels)
@@ -380,6 +453,12 @@ def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileR
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from error
         shape = (*(len(axis) for axis in box), *planes.plane_shape)
+        has_pictures = "png" in targets or bool(overlay)
+        if has_pictures and (math.prod(shape[:-2]) > 1 or math.prod(shape) > STREAMED_PIXELS):
+            raise ImageError(
+                f"{path}: a stack or a large image, and pictures hold one plane in memory; use "
+                "--format=tif, npy or zarr, without --overlay"
+            )
         with stacks.new_map(next(iter(targets.values())), shape) as maps:
             try:
                 measured = list(_append_planes(maps, planes, box, detector, options))
@@ -395,9 +474,15 @@ def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileR
                 stacks.write_zarr(targets["zarr"], maps, **where)
             if "npy" in targets:
                 stacks.write_npy(targets["npy"], maps)
+            if has_pictures:
+                index = [axis[0] for axis in box]
+                unit = planes.view(index).read_unit(limits=_stack_limits(planes, options))
+                limits = None if unit.dtype == np.uint8 else (0.0, 1.0)
+                blur = maps.read([0] * len(box), slice(None))
+                _write_pictures(targets.get("png"), overlay, blur, unit, options, limits)
     return FileResult(
         source=job.source,
-        outputs=list(targets.values()),
+        outputs=outputs,
         height=shape[-2],
         width=shape[-1],
         blurred_fraction=float(np.mean([plane.blurred_fraction for plane in measured])),
@@ -428,13 +513,7 @@ def _iter_strips(
     planes: Planes, box: list[range], detector: MapMaker, options: DetectOptions
 ) -> Iterator[tuple[tuple[int, ...], Iterable[NDArray[np.float32]]]]:
     """Each plane's index and map; at native size in strips, a plane is never held whole."""
-    limits: list[tuple[float, float]] | None
-    if options.channel_ranges is not None:
-        limits = planes.as_limits(options.channel_ranges)
-    elif options.value_range is None:
-        limits = planes.estimate_range()
-    else:
-        limits = planes.as_limits(options.value_range)
+    limits = _stack_limits(planes, options)
     if options.size == "native":
         grid = TileGrid(*planes.plane_shape)
         # Only the network has a native size: other methods always work at the image's own.
@@ -455,6 +534,15 @@ def _iter_strips(
         channels=planes.channels, size=options.size, value_range=limits,
     ):  # fmt: skip
         yield update.index, [update.blur]
+
+
+def _stack_limits(planes: Planes, options: DetectOptions) -> list[tuple[float, float]] | None:
+    """Intensities that count as black and white, by channel."""
+    if options.channel_ranges is not None:
+        return planes.as_limits(options.channel_ranges)
+    if options.value_range is not None:
+        return planes.as_limits(options.value_range)
+    return planes.estimate_range()
 
 
 def _banded(
@@ -538,6 +626,51 @@ def possible_outputs(job: Job, options: DetectOptions) -> list[Path]:
     return [base.with_name(name) for name in names]
 
 
+def job_outputs(job: Job, options: DetectOptions) -> list[Path]:
+    """The files that a job writes; its source may be looked into.
+
+    Raises
+    ------
+    ImageError
+        If it can have none of the formats.
+    """
+    if _is_video(job):
+        from semanticblur_core.inference.video import FORMATS
+
+        return list(result_paths(job, options, "csv", FORMATS).values())
+    default = "png" if _is_photograph(job, options) else "tif"
+    targets, overlay = _picture_outputs(job, options, default)
+    return [*targets.values(), *overlay]
+
+
+def remove_stale_parts(jobs: Iterable[Job], options: DetectOptions) -> None:
+    """Delete what killed runs had begun to write under the names of these jobs' results.
+
+    What a process that lives is writing stays, and what the system cannot tell from it.
+    """
+    by_folder: dict[Path, list[Job]] = {}
+    for job in jobs:
+        by_folder.setdefault((options.output / job.output_stem).parent, []).append(job)
+    for folder, own in by_folder.items():
+        with suppress(OSError):
+            parts = [entry for entry in os.scandir(folder) if _part_of(entry)]
+            # Names are made only where something is left behind: there may be a million.
+            wanted = {
+                path.name
+                for job in (own if parts else [])
+                for path in possible_outputs(job, options)
+            }
+            for entry in parts:
+                if _part_of(entry) in wanted:
+                    io.remove_if_stale(Path(entry.path))
+
+
+def _part_of(entry: os.DirEntry[str]) -> str:
+    """The name that a temporary file or folder is to get; empty for others."""
+    match = _PART.match(entry.name)
+    return match[1] if match is not None else ""
+
+
 def is_done(outputs: list[Path], options: DetectOptions) -> bool:
     """Whether all results are there and are to be kept; results appear whole or not at all.
 
@@ -576,7 +709,11 @@ def sample_photographs(height: int, width: int) -> NDArray[np.float32]:
 
 
 def expand_input(
-    text: str, recursive: bool, *, arrays: bool = False
+    text: str,
+    recursive: bool,
+    *,
+    arrays: bool = False,
+    on_error: Callable[[OSError], None] | None = None,
 ) -> Iterator[tuple[str, Path, bool]]:
     """Sources of one input, each with its path below the output folder and whether it was named.
 
@@ -588,11 +725,15 @@ def expand_input(
         Whether a folder stands for its subfolders too.
     arrays
         Whether a folder or a glob stands for npy files and Zarr folders too.
+    on_error
+        Told of a subfolder that cannot be read; without it that is raised.
 
     Raises
     ------
     ImageError
         If it names nothing, or a folder that holds no image.
+    OSError
+        If a folder cannot be read.
     """
     if text.startswith(_SAMPLE_PREFIX):
         name = text.removeprefix(_SAMPLE_PREFIX)
@@ -603,11 +744,11 @@ def expand_input(
     if not text.strip():
         raise ImageError("an input is empty; expected a path, a glob, a folder or sample:NAME")
     path = Path(text).expanduser()
-    if _is_zarr(path):
+    if stacks.is_zarr(path):
         yield str(path), Path(path.name), True
         return
     if path.is_dir():
-        images = [p for p in _entries(path, recursive) if _is_image(p, arrays)]
+        images = [p for p in _entries(path, recursive, on_error) if _is_image(p, arrays)]
         if not images:
             where = "" if recursive else "; --recursive looks into its subfolders"
             raise ImageError(f"{text}: no images in this folder{where}")
@@ -622,8 +763,8 @@ def expand_input(
         matches = [
             match
             for match in matches
-            if match.is_file() or (arrays and _is_zarr(match))
-            if not any(_is_zarr(root / part) for part in match.relative_to(root).parents)
+            if match.is_file() or (arrays and stacks.is_zarr(match))
+            if not any(stacks.is_zarr(root / part) for part in match.relative_to(root).parents)
         ]
         if not matches:
             raise ImageError(f"{text}: no file matches")
@@ -631,14 +772,22 @@ def expand_input(
             yield str(match), match.relative_to(root), False
 
 
-def _entries(folder: Path, recursive: bool) -> list[Path]:
+def _entries(
+    folder: Path, recursive: bool, on_error: Callable[[OSError], None] | None
+) -> list[Path]:
     """What lies in a folder; a Zarr is one thing, of perhaps a million files."""
     if not recursive:
         return sorted(folder.iterdir())
     found: list[Path] = []
-    for parent, folders, files in os.walk(folder):
+
+    def failed(error: OSError) -> None:
+        if on_error is None or error.filename == str(folder):
+            raise error
+        on_error(error)
+
+    for parent, folders, files in os.walk(folder, onerror=failed):
         found += [Path(parent, name) for name in (*folders, *files)]
-        folders[:] = [name for name in folders if not _is_zarr(Path(parent, name))]
+        folders[:] = [name for name in folders if not stacks.is_zarr(Path(parent, name))]
     return sorted(found)
 
 
@@ -664,11 +813,7 @@ def _is_image(path: Path, arrays: bool) -> bool:
     if path.name.startswith("."):
         return False
     known = (*io.IMAGE_SUFFIXES, *io.RAW_SUFFIXES, *([".npy"] if arrays else []))
-    return (path.suffix.lower() in known and path.is_file()) or (arrays and _is_zarr(path))
-
-
-def _is_zarr(path: Path) -> bool:
-    return path.suffix.lower() == ".zarr" and path.is_dir()
+    return (path.suffix.lower() in known and path.is_file()) or (arrays and stacks.is_zarr(path))
 
 
 def _is_result(source: str, output: Path) -> bool:

@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import pickle
-import re
 import signal
 import sys
 import threading
@@ -26,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
-from semanticblur_core.errors import ConfigError
+from semanticblur_core.errors import ConfigError, SemanticBlurError
 from semanticblur_core.inference.batch import (
     DetectOptions,
     FileResult,
@@ -34,7 +33,9 @@ from semanticblur_core.inference.batch import (
     MapMaker,
     detect_files,
     is_sample,
+    job_outputs,
     possible_outputs,
+    remove_stale_parts,
 )
 
 MakeDetector = Callable[[], MapMaker]
@@ -50,7 +51,6 @@ ALLOWED_DEATHS = 1
 _PUBLIC = (
     "name", "reason", "backend", "device", "precision", "sha256", "scales", "upsampling", "flip",
 )  # fmt: skip
-_PART = re.compile(r"^\.(.+)\.[0-9a-f]{8}(\.map)?\.part$")
 
 
 class DetectionCluster:
@@ -148,6 +148,7 @@ class DetectionCluster:
             If the workers cannot make the detector, or the scheduler is lost.
         """
         jobs = list(jobs)
+        remove_stale_parts(jobs, options)
         whole = False
         try:
             yield from self._detect(jobs, options)
@@ -157,7 +158,7 @@ class DetectionCluster:
             if is_own and not whole:
                 self.close()  # ends what is still being written
             if (is_own and not whole) or (whole and self._workers_lost):
-                _remove_parts(jobs, options)
+                remove_stale_parts(jobs, options)
 
     def _detect(self, jobs: list[Job], options: DetectOptions) -> Iterator[FileResult]:
         import cloudpickle
@@ -266,17 +267,27 @@ class DetectionCluster:
 
 @dataclass(frozen=True)
 class _Task:
-    """A job under absolute paths, and whether it had no result when it was handed out."""
+    """A job under absolute paths, and which of its files were there when it was handed out."""
 
     job: Job
     distant: Job
-    fresh: bool
+    existing: frozenset[str]
 
     @classmethod
     def of(cls, job: Job, options: DetectOptions) -> _Task:
-        fresh = not any(path.exists() for path in possible_outputs(job, options))
+        existing = {path.name for path in possible_outputs(job, options) if path.exists()}
         source = job.source if is_sample(job.source) else str(Path(job.source).absolute())
-        return cls(job, Job(source, job.output_stem), fresh)
+        return cls(job, Job(source, job.output_stem), frozenset(existing))
+
+    def is_fresh(self, options: DetectOptions) -> bool:
+        """Whether it had no result: one that is there now is of a worker that died since."""
+        if not self.existing:
+            return True
+        try:
+            outputs = job_outputs(self.distant, options)
+        except SemanticBlurError:  # reported when it is done
+            return False
+        return self.existing.isdisjoint(path.name for path in outputs)
 
 
 @dataclass(frozen=True)
@@ -312,9 +323,8 @@ def _detect_chunk(
     if n_threads is not None and "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(n_threads)
     results: list[FileResult] = []
-    for fresh, some in itertools.groupby(tasks, key=lambda task: task.fresh):
-        # A result that was not there when the job was handed out is of a worker that died since.
-        own = replace(options, overwrite=True) if fresh else options
+    for fresh, some in itertools.groupby(tasks, key=lambda task: task.is_fresh(options)):
+        own = replace(options, overwrite=True, resume=False) if fresh else options
         results.extend(detect_files([task.distant for task in some], detector, own))
     public = {name: getattr(detector, name) for name in _PUBLIC if hasattr(detector, name)}
     return SimpleNamespace(**public), results
@@ -369,25 +379,6 @@ def _restore_environment(before: dict[str, str]) -> None:
     for name in set(os.environ) - set(before):
         del os.environ[name]
     os.environ.update(before)
-
-
-def _remove_parts(jobs: list[Job], options: DetectOptions) -> None:
-    """Delete what processes that were killed had begun to write."""
-    names: dict[Path, set[str]] = {}
-    for path in itertools.chain.from_iterable(possible_outputs(job, options) for job in jobs):
-        names.setdefault(path.parent, set()).add(path.name)
-    import shutil
-
-    for folder, wanted in names.items():
-        with suppress(OSError):
-            for entry in os.scandir(folder):
-                match = _PART.match(entry.name)
-                if match is None or match[1] not in wanted:
-                    continue
-                if entry.is_dir():
-                    shutil.rmtree(entry.path, ignore_errors=True)
-                else:
-                    Path(entry.path).unlink(missing_ok=True)
 
 
 def _import_distributed() -> Any:

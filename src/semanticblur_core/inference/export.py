@@ -63,7 +63,8 @@ def export_onnx(model: str, path: Path) -> float:
     WeightsError
         If the model cannot be read.
     SemanticBlurError
-        If onnx, onnxscript or onnxruntime is missing, or the difference is more than 1e-4.
+        If the name does not end in .onnx, onnx, onnxscript or onnxruntime is missing, or the
+        difference is more than 1e-4.
 
     Notes
     -----
@@ -71,6 +72,8 @@ def export_onnx(model: str, path: Path) -> float:
     least 64. Output ``blur``: ``(N, 1, H, W)`` float32, 1 = out of focus. The metadata under the
     key ``semanticblur`` names architecture, provenance and the sha256 of the weights.
     """
+    if path.suffix.lower() != ".onnx":
+        raise SemanticBlurError(f"{path}: expected a file named .onnx, as --model takes it")
     onnx = _require_onnx()
     network, info = weights.load(model)
     form = _ExportForm(network).eval()

@@ -325,4 +325,5 @@ def _percentiles(values: NDArray[Any]) -> tuple[float, float]:
     low, high = (float(v) for v in np.percentile(finite, (0.1, 99.9)))
     if low == high:
         low, high = float(finite.min()), float(finite.max())
-    return (low, high) if low < high else (low, low + 1)
+    # Above 2^53 one more is no more.
+    return (low, high) if low < high else (low, max(low + 1, math.nextafter(low, math.inf)))

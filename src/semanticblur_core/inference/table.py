@@ -40,12 +40,8 @@ class SummaryTable:
     def add(self, result: FileResult) -> None:
         """Add the row of a file; what is known of a skipped one from before is kept."""
         row = _row(result)
-        before = self._earlier.pop(result.source, None)
-        if (
-            result.skipped
-            and before is not None
-            and is_of_results(before["outputs"].split(";"), result)
-        ):
+        before = self._earlier.pop(_printable(result.source), None)
+        if result.skipped and before is not None and _is_of(before, row):
             row = before | {"status": row["status"], "outputs": row["outputs"]}
         self._writer.add(row)
 
@@ -131,14 +127,14 @@ def _read_rows(paths: list[Path], is_csv: bool) -> dict[str, dict[str, Any]]:
     for path in existing:
         for row in _csv_rows(path) if is_csv else _parquet_rows(path):
             if row["mean_blur"] not in (None, ""):
-                rows[row["input"]] = row
+                rows[_printable(row["input"])] = row
     return rows
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
     with (
         suppress(OSError, ValueError, csv.Error),
-        path.open(newline="", encoding="utf-8") as stream,
+        path.open(newline="", encoding="utf-8", errors="surrogateescape") as stream,
     ):
         for row in csv.DictReader(stream):
             # The last row of a run that was killed may be cut.
@@ -163,7 +159,10 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 class _CsvWriter:
     def __init__(self, path: Path) -> None:
         # Line by line, so that a run that is killed leaves the rows it wrote.
-        self._stream = path.open("w", buffering=1, newline="", encoding="utf-8")
+        # Names of files that are not UTF-8 keep their bytes.
+        self._stream = path.open(
+            "w", buffering=1, newline="", encoding="utf-8", errors="surrogateescape"
+        )
         self._writer = csv.DictWriter(self._stream, list(_COLUMNS))
         self._writer.writeheader()
 
@@ -186,7 +185,7 @@ class _ParquetWriter:
         self._rows: list[dict[str, Any]] = []
 
     def add(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
+        self._rows.append({name: _printable(value) for name, value in row.items()})
         if len(self._rows) >= ROWS_PER_GROUP:
             self._flush()
 
@@ -200,6 +199,19 @@ class _ParquetWriter:
         if self._rows:
             self._writer.write_table(pyarrow.Table.from_pylist(self._rows, schema=self._schema))
             self._rows = []
+
+
+def _is_of(before: dict[str, Any], row: dict[str, Any]) -> bool:
+    """As `is_of_results`, of two rows."""
+    wanted, written = (_printable(r["outputs"]).split(";") for r in (row, before))
+    return set(wanted) <= set(written)
+
+
+def _printable(value: Any) -> Any:
+    """Text that Parquet can hold: bytes of a name that are not UTF-8 are written in hexadecimal."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return value
 
 
 def _row(result: FileResult) -> dict[str, Any]:

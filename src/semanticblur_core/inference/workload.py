@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from semanticblur_core import io, stacks
-from semanticblur_core.errors import SemanticBlurError
 from semanticblur_core.inference.batch import (
     DetectOptions,
     Job,
@@ -37,14 +36,15 @@ def count_squares(jobs: Sequence[Job], options: DetectOptions) -> float:
 
 
 def _needs_a_look(job: Job, options: DetectOptions) -> bool:
-    several = (*io.VIDEO_SUFFIXES, *stacks.STACK_SUFFIXES)
-    return options.size == "native" or job.source.lower().endswith(several)
+    # What is neither a photograph nor a sample may also be an array within a Zarr.
+    plain = is_sample(job.source) or job.source.lower().endswith(io.PILLOW_SUFFIXES)
+    return options.size == "native" or not plain
 
 
 def _squares_of_file(job: Job, options: DetectOptions) -> float:
     try:
         n_planes, shape = _planes_of_file(job, options)
-    except (SemanticBlurError, OSError):  # reported when it is its turn
+    except Exception:  # reported when it is its turn: counting ends no batch
         return 1.0
     return n_planes * _squares_of_plane(shape, options)
 
@@ -60,7 +60,7 @@ def _planes_of_file(job: Job, options: DetectOptions) -> tuple[int, tuple[int, i
 
         n_frames, shape = count_frames(path)
         return math.ceil(n_frames / options.every), shape
-    if path.suffix.lower() not in stacks.STACK_SUFFIXES:
+    if path.suffix.lower() not in stacks.STACK_SUFFIXES and not stacks.is_zarr(path):
         return 1, io.read_shape(path)
     with stacks.open_stack(path, axes=options.axes, level=options.level) as stack:
         planes = Planes(stack.array, stack.axes, options.channels)

@@ -17,6 +17,8 @@ import tifffile
 from click.testing import CliRunner
 from PIL import Image
 
+from semanticblur_core import device
+from semanticblur_core.cli import detect as detect_module
 from semanticblur_core.cli.detect import command
 from semanticblur_core.inference import batch
 from semanticblur_core.inference.batch import FileResult, detect_files
@@ -118,6 +120,50 @@ def test_resume_keeps_what_the_json_says_of_images_done_before(
     assert json.loads((tmp_path / "j.json").read_text())["images"] == []
 
 
+def test_resume_says_which_maps_were_made_with_other_settings(tmp_path: Path, folder: Path) -> None:
+    common = [f"--output={tmp_path}/out", "--method=lbp", f"--json={tmp_path}/j.json"]
+    runner = CliRunner()
+    first = [f"--input={folder}/photo0[01].png", *common, "--threshold=0.25"]
+    assert runner.invoke(command, first).exit_code == 0
+    again = [f"--input={folder}/photo0[0-2].png", *common, "--resume"]
+    for _ in range(2):  # what was kept once is kept again
+        done = runner.invoke(command, again)
+        assert "2 of the files done before were made with other settings" in done.output
+        report = json.loads((tmp_path / "j.json").read_text())
+        assert report["protocol"]["blurred_is"] == "map > 0.5"
+        own = [image.get("protocol", {}).get("blurred_is") for image in report["images"]]
+        assert own == ["map > 0.25", "map > 0.25", None]
+    same = runner.invoke(command, [f"--input={folder}/photo02.png", *common, "--resume"])
+    assert "other settings" not in same.output
+
+
+def test_inputs_that_name_nothing_are_told_of_and_the_rest_is_done(
+    tmp_path: Path, folder: Path
+) -> None:
+    inputs = [f"--input={folder}/{name}" for name in ("*.nothing", "photo00.png")]
+    done = CliRunner().invoke(command, [*inputs, f"--output={tmp_path}/out", "--method=lbp"])
+    assert done.exit_code == 2
+    assert f"semanticblur-core: {folder}/*.nothing: no file matches" in done.output
+    assert (tmp_path / "out" / "photo00_blur.png").is_file()
+
+
+def test_workers_take_the_precision_that_was_found_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def remembering(make: Any, *others: object) -> Any:
+        made.append(make.keywords["precision"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(detect_module, "_open_cluster", remembering)
+    monkeypatch.setattr(device, "bfloat16_pays", lambda device_type: True)
+    arguments = ["--input=sample:cat", f"--output={tmp_path}", "--device=cpu", "--workers=2"]
+    for more in ([], ["--precision=float32"], ["--backend=openvino"], ["--model=some.onnx"]):
+        CliRunner().invoke(command, [*arguments, *more])
+    assert made == ["bfloat16", "float32", "auto", "auto"]
+
+
 def test_a_resumed_run_that_is_stopped_keeps_the_images_it_did_not_come_to(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,9 +235,11 @@ def test_bad_files_are_one_line_from_workers_too(
 
 def test_what_cannot_be_done_is_said_before_the_work(tmp_path: Path) -> None:
     sample = ("--input=sample:cat", "--output=out")
+    (tmp_path / "file").touch()
     for flags, message in (
         (("--workers=2", "--scheduler=tcp://127.0.0.1:1"), "--scheduler has workers of its own"),
         (("--table=t.xlsx",), "t.xlsx: expected a table named .csv or .parquet"),
+        (("--json=file/below/j.json",), "j.json: cannot be written: Not a directory"),
     ):
         done = detect(*sample, *flags, cwd=tmp_path)
         assert done.returncode == 2

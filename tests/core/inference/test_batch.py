@@ -1,5 +1,7 @@
 """Files in, files out: what is found, how results are named, and that one bad file is no end."""
 
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from semanticblur_core.inference.batch import (
     find_jobs,
 )
 from semanticblur_core.inference.overlay import draw_overlay
+from semanticblur_core.inference.planes import ALL, DetectUpdate
 from semanticblur_core.network import SemanticBlur
 
 
@@ -443,3 +446,155 @@ def test_an_error_that_nobody_foresaw_costs_its_file_only(tmp_path: Path) -> Non
     results = list(detect_files(jobs, DividesByZero(), DetectOptions(tmp_path / "out")))  # type: ignore[arg-type]
     assert [result.error is None for result in results] == [True, False, True]
     assert "1.png: unexpected ZeroDivisionError: " in str(results[1].error)
+
+
+class Grey:
+    """A map that is the image's own grey, which tells what image was given."""
+
+    name = "grey"
+
+    def detect(self, image: np.ndarray, **how: object) -> np.ndarray:
+        return (image if image.ndim == 2 else image.mean(axis=2)).astype(np.float32) / 255
+
+    def iter_planes(
+        self, array: Any, axes: str, *, indices: list[tuple[int, ...]], **how: object
+    ) -> Iterator[DetectUpdate]:
+        planes = batch.Planes(array, axes)
+        for n_done, index in enumerate(indices, start=1):
+            blur = self.detect(planes.view(index).read())
+            whole = np.ones(blur.shape, np.bool_)
+            yield DetectUpdate(index, n_done, len(indices), blur, whole, ALL, True)
+
+
+def detect_one(path: Path, **how: Any) -> batch.FileResult:
+    options = DetectOptions(path.parent / "out", overwrite=True, **how)
+    [result] = detect_files([Job(str(path), "r")], Grey(), options)  # type: ignore[arg-type]
+    return result
+
+
+def write_pyramid(path: Path, data: np.ndarray) -> None:
+    with tifffile.TiffWriter(path, ome=True) as tiff:
+        metadata = {"axes": "YX", "PhysicalSizeX": 0.25, "PhysicalSizeY": 0.5}
+        tiff.write(data, subifds=1, tile=(32, 32), metadata=metadata)
+        tiff.write(data[::2, ::2], subfiletype=1, tile=(32, 32))
+
+
+def test_a_level_of_a_pyramid_of_one_image(tmp_path: Path, rng: np.random.Generator) -> None:
+    data = rng.integers(0, 256, (64, 96), np.uint8)
+    write_pyramid(tmp_path / "p.ome.tif", data)
+    for level, step in enumerate((1, 2)):
+        result = detect_one(tmp_path / "p.ome.tif", level=level, formats=("tif", "zarr", "png"))
+        assert result.error is None
+        assert len(result.outputs) == 3
+        for path in result.outputs[:2]:
+            with stacks.open_stack(path) as stack:
+                np.testing.assert_allclose(stack.array[:], data[::step, ::step] / 255, atol=1e-6)
+                assert stack.axes == "YX"
+                assert stack.pixel_size_um == {"X": 0.25 * step, "Y": 0.5 * step}
+        np.testing.assert_array_equal(
+            np.asarray(Image.open(result.outputs[2])), data[::step, ::step]
+        )
+
+
+def test_the_pixel_size_of_a_turned_image_is_turned(tmp_path: Path) -> None:
+    tifffile.imwrite(
+        tmp_path / "t.tif", np.zeros((40, 50), np.uint8), imagej=True, resolution=(4, 2),
+        metadata={"unit": "um"}, extratags=[(274, 3, 1, 6, True)],
+    )  # fmt: skip
+    result = detect_one(tmp_path / "t.tif", formats=("tif",))
+    assert (result.error, result.height, result.width) == (None, 50, 40)
+    assert stacks.read_pixel_size(result.outputs[0]) == pytest.approx({"X": 0.5, "Y": 0.25})
+
+
+@pytest.mark.parametrize(
+    ("how", "flag"),
+    [
+        ({"axes": "ZYX"}, "--axes"),
+        ({"planes": (slice(0, 1),)}, "--planes"),
+        ({"channels": 1}, "--channels"),
+        ({"level": 1}, "--level"),
+    ],
+)
+@pytest.mark.parametrize("name", ["photo.png", "clip.mp4"])
+def test_what_is_of_stacks_is_refused_for_what_is_none(
+    tmp_path: Path, name: str, how: dict[str, Any], flag: str
+) -> None:
+    Image.new("L", (50, 40)).save(tmp_path / name, format="png")
+    error = str(detect_one(tmp_path / name, **how).error)
+    assert f"{name}: {flag}: of stacks and pyramids" in error
+    assert "\n" not in error
+
+
+def test_an_array_of_one_plane_is_drawn_like_a_photograph(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    data = rng.integers(0, 256, (1, 40, 50), np.uint8)
+    Image.fromarray(data[0]).save(tmp_path / "photo.png")
+    drawn = {}
+    for name, array in (("flat.npy", data[0]), ("stack.npy", data), ("photo.png", None)):
+        if array is not None:
+            np.save(tmp_path / name, array)
+        result = detect_one(tmp_path / name, formats=("png",), overlay=True)
+        assert result.error is None
+        assert [path.name for path in result.outputs] == ["r_blur.png", "r_overlay.png"]
+        drawn[name] = [np.asarray(Image.open(path)) for path in result.outputs]
+    np.testing.assert_array_equal(drawn["flat.npy"][0], data[0])
+    for name in ("flat.npy", "stack.npy"):
+        for picture, expected in zip(drawn[name], drawn["photo.png"], strict=True):
+            np.testing.assert_array_equal(picture, expected)
+
+
+def test_an_input_that_names_nothing_does_not_stop_the_others(folder: Path) -> None:
+    out = folder.parent / "out"
+    problems: list[str] = []
+    inputs = [f"{folder}/*.nothing", f"{folder}/a.png", "sample:dog"]
+    jobs, _ = find_jobs(inputs, out, on_problem=problems.append)
+    assert stems(jobs) == ["a"]
+    assert [problem.split(": ", 1)[1][:8] for problem in problems] == ["no file ", "expected"]
+    with pytest.raises(ImageError, match="no file matches"):
+        find_jobs(inputs, out)
+    with pytest.raises(ImageError, match="no file matches"):
+        find_jobs(inputs[:1], out, on_problem=problems.append)
+
+
+def test_a_subfolder_that_cannot_be_read_is_told_of(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "locked").mkdir()
+    scandir = os.scandir
+
+    def refusing(path: Any = ".") -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    out, problems = folder.parent / "out", list[str]()
+    jobs, _ = find_jobs([str(folder)], out, recursive=True, on_problem=problems.append)
+    assert stems(jobs) == ["a", "b.jpg", "b.png", "sub/a"]
+    assert problems == [f"{folder}/locked: cannot be read: Permission denied"]
+    with pytest.raises(ImageError, match="locked: cannot be read: Permission denied"):
+        find_jobs([str(folder)], out, recursive=True)
+    with pytest.raises(PermissionError):
+        list(expand_input(str(folder), True))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locks that tell what is stale")
+def test_what_killed_runs_left_of_these_results_is_deleted(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "sub").mkdir(parents=True)
+    names = {
+        "stale": (".a_blur.tif.01234567.map.part", "sub/.b_blur.tif.01234567.part"),
+        "other": (".c_blur.tif.01234567.part", ".a_blur.npy.01234567.part", "a_blur.tif"),
+    }
+    for name in (*names["stale"], *names["other"]):
+        (out / name).touch()
+    (out / ".a_blur.zarr.01234567.part" / "0").mkdir(parents=True)
+    jobs = [Job("a.tif", "a"), Job("sub/b.tif", "sub/b"), Job("gone/d.tif", "gone/d")]
+    options = DetectOptions(out, formats=("tif", "zarr"))
+    with stacks.new_map(out / "a_blur.tif", (40, 50)):  # of a run that lives
+        batch.remove_stale_parts(jobs, options)
+        assert len(list(out.glob(".a_blur.tif.*.map.part"))) == 1
+    left = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
+    assert left == set(names["other"])
+    assert not (out / ".a_blur.zarr.01234567.part").exists()

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from worker_detectors import KillsItsProcess, no_such_model
 
 from semanticblur_core import DetectionCluster, DetectOptions, Detector, detect_files, find_jobs
 from semanticblur_core.errors import ConfigError, WeightsError
+from semanticblur_core.focus.classical import ClassicalDetector
 from semanticblur_core.inference.batch import FileResult, Job
+from semanticblur_core.inference.cluster import _detect_chunk, _Task
 
 pytest.importorskip("distributed")
 
@@ -201,3 +204,23 @@ def test_a_model_that_cannot_be_loaded_ends_the_run(folder: Path, tmp_path: Path
     ):
         list(cluster.detect_files(jobs, options(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_result_whose_worker_died_after_writing_it_is_done_again(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Also where the same image has a result of another format."""
+    make = pickle.dumps(functools.partial(ClassicalDetector, "lbp"))
+    job = Job(str(folder / "photo00.png"), "photo00")
+    (tmp_path / "photo00_blur.tif").write_bytes(b"of an earlier run")
+    for resume in (False, True):
+        asked = DetectOptions(tmp_path, resume=resume)
+        task = _Task.of(job, asked)
+        (tmp_path / "photo00_blur.png").write_bytes(b"of the worker that died")
+        _, [result] = _detect_chunk(make, [task], asked, None)
+        assert (result.error, result.skipped, result.height) == (None, False, 60)
+        (tmp_path / "photo00_blur.png").unlink()
+    (tmp_path / "photo00_blur.png").write_bytes(b"of an earlier run")
+    task = _Task.of(job, DetectOptions(tmp_path))
+    _, [result] = _detect_chunk(make, [task], DetectOptions(tmp_path), None)
+    assert "exists already" in str(result.error)

@@ -218,6 +218,12 @@ def test_an_export_replaces_nothing_unasked(tmp_path: Path) -> None:
     assert (tmp_path / "there.onnx").read_bytes() == b"precious"
 
 
+def test_an_export_has_a_name_that_detect_takes(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["export", f"--output={tmp_path / 'mymodel'}"])
+    assert "mymodel: expected a file named .onnx" in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("shape", [(90, 140), (20, 33), (31, 7), (64, 64)])
 @pytest.mark.parametrize("mode", ["bilinear", "nearest-exact"])
 def test_resizing_is_that_of_torch(

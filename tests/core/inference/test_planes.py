@@ -139,6 +139,13 @@ def test_nan_and_constant_planes_are_detected(detector: Detector) -> None:
         list(detector.iter_planes(stack[:1], "ZYX", size=64))
 
 
+@pytest.mark.parametrize("value", [7.0, 1e20, -3e38])
+def test_a_constant_stack_is_all_black_however_bright(value: float) -> None:
+    planes = Planes(np.full((2, 40, 40), value, np.float32), "ZYX")
+    limits = planes.estimate_range()
+    np.testing.assert_array_equal(planes.view((1,)).read_unit(limits=limits), np.zeros((40, 40)))
+
+
 def test_updates_count_tiles_and_finish_planes(detector: Detector) -> None:
     stack = np.zeros((2, 60, 60), np.uint8)
     updates = list(detector.iter_planes(stack, "TYX", size="native", tile_size_px=40, overlap_px=8))

@@ -116,3 +116,18 @@ def test_what_is_no_table_is_replaced(path: Path) -> None:
         io.temporary_name(path).write_bytes(content)
         write(path, skipped("a"), resume=True)
         assert rows_of(path) == {"a": ("skipped", None, 0.0)}
+
+
+def test_a_name_that_is_not_utf8_is_a_row_like_any_other(path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    write(path, result(name), result("b"))
+    write(path, skipped(name), skipped("b"), resume=True)
+    if path.suffix == ".csv":
+        assert b"in/caf\xe9.png,skipped" in path.read_bytes()
+        content = path.read_text(encoding="utf-8", errors="surrogateescape")
+        rows: list[dict[str, Any]] = list(csv.DictReader(content.splitlines()))
+        assert rows[0]["input"] == f"in/{name}.png"
+    else:
+        rows = pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+        assert rows[0]["input"] == "in/caf\\xe9.png"
+    assert [float(row["mean_blur"]) for row in rows] == [0.25, 0.25]

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from PIL import Image
 
-from semanticblur_core import io
+from semanticblur_core import io, stacks
 from semanticblur_core.cli import cli
 from semanticblur_core.inference.batch import DetectOptions, Job
 from semanticblur_core.inference.workload import count_squares
@@ -44,6 +45,21 @@ def test_planes_of_stacks_that_are_wanted(tmp_path: Path, options: DetectOptions
     assert count_squares(jobs, options) == 35 + 6 + 1 + 1
     assert count_squares(jobs[:1], replace(options, planes=(slice(1, 3),))) == 14
     assert count_squares([*jobs[:1] * 300, *jobs_of("a.jpg")], options) == 35 * 300 + 1
+
+
+def test_counting_ends_no_batch(
+    tmp_path: Path, options: DetectOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: object, **how: object) -> None:
+        raise AttributeError("of a kind nobody foresaw")
+
+    monkeypatch.setattr(stacks, "open_stack", failing)
+    assert count_squares(jobs_of(tmp_path / "s.tif", "a.jpg"), options) == 2
+
+
+def test_an_array_within_a_zarr_is_looked_at(tmp_path: Path, options: DetectOptions) -> None:
+    zarr.save(str(tmp_path / "scan" / "0"), np.zeros((7, 40, 50), np.uint8))
+    assert count_squares(jobs_of(tmp_path / "scan" / "0"), options) == 7
 
 
 def test_tiles_of_native_size(tmp_path: Path, options: DetectOptions) -> None:
