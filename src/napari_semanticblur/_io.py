@@ -136,7 +136,7 @@ def _sizes_um(axes: str, attributes: dict[str, Any]) -> dict[str, float]:
     """Micrometres a step along the axes whose unit is a length."""
     import pint
 
-    registry = pint.get_application_registry()
+    registry = pint.get_application_registry()  # type: ignore[no-untyped-call]
     sizes = {}
     steps, units = attributes.get("scale"), attributes.get("units")
     if steps is None or units is None:
