@@ -46,9 +46,7 @@ def test_a_stack_of_maps_comes_back_with_what_was_not_analysed(
 
 def test_a_tif_keeps_the_pixel_size_and_the_names_of_the_axes(tmp_path: Path) -> None:
     blur = np.random.default_rng(0).random((3, 40, 50)).astype(np.float32)
-    layer = Image(
-        blur, scale=(2, -0.5, 250), units=("um", "um", "nm"), axis_labels=("z", "y", "x")
-    )
+    layer = Image(blur, scale=(2, -0.5, 250), units=("um", "um", "nm"), axis_labels=("z", "y", "x"))
     path = tmp_path / "cells_blur.tif"
     _io.write_map(str(path), *layer.as_layer_data_tuple()[:2])
     [(data, attributes, _)] = _io.read_maps(str(path))
