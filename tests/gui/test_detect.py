@@ -240,22 +240,28 @@ def test_a_longer_result_of_other_settings_is_kept(qtbot: Any, viewer: Any, widg
     assert len(viewer.layers) == 5
 
 
+@pytest.mark.parametrize("map_is", ["there", "removed"])
 def test_cancelling_a_rerun_brings_the_earlier_result_back(
-    qtbot: Any, viewer: Any, widget: Any
+    qtbot: Any, viewer: Any, widget: Any, map_is: str
 ) -> None:
     layer = viewer.add_image(np.zeros((60, 64, 64), np.uint8), name="long")
     widget.planes.value = _detect.ALL
     finish(qtbot, widget)
     blur, labels = results(viewer, layer)
     before = blur.data.copy(), labels.data.copy(), labels.metadata["semanticblur"]
+    if map_is == "removed":
+        viewer.layers.remove(blur)
     widget.size.value = _detect.CUSTOM
     widget.custom_size.value = 64
     widget.run()
     qtbot.waitUntil(lambda: widget.progress.value >= 3, timeout=60_000)
-    assert np.isnan(blur.data).any()
+    assert (labels.data == 0).any()
     widget.cancel()
     qtbot.waitUntil(lambda: not widget.is_running, timeout=5000)
+    if map_is == "removed":
+        blur, _ = results(viewer, layer)
     assert results(viewer, layer) == (blur, labels)
+    assert blur.metadata["semanticblur"] == before[2] | {"kind": "map"}
     np.testing.assert_array_equal(blur.data, before[0])
     np.testing.assert_array_equal(labels.data, before[1])
     assert labels.metadata["semanticblur"] == before[2]
