@@ -41,6 +41,8 @@ CURRENT, ALL, RANGE = "the one shown", "all", "a range"
 OTHER_FILE = "other file ..."
 # A level of a multiscale layer is analysed at first that has about the pixels of a photograph.
 LEVEL_SIDE_PX = 1024
+# Sizes of the preferences that have a name here.
+_SIZES = {"320": PAPER, "native": NATIVE}
 SMALLEST_PX, LARGEST_PX, USUAL_CUSTOM_PX = 33, 4096, 448
 
 
@@ -71,12 +73,13 @@ class DetectWidget(Container):  # type: ignore[type-arg]
             label="device",
             tooltip="auto: a GPU where there is one. The reason is shown below after a run.",
         )
-        size = {"320": PAPER, "native": NATIVE}.get(chosen.size, CUSTOM)
+        size = _SIZES.get(chosen.size, CUSTOM if chosen.size.isdecimal() else PAPER)
         self.size = ComboBox(
             choices=[PAPER, NATIVE, CUSTOM], value=size, label="analysis", tooltip=_SIZE_TIP
         )
         self.custom_size = SpinBox(
-            value=_within(chosen.size), min=SMALLEST_PX, max=LARGEST_PX, step=32, label="side (px)"
+            value=_custom_side(chosen.size), min=SMALLEST_PX, max=LARGEST_PX, step=32,
+            label="side (px)",
         )  # fmt: skip
         # What can be chosen depends on the layer; reset_choices, which napari calls, asks again.
         self._levels: list[int] = [0]
@@ -122,6 +125,7 @@ class DetectWidget(Container):  # type: ignore[type-arg]
         self.model.changed.connect(self._model_chosen)
         self.size.changed.connect(self._show_what_applies)
         self.planes.changed.connect(self._show_what_applies)
+        self.level.changed.connect(self._limit_planes)
         self.channels.changed.connect(self._limit_planes)
         self.threshold.changed.connect(self._threshold_moved)
         self.run_button.changed.connect(self.run)
@@ -131,7 +135,13 @@ class DetectWidget(Container):  # type: ignore[type-arg]
         models.recommended.connect(self._model_recommended)
         self._timer = _timer(self.native, self._rethreshold_some)
         self.native.destroyed.connect(self._closed)
+        self._followed: Image | None = None
+        self._viewer.dims.events.axis_labels.connect(self._update_choices)
         self._layer_chosen(self.layer.value)
+        if chosen.size not in _SIZES and not chosen.size.isdecimal():
+            self._say(f"{_unusable(chosen.size)}; {PAPER} is chosen")
+        elif self.size.value == CUSTOM and self.settings.size != int(chosen.size):
+            self._say(f"{_unusable(chosen.size)}; {self.settings.size} is chosen")
 
     def _images(self, _: Any) -> list[Image]:
         """Image layers but for the maps made here."""
@@ -240,36 +250,59 @@ class DetectWidget(Container):  # type: ignore[type-arg]
     def _layer_chosen(self, layer: Image | None) -> None:
         if self._is_closed:
             return
+        self._follow(layer)
         self._update_copy_button()
+        self._update_choices()
+        if layer is not None:
+            self.level.value = min(
+                coarse_level(layer, at_least_px=LEVEL_SIDE_PX), len(self._levels) - 1
+            )
+            pixels = pixels_of(self._viewer, layer)
+            if pixels is not None:
+                with self.threshold.changed.blocked():
+                    self.threshold.value = pixels.threshold
+
+    def _follow(self, layer: Image | None) -> None:
+        """Hear of other data and other names of axes of the layer that is chosen."""
+        if self._followed is layer:
+            return
+        for each, change in ((self._followed, "disconnect"), (layer, "connect")):
+            if each is not None:
+                getattr(each.events.data, change)(self._update_choices)
+                getattr(each.events.axis_labels, change)(self._update_choices)
+        self._followed = layer
+
+    def _update_choices(self, _: Any = None) -> None:
+        """Offer the levels, channels and planes that the layer has; what is chosen stays."""
+        layer = self.layer.value
+        if self._is_closed:
+            return
         if layer is not None:
             try:
-                source = read_source(layer)
+                source = read_source(layer, viewer=self._viewer)
                 planes = source.planes()
             except SemanticBlurError as error:
                 self._say(str(error))
                 return
             n_levels = len(layer.data) if layer.multiscale else 1
             self._levels = list(range(n_levels))
-            self.level.reset_choices()
-            self.level.value = coarse_level(layer, at_least_px=LEVEL_SIDE_PX)
             self._channels = ["each"]
             if "C" in planes.walked_axes:
                 length = planes.lengths[planes.walked_axes.index("C")]
                 self._channels += [*range(length), *(["mean"] if "S" not in source.axes else [])]
             self.channels.reset_choices()
+            self.level.reset_choices()
             self._limit_planes()
-            pixels = pixels_of(self._viewer, layer)
-            if pixels is not None:
-                with self.threshold.changed.blocked():
-                    self.threshold.value = pixels.threshold
         self._show_what_applies()
 
     def _limit_planes(self) -> None:
-        """A range of planes is along the last slider that the channels leave."""
+        """A range of planes is along the last slider that level and channels leave."""
         layer = self.layer.value
-        if self._is_closed or layer is None or self.channels.value is None:
+        if self._is_closed or layer is None or self.channels.value not in self._channels:
             return
-        lengths = read_source(layer).planes(self.channels.value).lengths
+        level = min(int(self.level.value or 0), len(self._levels) - 1)
+        source = read_source(layer, level=level, viewer=self._viewer)
+        lengths = source.planes(self.channels.value).lengths
         last = lengths[-1] - 1 if lengths else 0
         if last != self.last.max:
             self.first.max = self.last.max = last
@@ -330,6 +363,11 @@ class DetectWidget(Container):  # type: ignore[type-arg]
     def _move_threshold(self, layer: Image, threshold: float) -> None:
         if self._detection is not None and self._detection.layer is layer:
             self._detection.threshold = threshold
+        elif (
+            find_result(self._viewer, layer, "labels") is not None
+            and pixels_of(self._viewer, layer) is None
+        ):
+            self._say(f"The labels of {layer.name} are of other data now; detect again.")
         self._rethresholding[layer] = rethreshold(self._viewer, layer, threshold)
         self._timer.start()
 
@@ -370,9 +408,7 @@ def detect_now(viewer: Viewer) -> None:
         if getattr(layer, "multiscale", False) and chosen.size != "native":
             level = coarse_level(layer, at_least_px=LEVEL_SIDE_PX)
         if chosen.size != "native" and not chosen.size.isdecimal():
-            raise ConfigError(
-                f"preference Analysis size {chosen.size!r}: expected native or a number of pixels"
-            )
+            raise ConfigError(_unusable(chosen.size))
         settings = Settings(
             chosen.model,
             chosen.device,
@@ -402,10 +438,17 @@ def _image_meant(viewer: Viewer) -> Any:
     return layer
 
 
-def _within(size: str) -> int:
-    """Side of the preferences, within what the widget takes."""
-    side = int(size) if size.isdecimal() else USUAL_CUSTOM_PX
+def _custom_side(size: str) -> int:
+    """Side of the preferences, within what the widget takes; the usual one if they name none."""
+    side = int(size) if size.isdecimal() and size not in _SIZES else USUAL_CUSTOM_PX
     return min(max(side, SMALLEST_PX), LARGEST_PX)
+
+
+def _unusable(size: str) -> str:
+    return (
+        f"preference Analysis size {size!r}: expected native or a side of {SMALLEST_PX} to "
+        f"{LARGEST_PX} pixels"
+    )
 
 
 def _known_models() -> list[str]:

@@ -8,12 +8,13 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from napari_semanticblur import _models
 from napari_semanticblur._colors import MAP_COLORMAP, label_colormap
 from napari_semanticblur._layers import (
     METADATA_KEY,
@@ -21,14 +22,15 @@ from napari_semanticblur._layers import (
     in_layer_axes,
     place,
     placed,
-    plane_index,
     read_source,
+    require_inside,
     result_placement,
+    slider_index,
     unwrapped,
     visible_region,
 )
 from napari_semanticblur._models import METHODS, identity
-from napari_semanticblur._results import Pixels, label_codes, pixels_of, reference, remember
+from napari_semanticblur._results import Pixels, pixels_of, reference, remember
 from napari_semanticblur._worker import Announcement, Failure, Run
 from semanticblur_core import __version__
 from semanticblur_core.errors import ImageError
@@ -138,12 +140,12 @@ class Detection:
         self.viewer, self.layer, self.settings = viewer, unwrapped(layer), settings
         if any(other.layer is self.layer for other in _running):
             raise ImageError(f"{self.layer.name}: is being analysed already; cancel that first")
-        self.threshold = settings.threshold
         self._on_status, self._on_progress, self._on_end = on_status, on_progress, on_end
-        self.source = read_source(layer, level=settings.level)
+        self.source = read_source(layer, level=settings.level, viewer=viewer)
         self.planes = self.source.planes(settings.channels)
-        shown = plane_index(self.source, viewer, self.planes)
+        shown = slider_index(self.source, viewer, self.planes)
         self.box = _box(self.planes, settings, shown)
+        require_inside(self.source, self.planes, [axis.start for axis in self.box])
         self.indices = _nearest_first(self.box, shown)
         self.visible = visible_region(self.source, viewer)
         pieces = 1
@@ -154,13 +156,12 @@ class Detection:
         self._model = identity(settings.model)
         self._made_with = (*self._model, settings.size, settings.level, settings.channels)
         self._n_blurred = self._n_done = 0
-        self._thresholds: set[float] = set()
         self._earlier = pixels_of(viewer, self.layer)
         self.pixels = self._earlier if self._can_be_added_to(self._earlier) else None
         if self.pixels is None:
             _require_memory(self._shape, layer.name)
-        else:
-            self.threshold = self.pixels.threshold  # one for all planes of a layer
+        # One for all planes of a layer.
+        self._threshold = settings.threshold if self.pixels is None else self.pixels.threshold
         self._put_away: dict[Kind, dict[str, Any]] = {}
         self.limits: Limits | None = None
         self._layers: dict[Kind, Any] = {}
@@ -171,6 +172,7 @@ class Detection:
         self._reason = ""
         self._sha256: str | None = None
         self._stopped_because = ""
+        self._unreadable: dict[tuple[int, ...], str] = {}
         self._run = Run(
             self._work,
             title=f"Detect defocus blur: {layer.name}",
@@ -194,9 +196,20 @@ class Detection:
         )
 
     @property
+    def threshold(self) -> float:
+        """Of what is still to come; `rethreshold` moves what is there."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, threshold: float) -> None:
+        self._threshold = threshold
+        if self.pixels is not None:
+            self.pixels.threshold = threshold
+
+    @property
     def has_mixed_thresholds(self) -> bool:
-        """Whether the labels of some planes were made with another threshold than it is now."""
-        return bool(self._thresholds - {self.threshold})
+        """Whether the labels of some rows were made with another threshold than it is now."""
+        return self.pixels is not None and self.pixels.has_mixed_thresholds
 
     def start(self) -> None:
         """Start in the background."""
@@ -224,7 +237,7 @@ class Detection:
             parts.append(f"--method={settings.model}")
         else:
             parts += [f"--model={self._model[0]}", f"--device={settings.device}"]
-            parts.append(f"--size={settings.size}")
+            parts += [f"--backend={_models.BACKEND}", f"--size={settings.size}"]
         parts.append(f"--threshold={settings.threshold:g}")
         if len(self.source.axes.replace("S", "")) > 2 or self.source.axes != self.planes.axes:
             parts.append(f"--axes={self.source.axes}")
@@ -242,8 +255,6 @@ class Detection:
     # The worker's thread from here.
 
     def _work(self) -> Iterator[Any]:
-        from napari_semanticblur import _models
-
         settings = self.settings
         if not _models.is_loaded(settings.model, settings.device):
             yield Announcement("Loading PyTorch and the model; the first time takes a moment ...")
@@ -252,7 +263,6 @@ class Detection:
         detector = _models.detector(settings.model, settings.device)
         self._reason = detector.reason
         self._sha256 = getattr(detector, "sha256", None)
-        yield Announcement(f"Detecting ({detector.reason}) ...")
         if self.pixels is None:
             self.pixels = Pixels(
                 self.box,
@@ -264,43 +274,88 @@ class Detection:
                 self.threshold,
             )
         self.limits = yield from self._find_limits()
-        for update in detector.iter_planes(
-            self.source.array,
-            self.source.axes,
-            indices=self.indices,
-            channels=settings.channels,
-            size=settings.size,
-            value_range=self.limits,
-            visible=self.visible,
-        ):
+        yield Announcement(f"Detecting ({detector.reason}) ...")
+        for n_done, update in enumerate(self._updates(detector), 1):
             self._write(update)
-            yield update
-            if update.n_done == 1:  # adding them takes half the time where nothing else is computed
+            yield replace(update, n_done=min(n_done, self.n_steps))
+            if n_done == 1:  # adding them takes half the time where nothing else is computed
                 self._are_added.wait(_ADDING_S)
 
-    def _find_limits(self) -> Generator[None, None, Limits | None]:
-        whole = self.settings.scope == "all" or isinstance(self.source.array, np.ndarray)
+    def _updates(self, detector: Any) -> Iterator[DetectUpdate]:
+        """What the detector yields, all planes but those that cannot be read."""
+        left, one_by_one, is_any_done = list(self.indices), False, False
+        while left:
+            now, after = (left[:1], left[1:]) if one_by_one else (left, [])
+            n_done = 0
+            try:
+                for update in detector.iter_planes(
+                    self.source.array,
+                    self.source.axes,
+                    indices=now,
+                    channels=self.settings.channels,
+                    size=self.settings.size,
+                    value_range=self.limits,
+                    visible=self.visible,
+                ):
+                    yield update
+                    is_any_done = True
+                    n_done += update.plane_done
+                left = after
+            except ImageError as error:
+                left = [*now[n_done:], *after]
+                # Which one of a batch it is shows where they come one by one.
+                if one_by_one or len(left) == 1:
+                    self._unreadable[left.pop(0)] = str(error)
+                    if not left and not is_any_done:
+                        raise
+                one_by_one = not one_by_one
+
+    def _find_limits(self) -> Generator[Announcement | None, None, Limits | None]:
+        in_memory = isinstance(self.source.array, np.ndarray)
+        whole = self.settings.scope == "all" or in_memory
         channel = self.planes.channel(self.indices[0])
         channels = self.settings.channels
-        known = _ranges.get(self.layer)
+        known = None if in_memory else _ranges.get(self.layer)  # it can have been written to
         if known is not None and known.serves(self._data, channels, whole=whole, channel=channel):
             return known.limits
-        limits = yield from self.planes.iter_range(None if whole else self.indices[:1])
+        limits = yield from self._estimate_range(
+            self.planes.range_samples()[0] if whole else self.indices[:1]
+        )
         _ranges[self.layer] = _Range(reference(self._data), channels, whole, channel, limits)
         return limits
+
+    def _estimate_range(
+        self, indices: list[tuple[int, ...]]
+    ) -> Generator[Announcement | None, None, Limits | None]:
+        """Range of some planes, without those that cannot be read."""
+        while True:
+            n_read, estimate = -1, self.planes.iter_range(indices)
+            try:
+                while True:
+                    before, n_read = n_read, next(estimate)
+                    n_planes = len(indices)
+                    if before < n_read < n_planes and n_planes > 1:
+                        yield Announcement(
+                            f"Measuring intensities, plane {n_read + 1} of {n_planes} ..."
+                        )
+                    else:
+                        yield None
+            except StopIteration as end:
+                limits: Limits | None = end.value
+                return limits
+            except ImageError:
+                if n_read == len(indices) or len(indices) == 1:
+                    raise
+                indices = [*indices[:n_read], *indices[n_read + 1 :]]
 
     def _write(self, update: DetectUpdate) -> None:
         assert self.pixels is not None
         place = tuple(i - axis.start for i, axis in zip(update.index, self.pixels.box, strict=True))
-        region: tuple[Any, ...] = (*place, *update.region)
-        threshold = self.threshold
-        finished, part = update.finished[update.region], update.blur[update.region]
-        np.copyto(self.pixels.blur[region], part, where=finished)
-        np.copyto(self.pixels.labels[region], label_codes(part, threshold), where=finished)
-        self._thresholds.add(threshold)
+        region = update.region
+        self.pixels.write((*place, *region), update.blur[region], update.finished[region])
         if update.plane_done:
             self.pixels.done[place] = True
-            self._n_blurred += int(np.count_nonzero(update.blur > threshold))
+            self._n_blurred += int(np.count_nonzero(update.blur > self.threshold))
             self._n_done += update.blur.size
 
     # The main thread again.
@@ -443,7 +498,7 @@ class Detection:
         if now - self._refreshed < _REFRESH_S:
             return
         flat = self.viewer.dims.ndisplay == 2
-        if flat and index != plane_index(self.source, self.viewer, self.planes):
+        if flat and index != slider_index(self.source, self.viewer, self.planes):
             return
         for layer in self._layers.values():
             if layer.visible:
@@ -461,7 +516,7 @@ class Detection:
             self.cancel()
 
     def _ended(self, outcome: str | Failure) -> None:
-        from napari.utils.notifications import show_error
+        from napari.utils.notifications import show_error, show_warning
 
         self.viewer.layers.events.removed.disconnect(self._layer_removed)
         self.layer.events.data.disconnect(self._data_changed)
@@ -471,6 +526,7 @@ class Detection:
         is_back = outcome != "done" and self._restore()
         for kind, layer in self._layers.items():
             if not is_back:
+                self._place_anew(layer)
                 layer.metadata = {**layer.metadata, METADATA_KEY: self._record(kind)}
             # Mesa's software renderer crashes where a layer is redrawn soon after one was removed.
             if self.layer in self.viewer.layers and layer in self.viewer.layers:
@@ -485,10 +541,18 @@ class Detection:
             self.viewer.status = f"Detect defocus blur stopped{why}"
         else:
             text = f"{self._n_blurred / max(self._n_done, 1):.0%} out of focus ({self._reason})"
+            if self._unreadable:
+                text += f"; left out {_named(self._unreadable)}"
+                show_warning(f"{self.layer.name}: left out {_named(self._unreadable)}")
         if self._loses_planes and self._layers:
             text += "; the earlier result, of more planes, has been kept beside it"
         self._on_status(text)
         self._on_end()
+
+    def _place_anew(self, layer: Any) -> None:
+        """Follow an image that was calibrated meanwhile."""
+        if self.pixels is not None and self.layer.data is self._data:
+            place(layer, self._placed(self.pixels.blur)[1])
 
     def _restore(self) -> bool:
         """Give layers that were taken over back what they showed, unless this run made more."""
@@ -496,11 +560,18 @@ class Detection:
         if not self._put_away or earlier is None or made is None or made.n_done > earlier.n_done:
             return False
         remember(self.layer, earlier)
-        for kind, kept in self._put_away.items():
-            layer = self._layers[kind]
-            if layer in self.viewer.layers:
-                layer.data, layer.metadata = kept["data"], kept["metadata"]
-                place(layer, kept["place"])
+        for kind, layer in self._layers.items():
+            if layer not in self.viewer.layers:
+                continue
+            kept = self._put_away.get(kind)
+            if kept is None:  # one of the two had been removed before
+                [other] = self._put_away.values()
+                array = earlier.blur if kind == "map" else earlier.labels
+                record = {**other["metadata"][METADATA_KEY], "kind": kind}
+                kept = {**other, "data": array.reshape(other["data"].shape)}
+                kept["metadata"] = {METADATA_KEY: record}
+            layer.data, layer.metadata = kept["data"], kept["metadata"]
+            place(layer, kept["place"])
         return True
 
 
@@ -528,6 +599,12 @@ def _nearest_first(box: tuple[range, ...], shown: Sequence[int]) -> list[tuple[i
         for index in np.ndindex(tuple(len(axis) for axis in box))
     ]
     return sorted(indices, key=lambda i: [abs(a - b) for a, b in zip(i, shown, strict=True)])
+
+
+def _named(unreadable: dict[tuple[int, ...], str]) -> str:
+    """Planes that could not be read, in short, with the reason of the first."""
+    n, first = len(unreadable), next(iter(unreadable.values()))
+    return first if n == 1 else f"{n} planes, among them {first}"
 
 
 def _require_memory(shape: tuple[int, ...], name: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from napari_semanticblur._colors import BLURRED, MAP_COLORMAP, SHARP, UNLABELLED
+from napari_semanticblur._layers import axis_letters
 from semanticblur_core import io, stacks
 from semanticblur_core.errors import DataError, ImageError
 
@@ -98,7 +99,8 @@ def _limits(path: Path, blur: NDArray[Any]) -> tuple[float, float]:
 def write_map(path: str, data: Any, attributes: dict[str, Any]) -> list[str]:
     """Write an image layer in 0..1: float32 as tif and npy, 8 bits as png.
 
-    NaN, what was not analysed, is kept in tif and npy.
+    NaN, what was not analysed, is kept in tif and npy. A tif is an OME-TIFF with the names of the
+    axes and, where the layer's units are lengths, the pixel size; no file holds its place.
 
     Raises
     ------
@@ -122,8 +124,28 @@ def write_map(path: str, data: Any, attributes: dict[str, Any]) -> list[str]:
     elif target.suffix == ".png":
         io.write_png(target, np.round(_one_plane(target, blur) * 255).astype(np.uint8))
     else:
-        io.write_tiff(target, blur)
+        labels = attributes.get("axis_labels") or [""] * blur.ndim
+        axes = axis_letters(tuple(labels), rgb=False)
+        with stacks.new_map(target, blur.shape) as maps:
+            maps.append(blur)
+            stacks.write_tiff(target, maps, axes=axes, pixel_size_um=_sizes_um(axes, attributes))
     return [path]
+
+
+def _sizes_um(axes: str, attributes: dict[str, Any]) -> dict[str, float]:
+    """Micrometres a step along the axes whose unit is a length."""
+    import pint
+
+    registry = pint.get_application_registry()  # type: ignore[no-untyped-call]
+    sizes = {}
+    steps, units = attributes.get("scale"), attributes.get("units")
+    if steps is None or units is None:
+        return {}
+    for axis, step, unit in zip(axes, steps, units, strict=True):
+        length = registry.Quantity(abs(float(step)), str(unit))
+        if length.is_compatible_with("micrometer"):
+            sizes[axis] = float(length.to("micrometer").magnitude)
+    return sizes
 
 
 def write_mask(path: str, data: Any, attributes: dict[str, Any]) -> list[str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,10 @@ if TYPE_CHECKING:
     from napari.layers import Image
 
 METADATA_KEY = "semanticblur"
-# Letters for walked axes without a name of one letter, by how many axes are walked.
+# Letters of walked axes where none has a name, by how many there are; then those to spare.
 _USUAL_AXES = {0: "", 1: "Z", 2: "TZ", 3: "TCZ"}
-_SPARE_AXES = "TZPQRUVWABDEFGHIJKLMNO"
+_SPARE_AXES = "ZTPQRUVWABDEFGHIJKLMNO"
+_CHANNELS = ("c", "ch", "channel", "channels")
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,15 @@ def is_image(layer: Any) -> bool:
     return isinstance(layer, Image)
 
 
-def read_source(layer: Image, *, level: int = 0) -> Source:
+def read_source(layer: Image, *, level: int = 0, viewer: ViewerModel | None = None) -> Source:
     """Describe a layer's data without reading it.
+
+    Parameters
+    ----------
+    layer, level
+        What is analysed.
+    viewer
+        Where the layer's axes have no names, those of this viewer's sliders are theirs.
 
     Raises
     ------
@@ -84,29 +91,45 @@ def read_source(layer: Image, *, level: int = 0) -> Source:
     if not 0 <= level < len(levels):
         raise ImageError(f"{layer.name}: expected a level of 0 to {len(levels) - 1}, got {level}")
     array = levels[level]
-    axes = axis_letters(tuple(layer.axis_labels), rgb=bool(layer.rgb))
+    labels = tuple(layer.axis_labels)
+    if viewer is not None and not any(map(_is_name, labels)):
+        labels = tuple(viewer.dims.axis_labels)[-layer.ndim :]
+    axes = axis_letters(labels, rgb=bool(layer.rgb))
     full = levels[0].shape[: layer.ndim]
     factors = tuple(a / b for a, b in zip(full, array.shape[: layer.ndim], strict=True))
     return Source(layer, array, axes, level, factors)
 
 
 def axis_letters(labels: Sequence[str], *, rgb: bool) -> str:
-    """One letter an axis, from the layer's axis labels where they begin with different letters.
+    """One letter an axis: the first of its label, or one to spare where that is none or taken.
 
-    The last two axes are rows and columns, whatever they are called.
+    The last two axes are rows and columns, whatever they are called. S is kept for the samples of
+    RGB, and C for axes that are called c, ch, channel or channels.
 
     >>> axis_letters(("time", "z", "y", "x"), rgb=False)
     'TZYX'
     >>> axis_letters(("-3", "-2", "-1"), rgb=True)
     'ZYXS'
+    >>> axis_letters(("slice", "c", "y", "x"), rgb=False)
+    'ZCYX'
     """
-    walked = [label[:1].upper() for label in labels[:-2]]
-    named = len(set(walked)) == len(walked) and all(
-        letter.isascii() and letter.isalpha() and letter not in "YXS" for letter in walked
-    )
-    if not named:
-        walked = list(_USUAL_AXES.get(len(walked), _SPARE_AXES[: len(walked)]))
-    return "".join(walked) + "YX" + ("S" if rgb else "")
+    walked = labels[:-2]
+    if not any(map(_is_name, walked)) and len(walked) in _USUAL_AXES:
+        letters = list(_USUAL_AXES[len(walked)])
+    else:
+        letters = []
+        for label in walked:
+            letter = label[:1].upper() if _is_name(label) else ""
+            barred = "YXS" if label.lower() in _CHANNELS else "YXSC"
+            letters.append("" if letter in barred or letter in letters else letter)
+        spare = (letter for letter in _SPARE_AXES if letter not in letters)
+        letters = [letter or next(spare) for letter in letters]
+    return "".join(letters) + "YX" + ("S" if rgb else "")
+
+
+def _is_name(label: str) -> bool:
+    """Whether an axis was named; napari calls it a number if not."""
+    return label[:1].isascii() and label[:1].isalpha()
 
 
 def coarse_level(layer: Image, *, at_least_px: int) -> int:
@@ -118,16 +141,68 @@ def coarse_level(layer: Image, *, at_least_px: int) -> int:
     return max(fitting, default=0)
 
 
-def plane_index(source: Source, viewer: ViewerModel, planes: Planes) -> tuple[int, ...]:
-    """Index along the walked axes of the plane that the viewer shows."""
-    position = source.layer.world_to_data(viewer.dims.point)
+def slider_index(source: Source, viewer: ViewerModel, planes: Planes) -> tuple[int, ...]:
+    """Index along the walked axes at which the viewer's sliders are; it may lie outside."""
+    shown = np.round(_position(source.layer, _sliders(source.layer, viewer)))
     index = []
-    for axis, length in zip(planes.walked_axes, planes.lengths, strict=True):
+    for axis in planes.walked_axes:
         place = source.layer_axes.index(axis)
         # The pixel of this level in which the centre of that pixel of level 0 lies.
-        shown = math.floor((float(position[place]) + 0.5) / source.factors[place] + 1e-6)
-        index.append(min(max(shown, 0), length - 1))
+        index.append(int(np.floor((shown[place] + 0.5) / source.factors[place] + 1e-6)))
     return tuple(index)
+
+
+def plane_index(source: Source, viewer: ViewerModel, planes: Planes) -> tuple[int, ...]:
+    """Index along the walked axes of the plane that the viewer shows.
+
+    Raises
+    ------
+    ImageError
+        If the sliders lie outside the layer, so that nothing of it is shown.
+    """
+    index = slider_index(source, viewer, planes)
+    require_inside(source, planes, index)
+    return index
+
+
+def require_inside(source: Source, planes: Planes, index: Iterable[int]) -> None:
+    """Refuse a plane that the layer does not have."""
+    for axis, i, length in zip(planes.walked_axes, index, planes.lengths, strict=True):
+        if not 0 <= i < length:
+            raise ImageError(
+                f"{source.layer.name}: nothing of it is shown, the slider along {axis} is at plane "
+                f"{i} and it has 0 to {length - 1}; move the slider to where the image is"
+            )
+
+
+def _sliders(layer: Any, viewer: ViewerModel) -> NDArray[np.float64]:
+    """Where the sliders of the layer's axes but the last two are, in the layer's units."""
+    point = np.asarray(viewer.dims.point, dtype=float)[-layer.ndim :][: layer.ndim - 2]
+    return point * _slider_units(layer, viewer)
+
+
+def _slider_units(layer: Any, viewer: ViewerModel) -> NDArray[np.float64]:
+    """Layer's units in a unit of the sliders, which all layers share since napari 0.9."""
+    units = getattr(viewer.dims, "units", None)
+    if units is None or len(units) < layer.ndim:
+        return np.ones(layer.ndim - 2)
+    pairs = zip(units[-layer.ndim :], layer.units, strict=True)
+    ratios = [
+        (1 * shared).to_base_units().magnitude / (1 * own).to_base_units().magnitude
+        for shared, own in pairs
+    ]
+    return np.array(ratios[: layer.ndim - 2], dtype=float)
+
+
+def _position(layer: Any, sliders: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:
+    """Place in the layer's data, along all axes but the last two, that napari slices it at.
+
+    In a tilted layer this depends on rows and columns as well, and napari takes them as zero: it
+    slices with those rows and columns of the inverse transform that belong to the sliders.
+    """
+    world = np.zeros(layer.ndim)
+    world[: len(sliders)] = sliders
+    return np.asarray(layer.world_to_data(world), dtype=float)[: len(sliders)]
 
 
 def visible_region(source: Source, viewer: ViewerModel) -> tuple[slice, slice] | None:
@@ -229,13 +304,19 @@ def show_plane(source: Source, viewer: ViewerModel, planes: Planes, index: Seque
     if not index:
         return
     layer = source.layer
-    data = (np.asarray(source.array.shape[: layer.ndim], dtype=float) - 1) / 2
-    places = [source.layer_axes.index(axis) for axis in planes.walked_axes]
-    data[places] = index
-    factors = np.asarray(source.factors)
-    world = layer.data_to_world(data * factors + (factors - 1) / 2)
+    sliders = _sliders(layer, viewer)
+    wanted = _position(layer, sliders)
+    for axis, i in zip(planes.walked_axes, index, strict=True):
+        place = source.layer_axes.index(axis)
+        factor = source.factors[place]
+        wanted[place] = i * factor + (factor - 1) / 2
+    origin = _position(layer, np.zeros(len(sliders)))
+    steps = [_position(layer, step) - origin for step in np.eye(len(sliders))]
+    # Least squares: of a layer turned by a right angle, the sliders reach no other plane.
+    moved = np.linalg.lstsq(np.stack(steps, axis=1), wanted - origin)[0]
     first = viewer.dims.ndim - layer.ndim
-    viewer.dims.set_point([first + place for place in places], [world[p] for p in places])
+    places = [first + i for i in range(len(sliders))]
+    viewer.dims.set_point(places, (moved / _slider_units(layer, viewer)).tolist())
 
 
 def labelled_region(

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Hand-crafted methods stand among the models: they need no weights and no torch.
 METHODS: tuple[str, ...] = get_args(Method)
+# What networks are computed in here, whatever was measured to be fastest for files.
+BACKEND = "torch"
 
 
 class _ModelEvents:
@@ -65,7 +67,7 @@ def detector(model: str, device: str) -> Detector | ClassicalDetector:
     key = _key(model, device)
     with _lock:
         if key not in _detectors:
-            _detectors[key] = Detector(model, device=device, backend="torch")
+            _detectors[key] = Detector(model, device=device, backend=BACKEND)
             while len(_detectors) > _KEPT:
                 _detectors.popitem(last=False)
         _detectors.move_to_end(key)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import threading
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from napari.layers import Image
 
 # Pixels whose codes are made in one go while the window waits, a few hundredths of a second.
-_BLOCK_PX = 2**21
+_BLOCK_PX = 2**20
 
 
 @dataclass(eq=False)
@@ -40,7 +41,13 @@ class Pixels:
     data
         Gives the layer's data that was analysed.
     threshold
-        Of the labels.
+        That the labels are to have.
+    thresholds
+        Walked axes, rows: that the labels of a row have; NaN where nothing was analysed.
+    by_hand
+        Which labels are not those of their threshold: they stay when it moves.
+    lock
+        Held while labels and ``thresholds`` do not agree; the worker writes them too.
     """
 
     box: tuple[range, ...]
@@ -50,6 +57,55 @@ class Pixels:
     made_with: tuple[Any, ...]
     data: Callable[[], Any]
     threshold: float
+    thresholds: NDArray[np.float32] = field(init=False)
+    by_hand: NDArray[np.bool_] = field(init=False)
+    lock: threading.Lock = field(init=False, default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        # Compared with maps as a plain number is, in float32.
+        self.thresholds = np.full(self.labels.shape[:-1], np.nan, np.float32)
+        # Pages of zeros take no memory until they are written to.
+        self.by_hand = np.zeros(self.labels.shape, np.bool_)
+
+    def write(self, place: tuple[Any, ...], blur: NDArray[np.float32], where: Any) -> None:
+        """Put pixels of a map in, and their labels.
+
+        Parameters
+        ----------
+        place
+            Index of the plane in these arrays, then slices of rows and columns.
+        blur
+            Rows, columns.
+        where
+            Which of the pixels are known.
+        """
+        with self.lock:
+            rows = self.thresholds[place[:-1]]
+            rows[np.isnan(rows)] = self.threshold
+            np.copyto(self.blur[place], blur, where=where)
+            np.copyto(self.labels[place], label_codes(blur, rows[:, np.newaxis]), where=where)
+            if self.by_hand[place].any():
+                self.by_hand[place] &= ~where
+
+    def move_threshold(self, rows: tuple[Any, ...]) -> None:
+        """Bring the labels of some rows of a plane to `threshold`, but for what was painted."""
+        before = self.thresholds[rows][:, np.newaxis]
+        due = ~np.isnan(before) & (before != self.threshold)
+        if not due.any():
+            return
+        blur, labels = self.blur[rows], self.labels[rows]
+        painted = self.by_hand[rows]
+        new = due & (labels != label_codes(blur, before)) & ~painted
+        if new.any():
+            painted |= new
+        np.copyto(labels, label_codes(blur, self.threshold), where=due & ~painted)
+        self.thresholds[rows][due[:, 0]] = self.threshold
+
+    @property
+    def has_mixed_thresholds(self) -> bool:
+        """Whether some labels have another threshold than they are to have."""
+        known = self.thresholds[~np.isnan(self.thresholds)]
+        return bool((known != self.threshold).any())
 
     def covers(self, box: tuple[range, ...]) -> bool:
         """Whether these planes are among them."""
@@ -72,14 +128,15 @@ def remember(layer: Any, pixels: Pixels) -> None:
 
 
 def pixels_of(viewer: ViewerModel, layer: Image) -> Pixels | None:
-    """Arrays of a layer's result, if both of its layers still show them."""
+    """Arrays of a layer's result, if its layers still show them; the map may have been removed."""
     pixels = _results.get(unwrapped(layer))
     if pixels is None:
         return None
-    for kind, array in (("map", pixels.blur), ("labels", pixels.labels)):
-        shown = find_result(viewer, layer, kind)
-        if shown is None or not np.may_share_memory(shown.data, array):
-            return None
+    labels, blur = (find_result(viewer, layer, kind) for kind in ("labels", "map"))
+    if labels is None or not np.may_share_memory(labels.data, pixels.labels):
+        return None
+    if blur is not None and not np.may_share_memory(blur.data, pixels.blur):
+        return None
     return pixels
 
 
@@ -91,7 +148,9 @@ def reference(data: Any) -> Callable[[], Any]:
         return lambda: data
 
 
-def label_codes(blur: NDArray[np.float32], threshold: float) -> NDArray[np.uint8]:
+def label_codes(
+    blur: NDArray[np.float32], threshold: float | NDArray[np.float32]
+) -> NDArray[np.uint8]:
     """Codes of a blur map: 1 = sharp, 2 = blurred, 0 where it is NaN (not analysed yet)."""
     codes = np.where(blur > threshold, np.uint8(BLURRED), np.uint8(SHARP))
     codes[np.isnan(blur)] = 0
@@ -99,7 +158,10 @@ def label_codes(blur: NDArray[np.float32], threshold: float) -> NDArray[np.uint8
 
 
 def rethreshold(viewer: ViewerModel, layer: Image, threshold: float) -> Iterator[None]:
-    """Label codes of a layer's existing map at another threshold, bit by bit; no inference."""
+    """Move the threshold of a layer's existing labels, bit by bit; no inference.
+
+    Labels that were painted by hand stay as they are.
+    """
     pixels = pixels_of(viewer, layer)
     if pixels is None:
         return
@@ -107,13 +169,17 @@ def rethreshold(viewer: ViewerModel, layer: Image, threshold: float) -> Iterator
     n_rows = max(1, _BLOCK_PX // pixels.blur.shape[-1])
     for index in np.ndindex(pixels.blur.shape[:-2]):
         for top in range(0, pixels.blur.shape[-2], n_rows):
-            rows = (*index, slice(top, top + n_rows))
-            pixels.labels[rows] = label_codes(pixels.blur[rows], threshold)
+            while not pixels.lock.acquire(blocking=False):  # the window does not wait for a worker
+                yield
+            try:
+                pixels.move_threshold((*index, slice(top, top + n_rows)))
+            finally:
+                pixels.lock.release()
             yield
     for kind in ("map", "labels"):
         result = find_result(viewer, layer, kind)
         if result is None:
-            return
+            continue
         record = result.metadata[METADATA_KEY]
         settings = {**record["settings"], "threshold": threshold}
         command = _with_threshold(record["command"], threshold)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from semanticblur_core.errors import SemanticBlurError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,11 @@ class Failure:
 
 
 def guarded(make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-    """What ``make`` yields; errors that a person can act on become a last `Failure`.
+    """What ``make`` yields; an error becomes a last `Failure`.
 
-    RuntimeError, which torch raises when memory runs out, must not leave the generator: the worker
-    would take it for its own deletion and end in silence.
+    None may leave the generator. The worker takes a RuntimeError, which torch raises when memory
+    runs out, for its own deletion and ends in silence; any other is raised again in Qt's event
+    loop, which shows it twice or, without napari's hook for exceptions, ends the process.
     """
     try:
         yield from make()
@@ -36,6 +40,9 @@ def guarded(make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
     except (MemoryError, OSError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         yield Failure(reason)
+    except Exception as error:
+        _log.exception("unforeseen error in the background")
+        yield Failure(f"{type(error).__name__}: {error}")
 
 
 class Run:
@@ -76,7 +83,6 @@ class Run:
         self._worker = create_worker(guarded, make, _start_thread=False)
         self._worker.yielded.connect(self._yielded)
         self._worker.returned.connect(self._returned)
-        self._worker.errored.connect(self._errored)
         self._worker.finished.connect(self._finished)
         self._ended = self._advancing = False
 
@@ -110,9 +116,6 @@ class Run:
     def _returned(self, _: Any) -> None:
         if not isinstance(self._outcome, Failure):
             self._outcome = "done"
-
-    def _errored(self, error: Exception) -> None:
-        self._outcome = Failure(f"{type(error).__name__}: {error}")
 
     def _finished(self) -> None:
         if self._ended:

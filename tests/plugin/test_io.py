@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from napari.layers import Image
 
 from napari_semanticblur import _io
 from semanticblur_core import io
@@ -41,6 +42,22 @@ def test_a_stack_of_maps_comes_back_with_what_was_not_analysed(
     [(data, _, _)] = _io.read_maps(path)
     np.testing.assert_array_equal(data, blur.reshape(data.shape))
     assert data.ndim == blur.ndim or shape[0] == 1  # a TIFF does not count axes of one
+
+
+def test_a_tif_keeps_the_pixel_size_and_the_names_of_the_axes(tmp_path: Path) -> None:
+    blur = np.random.default_rng(0).random((3, 40, 50)).astype(np.float32)
+    layer = Image(blur, scale=(2, -0.5, 250), units=("um", "um", "nm"), axis_labels=("z", "y", "x"))
+    path = tmp_path / "cells_blur.tif"
+    _io.write_map(str(path), *layer.as_layer_data_tuple()[:2])
+    [(data, attributes, _)] = _io.read_maps(str(path))
+    np.testing.assert_array_equal(data, blur)
+    assert attributes["scale"] == [2.0, 0.5, 0.25]
+    assert attributes["units"] == ["um", "um", "um"]
+    assert attributes["axis_labels"] == ["z", "y", "x"]
+    with tifffile.TiffFile(path) as tiff:
+        assert tiff.is_ome
+    _io.write_map(str(path), blur, {"scale": (2, 1, 1), "units": ("pixel",) * 3})
+    assert "scale" not in _io.read_maps(str(path))[0][1]
 
 
 def test_maps_of_the_command_open(tmp_path: Path, random_weights: Path) -> None:

@@ -14,6 +14,8 @@ from napari_semanticblur._layers import (
     plane_index,
     read_source,
     result_placement,
+    show_plane,
+    slider_index,
     visible_region,
 )
 from semanticblur_core.errors import ImageError
@@ -101,6 +103,12 @@ def test_rgb_loses_its_samples_and_nothing_else() -> None:
         (("-5", "-4", "-3", "-2", "-1"), False, "TCZYX"),
         (("x", "y", "z"), False, "ZYX"),
         (("t", "t", "y", "x"), False, "TZYX"),
+        (("slice", "y", "x"), False, "ZYX"),
+        (("slice", "c", "y", "x"), False, "ZCYX"),
+        (("time", "tile", "channel", "y", "x"), False, "TZCYX"),
+        (("cycle", "round", "y", "x"), False, "ZRYX"),
+        (("c", "channel", "z", "y", "x"), False, "CTZYX"),
+        (("-5", "ch", "-3", "-2", "-1"), False, "ZCTYX"),
     ],
 )
 def test_axis_labels_become_letters(labels: tuple[str, ...], rgb: bool, axes: str) -> None:
@@ -116,6 +124,77 @@ def test_the_plane_shown_is_found_through_transforms() -> None:
         assert plane_index(source, viewer, source.planes()) == (z,)
     other = viewer.add_image(np.zeros((40, 50)))
     assert plane_index(read_source(other), viewer, read_source(other).planes()) == ()
+
+
+TILTED: dict[str, dict[str, Any]] = {
+    **TRANSFORMS,
+    "y follows z": {"affine": np.eye(4) + 1.5 * np.eye(4)[[1]].T @ np.eye(4)[[0]]},
+    "z follows y": {"affine": np.eye(4) + 0.3 * np.eye(4)[[0]].T @ np.eye(4)[[1]]},
+    "z mirrored": {"scale": (-2, 1, 1)},
+}
+
+
+def planes_of_their_number(n_planes: int) -> np.ndarray:
+    return np.broadcast_to(np.arange(n_planes, dtype=np.uint8)[:, None, None], (n_planes, 40, 50))
+
+
+def number_shown(layer: Any) -> int:
+    """Of `planes_of_their_number`: what napari has sliced for the canvas."""
+    [number] = np.unique(np.asarray(layer._slice.image.raw)).tolist()
+    return int(number)
+
+
+@pytest.mark.parametrize("name", TILTED)
+def test_the_plane_analysed_is_the_one_that_napari_shows(name: str) -> None:
+    viewer = ViewerModel()
+    layer = viewer.add_image(planes_of_their_number(9), **TILTED[name])
+    source = read_source(layer)
+    start, stop, _ = viewer.dims.range[0]
+    n_shown = 0
+    for point in np.linspace(start, stop, 25):
+        viewer.dims.set_point(0, float(point))
+        [z] = slider_index(source, viewer, source.planes())
+        if 0 <= z < 9:
+            n_shown += 1
+            assert number_shown(layer) == z
+        else:
+            with pytest.raises(ImageError, match="nothing of it is shown"):
+                plane_index(source, viewer, source.planes())
+    assert n_shown > 3
+    show_plane(source, viewer, source.planes(), (6,))
+    assert number_shown(layer) == 6
+
+
+def test_half_steps_are_rounded_as_napari_does() -> None:
+    viewer = ViewerModel()
+    layer = viewer.add_image(planes_of_their_number(9))
+    for half in (0.5, 1.5, 2.5, 3.5, 6.5):
+        viewer.dims.set_point(0, half)
+        source = read_source(layer)
+        assert plane_index(source, viewer, source.planes()) == (number_shown(layer),)
+
+
+def test_sliders_in_other_units_than_the_layer_s() -> None:
+    viewer = ViewerModel()
+    if not hasattr(viewer.dims, "units"):
+        pytest.skip("layers of this napari do not share units")
+    layer = viewer.add_image(planes_of_their_number(9), scale=(2, 1, 1), units=("um",) * 3)
+    viewer.add_image(np.zeros((9, 40, 50)), scale=(2000, 1000, 1000), units=("nm",) * 3)
+    source = read_source(layer)
+    show_plane(source, viewer, source.planes(), (7,))
+    assert number_shown(layer) == 7
+    assert plane_index(source, viewer, source.planes()) == (7,)
+
+
+def test_axes_without_names_have_those_of_the_sliders() -> None:
+    viewer = ViewerModel()
+    layer = viewer.add_image(np.zeros((2, 3, 40, 50)))
+    viewer.add_image(np.zeros((5, 2, 3, 40, 50)))
+    viewer.dims.axis_labels = ("t", "c", "z", "y", "x")
+    assert read_source(layer, viewer=viewer).axes == "CZYX"
+    assert read_source(layer).axes == "TZYX"
+    layer.axis_labels = ("z", "c", "y", "x")
+    assert read_source(layer, viewer=viewer).axes == "ZCYX"
 
 
 def test_layers_that_cannot_be_analysed_are_refused() -> None:

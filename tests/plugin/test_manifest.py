@@ -16,6 +16,14 @@ def test_every_command_resolves() -> None:
     manifest.validate_imports()
 
 
+def test_the_command_palette_offers_only_what_runs_without_arguments() -> None:
+    contributions = PluginManifest.from_file(PACKAGE / "napari.yaml").contributions
+    called = [*(contributions.readers or []), *(contributions.writers or [])]
+    needing = {contribution.command for contribution in called}
+    disabled = {each.id for each in contributions.commands or [] if each.enablement == "False"}
+    assert disabled == needing
+
+
 def test_the_installed_distribution_carries_the_manifest() -> None:
     assert PluginManifest.from_distribution("napari-semanticblur").display_name == "SemanticBlur"
 

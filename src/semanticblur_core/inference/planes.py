@@ -21,6 +21,9 @@ ALL: Region = (slice(None), slice(None))
 # What an estimate of the intensity range reads at most.
 RANGE_PLANES = 16
 RANGE_SAMPLES_PER_PLANE = 250_000
+# Of planes in chunks: pieces of a plane, of whole chunks that have about that side at least.
+RANGE_PIECES = 16
+RANGE_PIECE_PX = 256
 # What the images or planes of one batch hold at most, so that large ones do not fill the memory.
 BATCH_PIXELS = 32_000_000
 
@@ -197,21 +200,68 @@ class Planes:
 
     def iter_range(
         self, indices: Sequence[Sequence[int]] | None = None
-    ) -> Generator[None, None, list[tuple[float, float]] | None]:
-        """`estimate_range` that can be closed after each plane that it reads."""
+    ) -> Generator[int, None, list[tuple[float, float]] | None]:
+        """`estimate_range` that can be closed before each of the pieces that it reads.
+
+        An array in chunks (dask, Zarr) is read in pieces of whole chunks, and of planes of more
+        than 16 such pieces some are read, spread over the plane.
+
+        Yields
+        ------
+        int
+            How many planes have been read.
+        """
         if self.array.dtype in (np.uint8, np.bool_):
             return None
         spread, step = self.range_samples()
         chosen = spread if indices is None else indices
-        part = slice(None, None, step)
+        some, others = self._range_pieces(step, len(chosen))
         samples = []
-        for index in chosen:
-            samples.append(self.view(index).read(part, part))
-            yield
+        for n_read, index in enumerate(chosen):
+            pixels = []
+            for rows, columns in some:
+                yield n_read
+                pixels.append(self._flat(self.view(index).read(rows, columns)))
+            samples.append(np.concatenate(pixels, axis=-1))
+        yield len(chosen)
+        if others and not any(np.isfinite(sample).any() for sample in samples):
+            for index, (rows, columns) in itertools.product(chosen, others):
+                sample = self._flat(self.view(index).read(rows, columns))
+                yield len(chosen)
+                if np.isfinite(sample).any():
+                    samples, chosen = [sample], [index]
+                    break
         channels = [self.channel(index) for index in chosen]
         return range_of_samples(
             samples, channels, n_ranges=self.n_ranges, is_mean=self.channels == "mean"
         )
+
+    def _flat(self, pixels: NDArray[Any]) -> NDArray[Any]:
+        """Pixels in a row, of each channel where their mean is taken."""
+        return pixels.reshape(len(pixels), -1) if self.channels == "mean" else pixels.ravel()
+
+    def _range_pieces(self, step: int, n_planes: int) -> tuple[list[Region], list[Region]]:
+        """Pieces of a plane that an estimate of the range reads, and those that it leaves out."""
+        chunks = getattr(self.array, "chunks", None)
+        if not chunks:
+            part = slice(None, None, step)
+            return [(part, part)], []
+        sides = []
+        for axis in "YX":
+            side = int(np.max(chunks[self.axes.index(axis)]))
+            sides.append(side * math.ceil(RANGE_PIECE_PX / side))
+        rows, columns = map(_pieces, self.plane_shape, sides, (step, step))
+        if len(rows) * len(columns) <= RANGE_PIECES:
+            return list(itertools.product(rows, columns)), []
+        n = max(4, RANGE_PIECES // n_planes)
+        step = max(1, math.ceil(math.sqrt(n * math.prod(sides) / RANGE_SAMPLES_PER_PLANE)))
+        rows, columns = map(_pieces, self.plane_shape, sides, (step, step))
+        # Even over the rows, and over the columns by steps of the golden ratio.
+        places = [
+            (int((i + 0.5) / n * len(rows)), int(i * 0.618034 % 1 * len(columns))) for i in range(n)
+        ]
+        some = [(rows[i], columns[j]) for i, j in dict.fromkeys(places)]
+        return some, [piece for piece in itertools.product(rows, columns) if piece not in some]
 
     def range_samples(self) -> tuple[list[tuple[int, ...]], int]:
         """Planes that an estimate of the range reads, and the step between rows and columns."""
@@ -290,6 +340,13 @@ class PlaneView:
         ]
         mean: NDArray[np.float32] = np.asarray(np.mean(each, axis=0, dtype=np.float32))
         return mean / np.float32(255) if each[0].dtype == np.uint8 else mean
+
+
+def _pieces(length: int, side: int, step: int) -> list[slice]:
+    """Slices of every ``step``-th index, which together take what one slice of all takes."""
+    starts = range(0, length, side)
+    slices = [slice(s + -s % step, min(s + side, length), step) for s in starts]
+    return [each for each in slices if each.start < each.stop]
 
 
 def range_of_samples(

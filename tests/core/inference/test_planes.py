@@ -1,5 +1,6 @@
 """Stacks of any axes: what is read, in which order, with which intensities."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -170,3 +171,48 @@ def test_what_is_said_to_be_finished_is(detector: Detector) -> None:
     assert 0 < shares[0] < shares[1] < 1
     for so_far, part in states:
         np.testing.assert_array_equal(so_far[part], blur[part])
+
+
+class Chunked:
+    """An array that says its chunks, as Zarr does, and counts which of them are read."""
+
+    def __init__(self, array: np.ndarray, chunks: tuple[int, ...]) -> None:
+        self.array, self.chunks = array, chunks
+        self.shape, self.dtype = array.shape, array.dtype
+        self.read: set[tuple[int, ...]] = set()
+
+    def __getitem__(self, key: tuple[int | slice, ...]) -> np.ndarray:
+        spans = []
+        for part, length, side in zip(key, self.shape, self.chunks, strict=True):
+            inside = range(length)[part] if isinstance(part, slice) else [part]
+            spans.append(sorted({i // side for i in inside}))
+        self.read |= set(itertools.product(*spans))
+        return np.asarray(self.array[key])
+
+
+def test_the_range_of_a_large_plane_in_chunks_is_that_of_a_few_of_them() -> None:
+    rng = np.random.default_rng(0)
+    plane = np.broadcast_to(rng.integers(0, 9999, (1, 10_000, 1), np.uint16), (2, 10_000, 10_000))
+    lazy = Chunked(plane, (1, 500, 500))
+    n_read = [len(lazy.read) for _ in Planes(lazy, "ZYX").iter_range([(1,)])]
+    assert n_read == list(range(17))  # it can be closed before each of 16 chunks, of 400
+    assert {z for z, _, _ in lazy.read} == {1}
+    assert len({y for _, y, _ in lazy.read}) == 16
+    assert len({x for _, _, x in lazy.read}) > 12
+    [(low, high)] = Planes(lazy, "ZYX").estimate_range([(1,)]) or []
+    assert (low, high) == pytest.approx(np.percentile(plane[1, :, 0], (0.1, 99.9)), abs=30)
+
+
+def test_the_range_of_few_chunks_is_that_of_an_array_in_memory(rng: np.random.Generator) -> None:
+    for axes, channels in (("CYX", "each"), ("CYX", "mean"), ("CYX", 1)):
+        array = rng.normal(size=(2, 1300, 1100)).astype(np.float32)
+        lazy = Chunked(array, (1, 300, 512))
+        expected = Planes(array, axes, channels).estimate_range()
+        assert Planes(lazy, axes, channels).estimate_range() == expected
+
+
+def test_a_plane_of_which_only_a_corner_is_known_has_a_range() -> None:
+    array = np.full((5000, 5000), np.nan, np.float32)
+    array[3000:3100, 10:110] = np.linspace(2, 3, 100)
+    limits = Planes(Chunked(array, (500, 500)), "YX").estimate_range() or []
+    assert limits[0] == pytest.approx((2, 3), abs=0.2)
