@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from napari_semanticblur._layers import METADATA_KEY, Source, read_source, unwrapped
+from napari_semanticblur._layers import (
+    METADATA_KEY,
+    Source,
+    read_source,
+    shown_position,
+    unwrapped,
+)
 from semanticblur_core.data.autosave import JOURNALS
 from semanticblur_core.data.journal import read_leftover
 from semanticblur_core.data.store import AnnotationStore, read_array, same_pixels
@@ -53,8 +59,7 @@ def shown_plane(viewer: ViewerModel, layer: Labels) -> Plane | None:
     """Index of the plane of a layer that is shown; None where none is, or more than one."""
     if tuple(viewer.dims.displayed) != (viewer.dims.ndim - 2, viewer.dims.ndim - 1):
         return None
-    position = layer.world_to_data(viewer.dims.point)[: layer.ndim - 2]
-    plane = tuple(round(float(p)) for p in position)
+    plane = tuple(int(p) for p in shown_position(layer, viewer))
     # Beside a longer stack the sliders go on where this one has ended.
     inside = all(0 <= i < n for i, n in zip(plane, layer.data.shape[:-2], strict=True))
     return plane if inside else None

@@ -343,7 +343,8 @@ class FocusWidget(Container):  # type: ignore[type-arg]
     def _source(self, layer: Any) -> Source:
         if layer is None:
             raise ImageError("open an image first")
-        return read_source(layer, level=coarse_level(layer, at_least_px=LEVEL_SIDE_PX))
+        level = coarse_level(layer, at_least_px=LEVEL_SIDE_PX)
+        return read_source(layer, level=level, viewer=self._viewer)
 
     def _channels_of(self, layer: Any) -> Any:
         return self.channels.value if layer is unwrapped(self.layer.value) else "each"

@@ -143,7 +143,7 @@ def coarse_level(layer: Image, *, at_least_px: int) -> int:
 
 def slider_index(source: Source, viewer: ViewerModel, planes: Planes) -> tuple[int, ...]:
     """Index along the walked axes at which the viewer's sliders are; it may lie outside."""
-    shown = np.round(_position(source.layer, _sliders(source.layer, viewer)))
+    shown = shown_position(source.layer, viewer)
     index = []
     for axis in planes.walked_axes:
         place = source.layer_axes.index(axis)
@@ -173,6 +173,11 @@ def require_inside(source: Source, planes: Planes, index: Iterable[int]) -> None
                 f"{source.layer.name}: nothing of it is shown, the slider along {axis} is at plane "
                 f"{i} and it has 0 to {length - 1}; move the slider to where the image is"
             )
+
+
+def shown_position(layer: Any, viewer: ViewerModel) -> NDArray[np.float64]:
+    """Whole index, along all axes of the layer but the last two, at which napari shows it."""
+    return np.round(_position(layer, _sliders(layer, viewer)))
 
 
 def _sliders(layer: Any, viewer: ViewerModel) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from napari_semanticblur._layers import (
 from napari_semanticblur._painted import Annotated, as_bytes, save_layers
 from napari_semanticblur._worker import Announcement, Failure, Run
 from semanticblur_core import weights
-from semanticblur_core.errors import DataError, SemanticBlurError
+from semanticblur_core.errors import DataError, ImageError, SemanticBlurError
 from semanticblur_core.training.background import BackgroundFinetune, FinetuneCommand, Progress
 
 if TYPE_CHECKING:
@@ -109,7 +110,10 @@ class Tuning:
         self._latest: NDArray[np.float32] | None = None
         self._shows_before = False
         self.preview_layer: Image | None = None
-        self._preview_source = self._plane(preview) if preview is not None else None
+        self._preview_source = None
+        if preview is not None:
+            with suppress(ImageError):  # none of its planes is shown: no preview
+                self._preview_source = self._plane(preview)
         self._run = Run(
             self._work,
             title=None,  # the widget shows more, and the training needs the processor

@@ -7,6 +7,7 @@ import pytest
 from napari.components import ViewerModel
 from napari.layers import Image, Labels
 
+from napari_semanticblur._annotation_source import shown_plane
 from napari_semanticblur._layers import (
     axis_letters,
     coarse_level,
@@ -148,12 +149,15 @@ def number_shown(layer: Any) -> int:
 def test_the_plane_analysed_is_the_one_that_napari_shows(name: str) -> None:
     viewer = ViewerModel()
     layer = viewer.add_image(planes_of_their_number(9), **TILTED[name])
+    labels = viewer.add_labels(np.zeros((9, 40, 50), np.uint8), **TILTED[name])
     source = read_source(layer)
     start, stop, _ = viewer.dims.range[0]
     n_shown = 0
     for point in np.linspace(start, stop, 25):
         viewer.dims.set_point(0, float(point))
         [z] = slider_index(source, viewer, source.planes())
+        # What is painted on is that plane too.
+        assert shown_plane(viewer, labels) == ((z,) if 0 <= z < 9 else None)
         if 0 <= z < 9:
             n_shown += 1
             assert number_shown(layer) == z
