@@ -252,8 +252,8 @@ def rescue() -> list[str]:
             lock = Lock(folder)
         except DataError:  # a run that is alive has locked it
             continue
-        name = _keep_best(folder, folder.name.removeprefix(_RUN).rpartition("-")[0])
-        lock.close()
+        with lock:
+            name = _keep_best(folder, folder.name.removeprefix(_RUN).rpartition("-")[0])
         shutil.rmtree(folder, ignore_errors=True)
         kept += [] if name is None else [name]
     return kept
