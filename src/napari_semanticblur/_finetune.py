@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from napari.viewer import Viewer
 
 QUICK, THOROUGH, CUSTOM_STEPS = "quick, about a minute", "thorough", "custom"
+_LET_GO = (("forgetting_limit", "1"), ("drift_limit", "1"))
 _BUDGETS = {QUICK: "quick", THOROUGH: "thorough", CUSTOM_STEPS: "quick"}
 
 
@@ -161,7 +162,7 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
             seed=int(self.seed.value),
             size=sizes.get(self.size.value, int(self.custom_size.value)),
             device=str(self.device.value),
-            settings=() if self.keep_photographs.value else (("forgetting_limit", "1"),),
+            settings=() if self.keep_photographs.value else _LET_GO,
         )
 
     def run(self) -> None:

@@ -245,6 +245,9 @@ class FinetuneConfig(_Config):
     forgetting_limit
         By how much the error on generated photographs may rise: the weights are drawn back towards
         the base's until it rises by no more.
+    drift_limit
+        By how much, likewise, maps of photographs as they are may differ from the base's in the
+        mean.
     held_out_share
         Share of the strokes of each class that is held out.
     image_size_px
@@ -269,6 +272,7 @@ class FinetuneConfig(_Config):
     validate_every: int = 5
     patience: int = 4
     forgetting_limit: float = 0.008
+    drift_limit: float = 0.05
     held_out_share: float = 0.25
     image_size_px: int = 320
     window_px: int = 144
@@ -287,7 +291,7 @@ class FinetuneConfig(_Config):
         for name in ("learning_rate", "gradient_clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected above 0, got {getattr(self, name)}")
-        for name in ("replay_weight", "backbone_rate_factor", "forgetting_limit"):
+        for name in ("replay_weight", "backbone_rate_factor", "forgetting_limit", "drift_limit"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for name in ("held_out_share", "ema_decay"):

@@ -47,6 +47,7 @@ from semanticblur_core.training.tuner import (
     held_out_loss,
     inside,
     learning_rate,
+    map_drift,
     photograph_error,
     random_window,
     stroke_loss,
@@ -242,19 +243,22 @@ def finetune(
     )
     looked_at = [view for view in plain if (view.held_out > 0).any()]
     replayed, watched = photographs.replayed(config), photographs.watched(config)
-    total = len(made) + len(looked_at) + len(replayed) + len(watched)
+    untouched = photographs.untouched(config)
+    total = len(made) + len(looked_at) + len(replayed) + len(watched) + len(untouched)
     n_done = 0
     for kind, pictures in (
         ("user", [view.image for view in made]),
         ("held out", [view.image for view in looked_at]),
         ("replay", replayed),
         ("watched", [example.image[0] for example in watched]),
+        ("untouched", untouched),
     ):
         for picture in pictures:
             tuner.remember(kind, picture)
             n_done += 1
             yield FinetuneUpdate("preparing", n_done, total)
-    tuner.keep_answers("replay")
+    for kind in ("replay", "untouched"):
+        tuner.keep_answers(kind)
     checked = photographs.checked(config)
     base_detector = Detector(weights.load(base)[0], device=str(chosen.device), precision="float32")
     forgetting_before = photographs.error_on(base_detector, checked)
@@ -343,7 +347,7 @@ def _train(
         for share in shares:
             with tuner.averaged(share):
                 error = photograph_error(tuner, watched)
-                bears = error <= limit
+                bears = error <= limit and map_drift(tuner, "untouched") <= config.drift_limit
                 if not bears and share != shares[-1]:
                     continue
                 # What photographs bear changes slowly: the next look begins one place before.

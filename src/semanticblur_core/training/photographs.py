@@ -22,22 +22,26 @@ from semanticblur_core.inference.detector import Detector
 
 _REPLAYED = ("astronaut", "brick", "coffee", "grass", "motorcycle_left", "rocket")
 _CHECKED = ("camera", "chelsea", "gravel")
+_UNTOUCHED = ("astronaut", "camera", "chelsea", "coffee", "motorcycle_left", "rocket")
 _N_CHECKED = 6
 
 
 def replayed(config: FinetuneConfig) -> list[Tensor]:
     """Photographs ``(3, S, S)``: a third as they are, whole, the rest with generated defocus."""
     files = _photographs(_REPLAYED)
-    side = config.image_size_px
     n_whole = config.n_replay // 3
     whole = []
     for i in range(n_whole):
-        rgb = squash(io.read_rgb8(files[i % len(files)]), side, side)
-        image = torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
+        image = _squashed(files[i % len(files)], config)
         whole.append(image.flip(-1) if i // len(files) % 2 else image)
     rng = np.random.default_rng(77)
     made = _generated(_REPLAYED, config.n_replay - n_whole, config, rng)
     return whole + [example.image[0] for example in made]
+
+
+def untouched(config: FinetuneConfig) -> list[Tensor]:
+    """Photographs ``(3, S, S)`` as they are, on which the maps are to stay much the same."""
+    return [_squashed(file, config) for file in _photographs(_UNTOUCHED)]
 
 
 def checked(config: FinetuneConfig) -> list[Example]:
@@ -48,6 +52,11 @@ def checked(config: FinetuneConfig) -> list[Example]:
 def watched(config: FinetuneConfig) -> list[Example]:
     """What is looked at during training: the same photographs, out of focus elsewhere."""
     return _generated(_CHECKED, _N_CHECKED, config, np.random.default_rng(79))
+
+
+def _squashed(file: Path, config: FinetuneConfig) -> Tensor:
+    rgb = squash(io.read_rgb8(file), config.image_size_px, config.image_size_px)
+    return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
 
 
 def _generated(

@@ -216,3 +216,13 @@ def photograph_error(tuner: Tuner, watched: Sequence[Example]) -> float:
             gap = (blur - example.blurred[0, 0].float()).abs()
             errors.append(float(gap[labelled].mean()))
     return float(np.mean(errors))
+
+
+@torch.no_grad()
+def map_drift(tuner: Tuner, kind: str) -> float:
+    """Mean absolute difference of the maps from what `Tuner.keep_answers` kept."""
+    gaps = [
+        float((torch.sigmoid(tuner.logits(kind, [i]))[0] - answer).abs().mean())
+        for i, answer in enumerate(tuner.answers(kind))
+    ]
+    return float(np.mean(gaps))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from skimage import data
 
 from semanticblur_core import Detector, finetune, weights
 from semanticblur_core.config import FinetuneConfig, ModelConfig
@@ -28,6 +29,7 @@ TINY = FinetuneConfig(
     window_px=40,
     replay_weight=1.0,
     forgetting_limit=1.0,
+    drift_limit=1.0,
 )
 
 
@@ -185,6 +187,25 @@ def test_what_photographs_do_not_bear_is_not_kept() -> None:
     free = run("default", images=images)
     assert max(u.photographs for u in free if u.photographs is not None) > first.photographs
     assert any(update.is_best for update in free)
+
+
+def test_maps_of_photographs_stay_much_the_same(tmp_path: Path) -> None:
+    images = [swapped(image) for image in noise_and_smooth()]
+    photos = [data.astronaut(), data.camera(), data.chelsea(), data.coffee(), data.rocket()]
+    base = Detector("default", device="cpu")
+
+    def drift(limit: float) -> float:
+        path = tmp_path / f"{limit}.safetensors"
+        run("default", dataclasses.replace(TINY, drift_limit=limit), images=images, output=path)
+        tuned = Detector(str(path), device="cpu")
+        gaps = [
+            float(np.abs(tuned.detect(photo, size=64) - base.detect(photo, size=64)).mean())
+            for photo in photos
+        ]
+        return float(np.mean(gaps))
+
+    assert drift(0.02) < 0.03
+    assert drift(1.0) > 0.05
 
 
 def test_the_best_so_far_is_a_file_at_any_moment(small_model: str, tmp_path: Path) -> None:
