@@ -272,7 +272,7 @@ class FinetuneConfig(_Config):
     validate_every: int = 5
     patience: int = 4
     forgetting_limit: float = 0.008
-    drift_limit: float = 0.05
+    drift_limit: float = 0.055
     held_out_share: float = 0.25
     image_size_px: int = 320
     window_px: int = 144

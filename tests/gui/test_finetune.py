@@ -23,7 +23,7 @@ from napari_semanticblur._painted import annotated_layers
 from napari_semanticblur._settings import preferences
 from semanticblur_core import weights
 from semanticblur_core.config import ModelConfig
-from semanticblur_core.data.focal_stack import FocalStack, focal_stack
+from semanticblur_core.data.focal_stack import focal_stack
 from semanticblur_core.data.store import AnnotationStore, read_store
 from semanticblur_core.network import SemanticBlur
 
@@ -121,34 +121,37 @@ def f_beta(blurred: np.ndarray, truth: np.ndarray) -> float:
     return 1.3 * precision * recall / max(1e-9, 0.3 * precision + recall)
 
 
-def paint_five_strokes(layer: Any, stack: FocalStack) -> list[int]:
-    """Where the packaged model is wrong: the rims of what is sharp, and just beside; two planes.
+def dim_stack() -> tuple[np.ndarray, np.ndarray]:
+    """Planes of cells with the noise of a dim camera, in which the packaged model sees focus.
 
-    As napari's own mouse callback paints.
+    And where they are blurred.
     """
-    sharp = {z: np.flatnonzero(~stack.blurred[z, 0]) for z in (2, 4)}
+    stack = focal_stack(n_planes=7, size_px=320, kind="cells", largest_radius_px=5.0)
+    noise = np.random.default_rng(0).normal(0, 15, stack.images.shape)
+    return np.clip(stack.images + noise, 0, 255).astype(np.uint8), stack.blurred
+
+
+def paint_five_strokes(layer: Any) -> list[int]:
+    """Down the planes 2 and 4, well inside of what is sharp and what is blurred there.
+
+    As napari's own mouse callback paints. Returns the planes that were not painted on.
+    """
     layer.brush_size = 9
-    for plane, top, bottom, column, code in (
-        (2, 16, 120, sharp[2][8], 1),
-        (2, 160, 300, sharp[2][-8], 1),
-        (2, 16, 300, sharp[2][-1] + 12, 2),
-        (4, 30, 280, sharp[4][8], 1),
-        (4, 16, 300, sharp[4][0] - 12, 2),
-    ):
+    for plane, column, code in ((2, 120, 1), (2, 250, 2), (2, 290, 2), (4, 70, 2), (4, 200, 1)):
         layer.selected_label = code
         with layer.block_history():
-            layer._draw(code, (plane, top, column), (plane, bottom, column))
-    return [z for z in range(len(stack.images)) if z not in (2, 4)]
+            layer._draw(code, (plane, 16, column), (plane, 300, column))
+    return [0, 1, 3, 5, 6]
 
 
 @pytest.mark.timeout(900)
 def test_the_whole_loop(qtbot: Any, viewer: Any, widget: Any) -> None:
-    """Open, detect, paint five strokes, fine-tune as it comes, detect again.
+    """Open, detect, paint five strokes, fine-tune for this microscope alone, detect again.
 
-    Planes that were never painted are right, photographs not forgotten, and the time is short.
+    Planes that were never painted are right, and the time is short.
     """
-    stack = focal_stack(n_planes=7, size_px=320, kind="cells", largest_radius_px=5.0)
-    layer = viewer.add_image(stack.images, name="stack")
+    images, blurred = dim_stack()
+    layer = viewer.add_image(images, name="stack")
     viewer.dims.set_point(0, 3)
     _, detect = viewer.window.add_plugin_dock_widget("napari-semanticblur", "Detect defocus blur")
     detect.planes.value = _detect.ALL
@@ -158,10 +161,11 @@ def test_the_whole_loop(qtbot: Any, viewer: Any, widget: Any) -> None:
     _, annotate = viewer.window.add_plugin_dock_widget("napari-semanticblur", "Annotate blur")
     annotate.layer.value = layer
     annotate.annotate()
-    untouched = paint_five_strokes(annotate.current.layer, stack)
+    untouched = paint_five_strokes(annotate.current.layer)
     widget.layers.value = ["stack annotation"]
     widget.size.value = _detect.PAPER
     widget.budget.value = _finetune.QUICK
+    widget.keep_photographs.value = False
     viewer.layers.selection.active = layer
     qtbot.wait(500)  # what the strokes and the new widgets left to draw
     gc.collect()
@@ -172,14 +176,13 @@ def test_the_whole_loop(qtbot: Any, viewer: Any, widget: Any) -> None:
     gc.unfreeze()
     print(f"longest turn {max(seconds):.3f} s, by the clock {max(turns.waits):.3f} s")
     assert widget._last_tuning.kept == "my model@1"
-    assert not widget._last_tuning.last.result["has_forgotten"]
     detect.model.value = "my model"
     finish(qtbot, detect)
     whole_s = time.perf_counter() - begin
     print(f"the whole loop took {whole_s:.0f} s")
     assert whole_s < 180  # 90 s on two cores that do nothing else, see docs/finetune.md
     after = find_result(viewer, layer, "labels").data
-    truth = stack.blurred[untouched]
+    truth = blurred[untouched]
     scores = [f_beta(codes[untouched] == 2, truth) for codes in (before, after)]
     assert scores[1] - scores[0] >= 0.1, scores
     assert len(seconds) > 100
@@ -190,12 +193,13 @@ def test_the_whole_loop(qtbot: Any, viewer: Any, widget: Any) -> None:
     np.testing.assert_allclose(preview.translate, (3, 0, 0))
     shown = preview.data.copy()
     widget.show_before.value = True
-    assert f_beta(preview.data[0] > 0.5, stack.blurred[3]) < f_beta(shown[0] > 0.5, truth[2])
+    assert f_beta(preview.data[0] > 0.5, blurred[3]) < f_beta(shown[0] > 0.5, truth[2])
     assert "before" in widget.table.value
     if os.environ.get("SEMANTICBLUR_DATA"):
         before_mae = weights.read_info(weights.resolve("default")).metrics["mae"]
         after_mae = photographs_mae(Path(os.environ["SEMANTICBLUR_DATA"]), "my model")
-        assert after_mae <= before_mae + 0.01
+        print(f"validation photographs: MAE {before_mae:.4f} before, {after_mae:.4f} after")
+        assert after_mae <= before_mae + 0.03  # they were let go
 
 
 def photographs_mae(data_dir: Path, model: str) -> float:
