@@ -22,7 +22,7 @@ from measure_gui import PLUGIN, TITLE, Pulse, until, until_idle
 from numpy.typing import NDArray
 from qtpy.QtCore import QTimer
 
-from semanticblur_core.data.focal_stack import FocalStack, focal_stack
+from semanticblur_core.data.focal_stack import focal_stack
 
 SIZE = (1250, 1000)
 PAINTED = (2, 4)
@@ -48,20 +48,13 @@ class Work:
         return self.longest_s
 
 
-def paint(layer: Any, stack: FocalStack) -> None:
-    """Five strokes nine pixels wide: the rims of what is sharp, and just beside."""
-    sharp = {z: np.flatnonzero(~stack.blurred[z, 0]) for z in PAINTED}
+def paint(layer: Any) -> None:
+    """Five strokes nine pixels wide, well inside of what is sharp and what is blurred."""
     layer.brush_size = 9
-    for plane, top, bottom, column, code in (
-        (2, 16, 120, sharp[2][8], 1),
-        (2, 160, 300, sharp[2][-8], 1),
-        (2, 16, 300, sharp[2][-1] + 12, 2),
-        (4, 30, 280, sharp[4][8], 1),
-        (4, 16, 300, sharp[4][0] - 12, 2),
-    ):
+    for plane, column, code in ((2, 120, 1), (2, 250, 2), (2, 290, 2), (4, 70, 2), (4, 200, 1)):
         layer.selected_label = code
         with layer.block_history():
-            layer._draw(code, (plane, top, column), (plane, bottom, column))
+            layer._draw(code, (plane, 16, column), (plane, 300, column))
 
 
 def f_beta(blurred: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
@@ -78,9 +71,11 @@ def run(widget: Any) -> float:
 def main() -> None:
     """Drive the application, write the pictures, print the figures."""
     stack = focal_stack(n_planes=7, size_px=320, kind="cells", largest_radius_px=5.0)
+    noise = np.random.default_rng(0).normal(0, 15, stack.images.shape)  # of a dim camera
+    images = np.clip(stack.images + noise, 0, 255).astype(np.uint8)
     viewer = napari.Viewer()
     viewer.window.resize(*SIZE)
-    layer = viewer.add_image(stack.images, name="cells")
+    layer = viewer.add_image(images, name="cells")
     _, detect = viewer.window.add_plugin_dock_widget(PLUGIN, TITLE)
     detect.planes.value = "all"
     viewer.dims.set_point(0, 3)
@@ -94,11 +89,12 @@ def main() -> None:
     dock, annotate = viewer.window.add_plugin_dock_widget(PLUGIN, "Annotate blur")
     annotate.layer.value = layer
     annotate.annotate()
-    paint(annotate.current.layer, stack)
+    paint(annotate.current.layer)
     dock.hide()
     _, widget = viewer.window.add_plugin_dock_widget(PLUGIN, "Fine-tune blur model")
     widget.layers.value = ["cells annotation"]
     widget.output.value = "my microscope"
+    widget.keep_photographs.value = False
     viewer.layers.selection.active = layer
     until_idle(0.3)
     started = time.perf_counter()
@@ -116,6 +112,7 @@ def main() -> None:
     print(widget.status.value, flush=True)
     preview = next(x for x in viewer.layers if "my microscope" in x.name)
     preview.visible = False
+    detect.model.value = "my microscope"
     seconds["detect again"] = run(detect)
     whole_s = time.perf_counter() - begin
     after = result.data.copy()
