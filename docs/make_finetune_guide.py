@@ -59,6 +59,8 @@ def paint(layer: Any) -> None:
 
 def f_beta(blurred: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
     hits = np.count_nonzero(blurred & truth)
+    if not hits:
+        return 0.0
     precision, recall = hits / np.count_nonzero(blurred), hits / np.count_nonzero(truth)
     return float(1.3 * precision * recall / (0.3 * precision + recall))
 
