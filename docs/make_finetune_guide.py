@@ -72,12 +72,10 @@ def run(widget: Any) -> float:
 
 def main() -> None:
     """Drive the application, write the pictures, print the figures."""
-    stack = focal_stack(n_planes=7, size_px=320, kind="cells", largest_radius_px=5.0)
-    noise = np.random.default_rng(0).normal(0, 15, stack.images.shape)  # of a dim camera
-    images = np.clip(stack.images + noise, 0, 255).astype(np.uint8)
+    stack = focal_stack(n_planes=7, size_px=320, kind="cells", largest_radius_px=5.0, noise=20)
     viewer = napari.Viewer()
     viewer.window.resize(*SIZE)
-    layer = viewer.add_image(images, name="cells")
+    layer = viewer.add_image(stack.images, name="cells")
     _, detect = viewer.window.add_plugin_dock_widget(PLUGIN, TITLE)
     detect.planes.value = "all"
     viewer.dims.set_point(0, 3)
@@ -96,7 +94,6 @@ def main() -> None:
     _, widget = viewer.window.add_plugin_dock_widget(PLUGIN, "Fine-tune blur model")
     widget.layers.value = ["cells annotation"]
     widget.output.value = "my microscope"
-    widget.keep_photographs.value = False
     viewer.layers.selection.active = layer
     until_idle(0.3)
     started = time.perf_counter()

@@ -228,6 +228,8 @@ class FinetuneConfig(_Config):
         Generated photographs in all.
     replay_weight
         Weight of their loss beside that of the labels.
+    importance_damping
+        How much less weights move that the maps of those photographs depend on; 0 moves all alike.
     frozen_stages
         Stages of the backbone, from the image on, that stay as they are; what they say of each view
         is computed once.
@@ -241,7 +243,7 @@ class FinetuneConfig(_Config):
         Decay per step of the moving average of the weights that is looked at and kept.
     validate_every, patience
         Steps between looks at the held-out labels, and how many looks without progress end the run,
-        counted from the half of it on: early on, the labels and what is replayed still pull apart.
+        counted from the half of it on.
     forgetting_limit
         By how much the error on generated photographs may rise: the weights are drawn back towards
         the base's until it rises by no more.
@@ -263,16 +265,17 @@ class FinetuneConfig(_Config):
     n_views: int = 30
     replay_size: int = 4
     n_replay: int = 24
-    replay_weight: float = 1.0
+    replay_weight: float = 2.0
+    importance_damping: float = 1.0
     frozen_stages: int = 4
-    learning_rate: float = 0.03
+    learning_rate: float = 0.04
     ema_decay: float = 0.8
     backbone_rate_factor: float = 0.05
     gradient_clip_norm: float = 1.0
-    validate_every: int = 5
+    validate_every: int = 6
     patience: int = 4
-    forgetting_limit: float = 0.008
-    drift_limit: float = 0.055
+    forgetting_limit: float = 0.015
+    drift_limit: float = 0.06
     held_out_share: float = 0.25
     image_size_px: int = 320
     window_px: int = 144
@@ -291,7 +294,8 @@ class FinetuneConfig(_Config):
         for name in ("learning_rate", "gradient_clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected above 0, got {getattr(self, name)}")
-        for name in ("replay_weight", "backbone_rate_factor", "forgetting_limit", "drift_limit"):
+        not_negative = ("replay_weight", "importance_damping", "backbone_rate_factor")
+        for name in (*not_negative, "forgetting_limit", "drift_limit"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for name in ("held_out_share", "ema_decay"):

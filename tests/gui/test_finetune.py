@@ -121,16 +121,6 @@ def f_beta(blurred: np.ndarray, truth: np.ndarray) -> float:
     return 1.3 * precision * recall / max(1e-9, 0.3 * precision + recall)
 
 
-def dim_stack() -> tuple[np.ndarray, np.ndarray]:
-    """Planes of cells with the noise of a dim camera, in which the packaged model sees focus.
-
-    And where they are blurred.
-    """
-    stack = focal_stack(n_planes=7, size_px=320, kind="cells", largest_radius_px=5.0)
-    noise = np.random.default_rng(0).normal(0, 15, stack.images.shape)
-    return np.clip(stack.images + noise, 0, 255).astype(np.uint8), stack.blurred
-
-
 def paint_five_strokes(layer: Any) -> list[int]:
     """Down the planes 2 and 4, well inside of what is sharp and what is blurred there.
 
@@ -146,11 +136,14 @@ def paint_five_strokes(layer: Any) -> list[int]:
 
 @pytest.mark.timeout(900)
 def test_the_whole_loop(qtbot: Any, viewer: Any, widget: Any) -> None:
-    """Open, detect, paint five strokes, fine-tune for this microscope alone, detect again.
+    """Open, detect, paint five strokes, fine-tune, detect again.
 
-    Planes that were never painted are right, and the time is short.
+    Planes that were never painted are right, photographs are not forgotten, and the time is short.
+    In the noise of a dim camera the packaged model sees focus where there is none.
     """
-    images, blurred = dim_stack()
+    images, _, blurred = focal_stack(
+        n_planes=7, size_px=320, kind="cells", largest_radius_px=5.0, noise=20
+    )
     layer = viewer.add_image(images, name="stack")
     viewer.dims.set_point(0, 3)
     _, detect = viewer.window.add_plugin_dock_widget("napari-semanticblur", "Detect defocus blur")
@@ -165,7 +158,6 @@ def test_the_whole_loop(qtbot: Any, viewer: Any, widget: Any) -> None:
     widget.layers.value = ["stack annotation"]
     widget.size.value = _detect.PAPER
     widget.budget.value = _finetune.QUICK
-    widget.keep_photographs.value = False
     viewer.layers.selection.active = layer
     qtbot.wait(500)  # what the strokes and the new widgets left to draw
     gc.collect()
@@ -180,6 +172,7 @@ def test_the_whole_loop(qtbot: Any, viewer: Any, widget: Any) -> None:
     print(f"the click {click_s:.3f} s, then the longest turn {max(seconds):.3f} s")
     print(f"by the clock {max(turns.waits):.3f} s")
     assert widget._last_tuning.kept == "my model@1"
+    assert not widget._last_tuning.last.result["has_forgotten"]
     detect.model.value = "my model"
     finish(qtbot, detect)
     whole_s = time.perf_counter() - begin
@@ -204,7 +197,7 @@ def test_the_whole_loop(qtbot: Any, viewer: Any, widget: Any) -> None:
         before_mae = weights.read_info(weights.resolve("default")).metrics["mae"]
         after_mae = photographs_mae(Path(os.environ["SEMANTICBLUR_DATA"]), "my model")
         print(f"validation photographs: MAE {before_mae:.4f} before, {after_mae:.4f} after")
-        assert after_mae <= before_mae + 0.03  # they were let go
+        assert after_mae <= before_mae + 0.01
 
 
 def photographs_mae(data_dir: Path, model: str) -> float:

@@ -35,6 +35,7 @@ def focal_stack(
     blurred_above_px: float = 2.0,
     seed: int = 0,
     kind: Literal["discs", "cells"] = "discs",
+    noise: float = 1.5,
 ) -> FocalStack:
     """A textured slope, near at the left and far at the right, focused from left to right.
 
@@ -54,6 +55,8 @@ def focal_stack(
     kind
         ``discs`` of all sizes, or grainy ``cells`` on an even ground as in a bright-field
         microscope.
+    noise
+        Standard deviation of the camera's noise in grey levels; 15 is a dim image.
     """
     rng = np.random.default_rng(seed)
     scene = _texture(size_px, rng) if kind == "discs" else _cells(size_px, rng)
@@ -70,7 +73,7 @@ def focal_stack(
         share = position - low
         plane = blurred[low, :, columns] * (1 - share)[:, None]
         plane += blurred[low + 1, :, columns] * share[:, None]
-        noisy = plane.T + rng.normal(0, 1.5, (size_px, size_px))
+        noisy = plane.T + rng.normal(0, noise, (size_px, size_px))
         images[z] = np.clip(np.round(noisy), 0, 255).astype(np.uint8)
         radius[z] = here
     return FocalStack(images, radius, radius > blurred_above_px)

@@ -20,8 +20,9 @@ from semanticblur_core.data.squash import squash
 from semanticblur_core.errors import DataError
 from semanticblur_core.inference.detector import Detector
 
-_REPLAYED = ("astronaut", "brick", "coffee", "grass", "motorcycle_left", "rocket")
-_CHECKED = ("camera", "chelsea", "gravel")
+# Camera and chelsea are the first to be forgotten.
+_REPLAYED = ("brick", "camera", "chelsea", "grass", "motorcycle_left", "rocket")
+_CHECKED = ("astronaut", "coffee", "gravel")
 _UNTOUCHED = ("astronaut", "camera", "chelsea", "coffee", "motorcycle_left", "rocket")
 _N_CHECKED = 6
 

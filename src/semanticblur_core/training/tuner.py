@@ -21,6 +21,7 @@ from semanticblur_core.network import SemanticBlur
 from semanticblur_core.training.strokes import View
 
 _RIM_PX = 2
+_N_BLOCKS = 8
 
 Window = tuple[slice, slice]
 
@@ -44,12 +45,15 @@ class Tuner:
         if live:
             groups.append({"params": live, "rate_factor": config.backbone_rate_factor})
         # Adam moves every weight by about its rate, also those that these images say little about
-        # and photographs need: at the same gain here it cost three times as much there.
+        # and photographs need: at the same gain here it cost three times as much there. What
+        # photographs need is damped besides, see `spare`.
         self.optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
         self._learning = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
         self._base = [p.detach().clone() for p in self._learning]
         self._averaged = [p.detach().clone() for p in self._learning]
         self._n_averaged = 0
+        self._factors: list[Tensor] | None = None
+        self._n_head = len(rest)
         self.best_step = 0
         self._best = self._base
 
@@ -74,6 +78,33 @@ class Tuner:
         """Keep the maps of now, ``(1, S, S)`` each, for being held to later."""
         n = len(self._remembered.get(kind, ()))
         self._answers[kind] = [torch.sigmoid(self.logits(kind, [i]))[0] for i in range(n)]
+
+    def spare(self, kind: str, indices: Sequence[int], rng: np.random.Generator) -> Iterator[None]:
+        """From now on move weights the less, the more the maps of these views depend on them.
+
+        A weight's steps are divided by 1 + d F / mean(F), where d is ``importance_damping`` and F
+        the square of the derivative of a map, summed over 8 x 8 blocks with random signs, in the
+        mean over the views: a diagonal Fisher information (Kirkpatrick and others, Overcoming
+        catastrophic forgetting in neural networks, PNAS 2017, doi:10.1073/pnas.1611835114), used as
+        in natural gradient descent. Yields after each view.
+        """
+        importance = [torch.zeros_like(p) for p in self._learning]
+        for i in indices:
+            signs = torch.from_numpy(rng.choice([-1.0, 1.0], (1, 1, _N_BLOCKS, _N_BLOCKS)))
+            blur = torch.sigmoid(self.logits(kind, [i]))
+            signs = F.interpolate(signs.to(blur), tuple(blur.shape[-2:]), mode="nearest-exact")
+            self.optimizer.zero_grad()
+            torch.autograd.backward((blur * signs).mean())
+            for total, p in zip(importance, self._learning, strict=True):
+                if p.grad is not None:
+                    total.addcmul_(p.grad, p.grad)
+            yield
+        self.optimizer.zero_grad()
+        head = importance[: self._n_head]
+        mean = sum(float(f.sum()) for f in head) / sum(f.numel() for f in head)
+        if mean > 0:
+            damping = self.config.importance_damping / mean
+            self._factors = [1 / (1 + damping * f) for f in importance]
 
     def answers(self, kind: str) -> list[Tensor]:
         """What `keep_answers` kept."""
@@ -104,6 +135,10 @@ class Tuner:
         self.optimizer.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self._learning, self.config.gradient_clip_norm)
+        if self._factors is not None:
+            for p, factor in zip(self._learning, self._factors, strict=True):
+                if p.grad is not None:
+                    p.grad.mul_(factor)
         self.optimizer.step()
         self._n_averaged += 1
         n = self._n_averaged
