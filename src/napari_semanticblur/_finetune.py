@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from napari.viewer import Viewer
 
 QUICK, THOROUGH, CUSTOM_STEPS = "quick, about a minute", "thorough", "custom"
-_LET_GO = (("forgetting_limit", "1"), ("drift_limit", "1"))
+_LET_GO = (("forgetting_limit", "1"), ("drift_limit", "1"), ("importance_damping", "0"))
 _BUDGETS = {QUICK: "quick", THOROUGH: "thorough", CUSTOM_STEPS: "quick"}
 
 

@@ -229,7 +229,8 @@ class FinetuneConfig(_Config):
     replay_weight
         Weight of their loss beside that of the labels.
     importance_damping
-        How much less weights move that the maps of those photographs depend on; 0 moves all alike.
+        How much less weights move that the maps of those photographs (every second of them) depend
+        on; 0 moves all alike.
     frozen_stages
         Stages of the backbone, from the image on, that stay as they are; what they say of each view
         is computed once.

@@ -240,6 +240,18 @@ def test_the_copied_command_gives_the_same_weights(
     assert digests[0] == digests[1]
 
 
+def test_photographs_can_be_let_go(
+    qtbot: Any, viewer: Any, widget: Any, small_model: Path, home: Path
+) -> None:
+    start_from(widget, small_model)
+    painted(viewer)
+    widget.keep_photographs.value = False
+    finish(qtbot, widget)
+    recipe = weights.read_info(weights.resolve("my model@1")).provenance["recipe"]
+    guards = ("forgetting_limit", "drift_limit", "importance_damping")
+    assert [recipe[key] for key in guards] == [1, 1, 0]
+
+
 def test_cancel_keeps_the_best_within_two_seconds(
     qtbot: Any, viewer: Any, widget: Any, small_model: Path, home: Path
 ) -> None:

@@ -56,7 +56,7 @@ def focal_stack(
         ``discs`` of all sizes, or grainy ``cells`` on an even ground as in a bright-field
         microscope.
     noise
-        Standard deviation of the camera's noise in grey levels; 15 is a dim image.
+        Standard deviation of the camera's noise in grey levels; 20 is a dim image.
     """
     rng = np.random.default_rng(seed)
     scene = _texture(size_px, rng) if kind == "discs" else _cells(size_px, rng)

@@ -3,9 +3,10 @@
 What the frozen part of the backbone says of each view is computed once; the rest is trained on
 the labelled pixels alone. Beside them stand generated photographs on which the network is held to
 what it said before (Li and Hoiem, Learning without forgetting, TPAMI 2018,
-doi:10.1109/TPAMI.2017.2773081). The weights that are kept lie on the line from the base's to those
-that were learned, as far from the base's as other photographs bear (Wortsman and others, Robust
-fine-tuning of zero-shot models, CVPR 2022, doi:10.1109/CVPR52688.2022.00780).
+doi:10.1109/TPAMI.2017.2773081), and weights that these depend on move less. The weights that are
+kept lie on the line from the base's to those that were learned, as far from the base's as the
+number of images allows and other photographs bear (Wortsman and others, Robust fine-tuning of
+zero-shot models, CVPR 2022, doi:10.1109/CVPR52688.2022.00780).
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ PROTOCOL = Protocol(
 )
 # Three times what MAE on real photographs rose by in the same runs, see docs/finetune.md.
 FORGOTTEN = 0.03
-# Places on the line from the base's weights (0) to those that were learned (1), see _train.
+# Places on the line from the base's weights (0) to as far as the number of images allows (1), see
+# _train.
 _SHARES = (1.0, 0.8, 0.6, 0.45, 0.3, 0.2, 0.12)
 
 # Held-out errors that differ by less are as good.
@@ -146,7 +148,8 @@ class FinetuneUpdate:
     photographs
         Mean absolute error on generated photographs, with ``held_out_loss``.
     is_best
-        Whether these are the best weights so far.
+        Whether these are the weights that are kept so far: the best of the second half of the run,
+        or of the first for as long as the second has none that is better than the base.
     preview
         ``(H, W)`` float32 blur map of the image given as ``preview``, with ``held_out_loss``.
     result

@@ -17,11 +17,14 @@ from semanticblur_core.data.defocus import Example
 from semanticblur_core.data.store import BLURRED, SHARP
 from semanticblur_core.data.transforms import normalise
 from semanticblur_core.device import DeviceChoice
+from semanticblur_core.errors import TrainingError
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.training.strokes import View
 
 _RIM_PX = 2
 _N_BLOCKS = 8
+# Above, a whole map with what its derivative needs takes more memory than a step of training.
+_LARGEST_WHOLE_PX = 512
 
 Window = tuple[slice, slice]
 
@@ -83,15 +86,17 @@ class Tuner:
         """From now on move weights the less, the more the maps of these views depend on them.
 
         A weight's steps are divided by 1 + d F / mean(F), where d is ``importance_damping`` and F
-        the square of the derivative of a map, summed over 8 x 8 blocks with random signs, in the
-        mean over the views: a diagonal Fisher information (Kirkpatrick and others, Overcoming
-        catastrophic forgetting in neural networks, PNAS 2017, doi:10.1073/pnas.1611835114), used as
-        in natural gradient descent. Yields after each view.
+        the square of the derivative of a map, summed over 8 x 8 blocks with random signs, summed
+        over the views; its mean is over the weights outside the backbone. F is a diagonal Fisher
+        information (Kirkpatrick and others, Overcoming catastrophic forgetting in neural networks,
+        PNAS 2017, doi:10.1073/pnas.1611835114). Yields after each view.
         """
         importance = [torch.zeros_like(p) for p in self._learning]
+        is_large = self.config.image_size_px > _LARGEST_WHOLE_PX
         for i in indices:
+            windows = [random_window(self.config, rng)] if is_large else None
             signs = torch.from_numpy(rng.choice([-1.0, 1.0], (1, 1, _N_BLOCKS, _N_BLOCKS)))
-            blur = torch.sigmoid(self.logits(kind, [i]))
+            blur = torch.sigmoid(self.logits(kind, [i], windows))
             signs = F.interpolate(signs.to(blur), tuple(blur.shape[-2:]), mode="nearest-exact")
             self.optimizer.zero_grad()
             torch.autograd.backward((blur * signs).mean())
@@ -102,6 +107,8 @@ class Tuner:
         self.optimizer.zero_grad()
         head = importance[: self._n_head]
         mean = sum(float(f.sum()) for f in head) / sum(f.numel() for f in head)
+        if not math.isfinite(mean):
+            raise TrainingError("the derivative of a photograph's map is not finite; try float32")
         if mean > 0:
             damping = self.config.importance_damping / mean
             self._factors = [1 / (1 + damping * f) for f in importance]

@@ -1,5 +1,6 @@
 """Fine-tuning: learns from strokes, repeats itself, says when it did not help."""
 
+import copy
 import dataclasses
 import json
 import subprocess
@@ -14,9 +15,11 @@ from skimage import data
 from semanticblur_core import Detector, finetune, weights
 from semanticblur_core.config import FinetuneConfig, ModelConfig
 from semanticblur_core.data.store import AnnotationStore, LabelledImage
+from semanticblur_core.device import choose_device
 from semanticblur_core.errors import ConfigError, DataError, WeightsError
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.training.finetune import FinetuneResult, FinetuneUpdate
+from semanticblur_core.training.tuner import Tuner
 
 TINY = FinetuneConfig(
     n_steps=12,
@@ -28,6 +31,7 @@ TINY = FinetuneConfig(
     image_size_px=64,
     window_px=40,
     replay_weight=1.0,
+    importance_damping=0.0,  # what the maps of an untrained network depend on is worth nothing
     forgetting_limit=1.0,
     drift_limit=1.0,
 )
@@ -187,6 +191,48 @@ def test_what_photographs_do_not_bear_is_not_kept() -> None:
     free = run("default", images=images)
     assert max(u.photographs for u in free if u.photographs is not None) > first.photographs
     assert any(update.is_best for update in free)
+
+
+@pytest.mark.parametrize(
+    ("errors", "kept"),
+    [
+        ([0.5, 0.1, 0.2, 0.2, 0.4, 0.401, 0.45], 10),
+        ([0.5, 0.1, 0.2, 0.2, 0.6, 0.6, 0.6], 2),
+        ([0.5, 0.6, 0.6, 0.6, 0.5, 0.5, 0.5], 0),
+    ],
+    ids=["second half, the later of a tie", "first half", "no better than the base"],
+)
+def test_which_weights_are_kept(
+    errors: list[float], kept: int, small_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = iter(errors)
+    monkeypatch.setattr(
+        "semanticblur_core.training.finetune.held_out_loss", lambda *_: next(script)
+    )
+    updates = run(small_model, dataclasses.replace(TINY, validate_every=2, patience=9))
+    assert result_of(updates).best_step == kept
+
+
+def test_weights_that_photographs_depend_on_move_less() -> None:
+    torch.manual_seed(3)
+    model = SemanticBlur(ModelConfig(backbone="resnet34")).eval()
+    config = dataclasses.replace(TINY, importance_damping=1.0)
+    image = torch.from_numpy(data.astronaut()[:64, :64].transpose(2, 0, 1) / np.float32(255))
+    moves = []
+    for indices in ([], [0]):
+        tuner = Tuner(copy.deepcopy(model), config, choose_device("cpu", "float32"))
+        tuner.remember("replay", image)
+        assert len(list(tuner.spare("replay", indices, np.random.default_rng(0)))) == len(indices)
+        start = [p.detach().clone() for p in tuner._learning]
+        tuner.step(tuner.logits("replay", [0]).square().mean(), 0.1)
+        moves.append([(p - s).detach() for p, s in zip(tuner._learning, start, strict=True)])
+    factors = tuner._factors
+    assert factors is not None
+    for free, spared, factor in zip(*moves, factors, strict=True):
+        torch.testing.assert_close(spared, free * factor, rtol=1e-3, atol=1e-6)
+    everything = torch.cat([factor.flatten() for factor in factors])
+    assert 0 < everything.min() < 0.1
+    assert everything.max() == 1
 
 
 def test_maps_of_photographs_stay_much_the_same(tmp_path: Path) -> None:
