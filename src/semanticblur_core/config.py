@@ -295,8 +295,13 @@ class FinetuneConfig(_Config):
         for name in ("learning_rate", "gradient_clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected above 0, got {getattr(self, name)}")
-        not_negative = ("replay_weight", "importance_damping", "backbone_rate_factor")
-        for name in (*not_negative, "forgetting_limit", "drift_limit"):
+        for name in (
+            "replay_weight",
+            "importance_damping",
+            "backbone_rate_factor",
+            "forgetting_limit",
+            "drift_limit",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for name in ("held_out_share", "ema_decay"):

@@ -56,7 +56,6 @@ class Tuner:
         self._averaged = [p.detach().clone() for p in self._learning]
         self._n_averaged = 0
         self._factors: list[Tensor] | None = None
-        self._n_head = len(rest)
         self.best_step = 0
         self._best = self._base
 
@@ -98,14 +97,12 @@ class Tuner:
             signs = torch.from_numpy(rng.choice([-1.0, 1.0], (1, 1, _N_BLOCKS, _N_BLOCKS)))
             blur = torch.sigmoid(self.logits(kind, [i], windows))
             signs = F.interpolate(signs.to(blur), tuple(blur.shape[-2:]), mode="nearest-exact")
-            self.optimizer.zero_grad()
-            torch.autograd.backward((blur * signs).mean())
-            for total, p in zip(importance, self._learning, strict=True):
-                if p.grad is not None:
-                    total.addcmul_(p.grad, p.grad)
+            slopes = torch.autograd.grad((blur * signs).mean(), self._learning, allow_unused=True)
+            for total, slope in zip(importance, slopes, strict=True):
+                if slope is not None:
+                    total.addcmul_(slope, slope)
             yield
-        self.optimizer.zero_grad()
-        head = importance[: self._n_head]
+        head = importance[: len(self.optimizer.param_groups[0]["params"])]
         mean = sum(float(f.sum()) for f in head) / sum(f.numel() for f in head)
         if not math.isfinite(mean):
             raise TrainingError("the derivative of a photograph's map is not finite; try float32")

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +234,35 @@ def test_weights_that_photographs_depend_on_move_less() -> None:
     everything = torch.cat([factor.flatten() for factor in factors])
     assert 0 < everything.min() < 0.1
     assert everything.max() == 1
+
+
+def test_a_run_spares_what_photographs_depend_on(small_model: str, tmp_path: Path) -> None:
+    base = weights.load(small_model)[0].state_dict()
+    lengths = []
+    for damping in (0.0, 1.0):
+        path = tmp_path / f"{damping}.safetensors"
+        config = dataclasses.replace(TINY, importance_damping=damping, held_out_share=0.0)
+        run(small_model, config, output=path)
+        tuned = weights.load(str(path))[0].state_dict()
+        lengths.append(sum(float((tuned[k] - base[k]).float().square().sum()) for k in base))
+    assert 0 < lengths[1] < 0.9 * lengths[0]
+
+
+@pytest.mark.parametrize(("n_images", "furthest"), [(1, 0.6), (2, 0.7), (5, 1.0), (7, 1.0)])
+def test_few_images_reach_less_far(
+    n_images: int, furthest: float, small_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = []
+    averaged = Tuner.averaged
+
+    def spy(tuner: Tuner, share: float = 1.0) -> AbstractContextManager[None]:
+        shares.append(share)
+        return averaged(tuner, share)
+
+    monkeypatch.setattr(Tuner, "averaged", spy)
+    config = dataclasses.replace(TINY, n_steps=4, n_views=n_images)
+    run(small_model, config, images=noise_and_smooth(n_images))
+    assert max(shares) == pytest.approx(furthest)
 
 
 def test_maps_of_photographs_stay_much_the_same(tmp_path: Path) -> None:
