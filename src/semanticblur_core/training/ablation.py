@@ -125,6 +125,9 @@ def ablate(
 ) -> Generator[AblationUpdate]:
     """Train every variant of a table with the same budget; run again, it goes on.
 
+    A variant that another table in the same folder already trained with these settings is not
+    trained again.
+
     Parameters
     ----------
     table
@@ -157,7 +160,9 @@ def ablate(
         start = "random initialisation" if imagenet is None or table == 1 else "ImageNet, in part"
         key = _key(varied, variant.model, start, training, validation)
         row = _finished(run_dir / RESULT, key)
-        if row is None:
+        if row is None and (same := _trained_for_another_row(output, key)) is not None:
+            row = replace(same, name=variant.name, published=variant.published)
+        elif row is None:
             run_dir.mkdir(parents=True, exist_ok=True)
             torch.manual_seed(varied.seed)
             model = SemanticBlur(variant.model)
@@ -221,16 +226,29 @@ def _key(
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def _trained_for_another_row(output: Path, key: str) -> AblationRow | None:
+    """The row of a finished variant of the same settings: the whole network is in every table."""
+    for path in sorted(output.glob(f"table*-*/{RESULT}")):
+        theirs, row = _read_result(path)
+        if theirs == key:
+            return row
+    return None
+
+
+def _read_result(path: Path) -> tuple[str, AblationRow]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        row = dict(values["row"])
+        return values["key"], AblationRow(**(row | {"published": tuple(row["published"])}))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{path}: damaged ({error}); delete it to train again") from error
+
+
 def _finished(path: Path, key: str) -> AblationRow | None:
     """The row of a variant that is finished."""
     if not path.exists():
         return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        theirs, row = values["key"], dict(values["row"])
-        found = AblationRow(**(row | {"published": tuple(row["published"])}))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"{path}: damaged ({error}); delete it to train again") from error
+    theirs, found = _read_result(path)
     if theirs != key:
         raise TrainingError(
             f"{path}: was made with other settings or images; go on with the same, or start in "

@@ -24,16 +24,17 @@ def small_table(monkeypatch: pytest.MonkeyPatch) -> None:
         Variant("whole", small, {}, (0.1, 0.9, 0.8)),
         Variant("without", plain, {"ssim_weight": 0.0}, (0.2, 0.8, 0.7)),
     )
-    monkeypatch.setattr(ablation, "TABLES", {2: rows})
+    same = Variant("whole, in another table", small, {}, (0.3, 0.7, 0.6))
+    monkeypatch.setattr(ablation, "TABLES", {2: rows, 3: (same,)})
 
 
 def run(
-    folders: tuple[Path, Path], output: Path, config: TrainConfig = TINY
+    folders: tuple[Path, Path], output: Path, config: TrainConfig = TINY, table: int = 2
 ) -> tuple[list[AblationRow], int]:
     pairs = DecodedPairs(find_pairs(*folders))
     rows, n_steps = [], 0
     for update in ablate(
-        2, pairs, DecodedPairs(pairs.pairs[:2]), config, output=output, device=CPU
+        table, pairs, DecodedPairs(pairs.pairs[:2]), config, output=output, device=CPU
     ):
         n_steps += update.training is not None
         if update.row is not None:
@@ -56,6 +57,17 @@ def test_a_table_is_trained_once_and_refuses_other_settings(
     assert again == rows
     with pytest.raises(TrainingError, match=r"result\.json: was made with other settings"):
         run(pair_folders, tmp_path, TrainConfig(epochs=2, batch_size=4, image_size_px=64))
+
+
+@pytest.mark.usefixtures("small_table")
+def test_a_variant_that_two_tables_share_is_trained_once(
+    pair_folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    whole, _ = run(pair_folders, tmp_path)[0]
+    [row], n_steps = run(pair_folders, tmp_path, table=3)
+    assert n_steps == 0
+    assert (row.name, row.published) == ("whole, in another table", (0.3, 0.7, 0.6))
+    assert (row.mae, row.f_beta, row.iou) == (whole.mae, whole.f_beta, whole.iou)
 
 
 def test_the_tables_are_the_papers() -> None:
