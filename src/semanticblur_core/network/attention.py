@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class ChannelAttention(nn.Module):
-    """Weights per channel from pooled features through a shared MLP (equations 4-6).
+    """Weights per channel from the mean and maximum over pixels by a shared MLP (equations 4-6).
 
     Parameters
     ----------
@@ -31,10 +31,9 @@ class ChannelAttention(nn.Module):
             nn.Linear(hidden, channels, bias=False),
         )
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Weights ``(N, C)`` in 0..1 for features ``(N, P, C)`` of P pixels."""
-        pooled = torch.stack([features.mean(dim=1), features.amax(dim=1)])
-        return torch.sigmoid(self.mlp(pooled).sum(dim=0))
+    def forward(self, mean: Tensor, maximum: Tensor) -> Tensor:
+        """Weights ``(N, C)`` in 0..1 for ``(N, C)`` means and maxima over the pixels."""
+        return torch.sigmoid(self.mlp(torch.stack([mean, maximum])).sum(dim=0))
 
 
 class SpatialAttention(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 def resize_matrix(n_in: int, n_out: int, device: torch.device | None = None) -> Tensor:
     """Weights ``(n_out, n_in)`` float32 that resize an axis; rows sum to one."""
-    if torch.compiler.is_compiling():  # sizes may be symbols, and part of an exported graph
+    if torch.compiler.is_compiling():  # sizes may be symbols
         return _make_matrix(n_in, n_out, device)
     return _cached_matrix(n_in, n_out, device)
 
@@ -38,7 +38,7 @@ def _make_matrix(n_in: int, n_out: int, device: torch.device | None) -> Tensor:
 
 def resize_columns(x: Tensor, width: int) -> Tensor:
     """Resize ``(N, H, W, C)`` to ``(N, H, width, C)``."""
-    if not torch.compiler.is_exporting() and x.shape[2] == width:
+    if x.shape[2] == width:
         return x
     matrix = resize_matrix(x.shape[2], width, x.device).to(x.dtype)
     return torch.matmul(matrix, x)
@@ -48,7 +48,7 @@ def resize(x: Tensor, height: int, width: int) -> Tensor:
     """Resize ``(N, H, W, C)`` to ``(N, height, width, C)``."""
     x = resize_columns(x, width)
     n, h, _, c = x.shape
-    if not torch.compiler.is_exporting() and h == height:
+    if h == height:
         return x
     matrix = resize_matrix(h, height, x.device).to(x.dtype)
     return torch.matmul(matrix, x.reshape(n, h, width * c)).view(n, height, width, c)

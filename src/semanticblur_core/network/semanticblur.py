@@ -208,7 +208,8 @@ class SemanticBlur(nn.Module):
         n, h, w, c = nhwc.shape
         pixels = nhwc.reshape(n, h * w, c)
         if self.channel_attention:
-            weight = weight * self.channel_attention[index](pixels)[:, None, :]
+            of_channels = self.channel_attention[index](pixels.mean(dim=1), pixels.amax(dim=1))
+            weight = weight * of_channels[:, None, :]
         if not self.spatial_attention:
             return torch.matmul(pixels, weight.transpose(-1, -2).to(pixels.dtype)).view(n, h, w, -1)
         # One more row of the product gives the mean over channels (equation 7).

@@ -8,7 +8,9 @@ from reference_network import reference_forward
 from torch import Tensor, nn
 
 from semanticblur_core.config import ModelConfig
+from semanticblur_core.data.transforms import normalise
 from semanticblur_core.errors import ConfigError
+from semanticblur_core.inference.export import _ExportForm
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.network.resize import resize
 
@@ -63,6 +65,16 @@ def test_fast_form_equals_the_equations_for_every_switch(on: tuple[bool, ...]) -
     for fast in (model, model.for_inference()):
         error = (fast(images) - expected).abs().max()
         assert float(error) < 1e-4 * spread(expected)
+
+
+@pytest.mark.parametrize("on", list(itertools.product((True, False), repeat=3)))
+@torch.inference_mode()
+def test_exported_form_equals_the_network_for_every_switch(on: tuple[bool, ...]) -> None:
+    model = lively(ModelConfig(**dict(zip(SWITCHES, on, strict=True)), backbone="resnet34"))
+    images = torch.rand(2, 3, 101, 67)
+    expected = model(normalise(images))
+    error = (torch.logit(_ExportForm(model)(images)) - expected).abs().max()
+    assert float(error) < 1e-4 * spread(expected)
 
 
 @pytest.mark.parametrize("backbone", ["vgg16", "resnet34", "resnet50", "efficientnet_b4"])
