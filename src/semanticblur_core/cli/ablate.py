@@ -64,7 +64,8 @@ def command(
     """Train the variants of a table of the paper, all with the same budget.
 
     Prints what each reached on the validation split beside the published numbers, which are of
-    other photographs and of the paper's own budget; writes OUTPUT/tableN.json.
+    other photographs and of the paper's own budget; writes OUTPUT/tableN.json. A variant that two
+    tables share is trained once an OUTPUT.
     """
     from semanticblur_core.config import TrainConfig
     from semanticblur_core.errors import ConfigError

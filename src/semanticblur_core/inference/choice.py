@@ -29,6 +29,8 @@ REMEMBERED_SIZE_PX = 320
 # Below this gain another back end is not worth a second code path.
 WORTHWHILE = 0.9
 _Records = dict[str, dict[str, dict[str, Any]]]
+# Of the exported graph; raised when that changes: files and times of a former one are not used.
+EXPORTED_FORM = 2
 _PACKAGES = ("torch", "openvino", "onnxruntime")
 _TIMEOUT_S = 300.0
 
@@ -156,7 +158,7 @@ _EXPORT_S = 20.0
 
 def exported_file(sha256: str) -> Path:
     """Where the exported form of weights is kept between runs."""
-    return io.user_folder() / "exported" / f"{sha256[:32]}.onnx"
+    return io.user_folder() / "exported" / f"{sha256[:32]}-{EXPORTED_FORM}.onnx"
 
 
 def ensure_exported(model: str) -> Path:
@@ -247,6 +249,7 @@ def _key(config: ModelConfig, device: str) -> str:
             versions.append(f"no {package}")
     gpu = "GPU" if shutil.which("nvidia-smi") else "no GPU"
     machine = [processor_name(), f"{os.cpu_count()} cores", gpu, *versions]
+    machine.append(f"exported form {EXPORTED_FORM}")
     architecture = json.dumps(config.to_dict(), sort_keys=True)
     return ", ".join([*machine, f"device {device}", architecture])
 

@@ -157,43 +157,45 @@ def ablate(
     for index, variant in enumerate(variants):
         run_dir = output / f"table{table}-{index + 1}"
         varied = replace(config, **variant.training)
-        start = "random initialisation" if imagenet is None or table == 1 else "ImageNet, in part"
-        key = _key(varied, variant.model, start, training, validation)
+        from_imagenet = imagenet if table != 1 else None
+        start = "random initialisation" if from_imagenet is None else "ImageNet, in part"
+        initial = "" if from_imagenet is None else _digest(from_imagenet)
+        key = _key(varied, variant.model, start, initial, device, training, validation)
         row = _finished(run_dir / RESULT, key)
-        if row is None and (same := _trained_for_another_row(output, key)) is not None:
-            row = replace(same, name=variant.name, published=variant.published)
-        elif row is None:
+        if row is None:
             run_dir.mkdir(parents=True, exist_ok=True)
-            torch.manual_seed(varied.seed)
-            model = SemanticBlur(variant.model)
-            if imagenet is not None and table != 1:
-                load_imagenet_resnet50(model.backbone, imagenet)
-            last: TrainUpdate | None = None
-            for update in train(
-                model,
-                training,
-                validation,
-                varied,
-                run_dir=run_dir,
-                device=device,
-                save_best=_keeper(run_dir),
-                start={"from": start},
-                resume=(run_dir / LAST_CHECKPOINT).exists(),
-            ):
-                last = update if update.scores is not None else last
-                yield AblationUpdate(variant.name, index, len(variants), update)
-            epoch, scores = _best_of(run_dir)
-            row = AblationRow(
-                name=variant.name,
-                published=variant.published,
-                mae=scores["mae"],
-                f_beta=scores["f_beta"],
-                iou=scores["iou"],
-                best_epoch=epoch,
-                last_mae=last.scores.mae if last and last.scores else scores["mae"],
-                n_parameters=sum(p.numel() for p in model.parameters()),
-                start=start,
-            )
+            row = _trained_for_another_row(output, key, variant)
+            if row is None:
+                torch.manual_seed(varied.seed)
+                model = SemanticBlur(variant.model)
+                if from_imagenet is not None:
+                    load_imagenet_resnet50(model.backbone, from_imagenet)
+                last: TrainUpdate | None = None
+                for update in train(
+                    model,
+                    training,
+                    validation,
+                    varied,
+                    run_dir=run_dir,
+                    device=device,
+                    save_best=_keeper(run_dir),
+                    start={"from": start},
+                    resume=(run_dir / LAST_CHECKPOINT).exists(),
+                ):
+                    last = update if update.scores is not None else last
+                    yield AblationUpdate(variant.name, index, len(variants), update)
+                epoch, scores = _best_of(run_dir)
+                row = AblationRow(
+                    name=variant.name,
+                    published=variant.published,
+                    mae=scores["mae"],
+                    f_beta=scores["f_beta"],
+                    iou=scores["iou"],
+                    best_epoch=epoch,
+                    last_mae=last.scores.mae if last and last.scores else scores["mae"],
+                    n_parameters=sum(p.numel() for p in model.parameters()),
+                    start=start,
+                )
             io.write_text(run_dir / RESULT, json.dumps({"key": key, "row": row.to_dict()}) + "\n")
             # A finished run is never resumed, and its state is by far its largest file.
             (run_dir / LAST_CHECKPOINT).unlink(missing_ok=True)
@@ -217,21 +219,35 @@ def _key(
     config: TrainConfig,
     model: ModelConfig,
     start: str,
+    initial: str,
+    device: DeviceChoice,
     training: DecodedPairs,
     validation: DecodedPairs,
 ) -> str:
-    """Digest of everything that a variant's result depends on."""
+    """Digest of what a variant's result depends on; of the images, their names."""
     names = [training.names, validation.names]
-    values = [config.to_dict(), model.to_dict(), start, names]
+    computed_on = [device.device.type, str(device.dtype)]
+    values = [config.to_dict(), model.to_dict(), start, initial, computed_on, names]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _trained_for_another_row(output: Path, key: str) -> AblationRow | None:
-    """The row of a finished variant of the same settings: the whole network is in every table."""
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _trained_for_another_row(output: Path, key: str, variant: Variant) -> AblationRow | None:
+    """The row of a variant from one of the same settings: the whole network is in every table."""
     for path in sorted(output.glob(f"table*-*/{RESULT}")):
-        theirs, row = _read_result(path)
+        try:
+            theirs, row = _read_result(path)
+        except TrainingError:  # what is damaged there stops the table that it belongs to
+            continue
         if theirs == key:
-            return row
+            return replace(row, name=variant.name, published=variant.published)
     return None
 
 

@@ -1,5 +1,6 @@
 """The paper's tables: every variant trained once, finished ones not again."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,16 @@ def small_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(
-    folders: tuple[Path, Path], output: Path, config: TrainConfig = TINY, table: int = 2
+    folders: tuple[Path, Path],
+    output: Path,
+    config: TrainConfig = TINY,
+    table: int = 2,
+    device: DeviceChoice = CPU,
 ) -> tuple[list[AblationRow], int]:
     pairs = DecodedPairs(find_pairs(*folders))
     rows, n_steps = [], 0
     for update in ablate(
-        table, pairs, DecodedPairs(pairs.pairs[:2]), config, output=output, device=CPU
+        table, pairs, DecodedPairs(pairs.pairs[:2]), config, output=output, device=device
     ):
         n_steps += update.training is not None
         if update.row is not None:
@@ -64,10 +69,26 @@ def test_a_variant_that_two_tables_share_is_trained_once(
     pair_folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     whole, _ = run(pair_folders, tmp_path)[0]
+    (tmp_path / "table2-2" / ablation.RESULT).write_text("damaged")
+    begun = tmp_path / "table3-1" / ablation.LAST_CHECKPOINT
+    begun.parent.mkdir()
+    begun.write_bytes(b"of a run that is not needed any more")
     [row], n_steps = run(pair_folders, tmp_path, table=3)
     assert n_steps == 0
+    assert not begun.exists()
     assert (row.name, row.published) == ("whole, in another table", (0.3, 0.7, 0.6))
     assert (row.mae, row.f_beta, row.iou) == (whole.mae, whole.f_beta, whole.iou)
+    shutil.rmtree(tmp_path / "table2-1")
+    assert run(pair_folders, tmp_path, table=3) == ([row], 0)
+
+
+@pytest.mark.usefixtures("small_table")
+def test_a_variant_of_another_precision_is_not_taken_over(
+    pair_folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run(pair_folders, tmp_path)
+    other = DeviceChoice(torch.device("cpu"), torch.bfloat16, "test")
+    assert run(pair_folders, tmp_path, table=3, device=other)[1] == 2
 
 
 def test_the_tables_are_the_papers() -> None:
