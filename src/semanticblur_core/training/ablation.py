@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from semanticblur_core import io
+from semanticblur_core import io, weights
 from semanticblur_core.config import BackboneName, ModelConfig, TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs
 from semanticblur_core.device import DeviceChoice
@@ -154,13 +154,13 @@ def ablate(
         As in `train`; also when the folder holds a variant of other settings.
     """
     variants = TABLES[table]
+    from_imagenet = imagenet if table != 1 else None
+    start = "random initialisation" if from_imagenet is None else "ImageNet, in part"
+    initial = "" if from_imagenet is None else weights.digest(from_imagenet)
     for index, variant in enumerate(variants):
         run_dir = output / f"table{table}-{index + 1}"
         varied = replace(config, **variant.training)
-        from_imagenet = imagenet if table != 1 else None
-        start = "random initialisation" if from_imagenet is None else "ImageNet, in part"
-        initial = "" if from_imagenet is None else _digest(from_imagenet)
-        key = _key(varied, variant.model, start, initial, device, training, validation)
+        key = _key(varied, variant.model, initial, device, training, validation)
         row = _finished(run_dir / RESULT, key)
         if row is None:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -218,7 +218,6 @@ def _best_of(run_dir: Path) -> tuple[int, dict[str, Any]]:
 def _key(
     config: TrainConfig,
     model: ModelConfig,
-    start: str,
     initial: str,
     device: DeviceChoice,
     training: DecodedPairs,
@@ -227,16 +226,8 @@ def _key(
     """Digest of what a variant's result depends on; of the images, their names."""
     names = [training.names, validation.names]
     computed_on = [device.device.type, str(device.dtype)]
-    values = [config.to_dict(), model.to_dict(), start, initial, computed_on, names]
+    values = [config.to_dict(), model.to_dict(), initial, computed_on, names]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _trained_for_another_row(output: Path, key: str, variant: Variant) -> AblationRow | None:
