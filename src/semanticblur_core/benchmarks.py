@@ -223,7 +223,7 @@ def bench_train(
 
     def endless() -> Iterator[Batch]:
         for epoch in itertools.count():
-            yield from make_batches(pairs, synthetic, config, epoch)
+            yield from make_batches(pairs, synthetic, config, epoch, device=fabric.device)
 
     # A source of its own for each: with the other's, a batch would be ready before it is timed.
     alone, together = endless(), endless()

@@ -283,7 +283,11 @@ class SharpImages:
 
 
 def synthesise(
-    sources: SharpImages, n: int, size_px: int, rng: np.random.Generator, device: str = "cpu"
+    sources: SharpImages,
+    n: int,
+    size_px: int,
+    rng: np.random.Generator,
+    device: torch.device | str = "cpu",
 ) -> Example:
     """Draw a batch of images of random defocus.
 
