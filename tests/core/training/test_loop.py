@@ -1,6 +1,7 @@
 """Training: learns, resumes to the same weights, stops clearly."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -378,6 +379,27 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_state(
         Run(pairs, tmp_path / "run").updates(resume=True)
     assert (tmp_path / "run" / "last.ckpt").read_bytes() == before
     assert [path.name for path in (tmp_path / "run").glob("*.part")] == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_batches_made_on_a_gpu_are_those_of_the_cpu(pairs: DecodedPairs) -> None:
+    """But for the noise of synthetic images, which each device draws in its own way."""
+    config = replace(CONFIG, augmentation="colour", cutmix_share=0.5, synthetic_photographs=2)
+    sources = [(SharpImages([pair.image for pair in pairs.pairs]), 2)]
+    for here, there in zip(
+        make_batches(pairs, sources, config, 0),
+        make_batches(pairs, sources, config, 0, device=torch.device("cuda", 0)),
+        strict=True,
+    ):
+        assert here[2] is not None
+        assert there[2] is not None
+        assert {tensor.device.type for tensor in there if tensor is not None} == {"cuda"}
+        assert torch.equal(here[0][:2], there[0][:2].cpu())
+        for ours, theirs in zip(here[1:], there[1:], strict=True):
+            assert ours is not None
+            assert theirs is not None
+            assert float((ours.float() - theirs.cpu().float()).abs().mean()) < 1e-3
+        assert float((here[0] - there[0].cpu()).abs().mean()) < 0.05
 
 
 def test_images_labelled_in_part_are_trained_on_where_labelled(tmp_path: Path) -> None:
