@@ -6,6 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -25,10 +26,9 @@ from semanticblur_core.training.loop import (
     backward,
     launch_fabric,
     make_batches,
+    n_loader_threads,
     synthetic_sources,
 )
-
-_LOADED_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def bench_train(
     sharp
         Sharp images by kind, if the recipe makes synthetic ones of them.
     n_rounds
-        Batches of each, in turn, after one of warm-up.
+        Rounds, after one of warm-up; each times a few batches and steps of each kind.
     device
         What to compute on.
 
@@ -217,39 +217,47 @@ def bench_train(
     model.train()
     synthetic = synthetic_sources(config, sharp)
 
-    def step(batch: Batch) -> None:
-        backward(fabric, wrapped, optimizer, batch, config, config.accumulate)
-        optimizer.step()
+    ahead = n_loader_threads(fabric.device)
+    n_loaded, n_steps = 4 * ahead, 1 if ahead == 1 else 4 * ahead
 
-    def endless() -> Iterator[Batch]:
-        for epoch in itertools.count():
-            yield from make_batches(pairs, synthetic, config, epoch, device=fabric.device)
+    def batches(epoch: int) -> Generator[Batch]:
+        for later in itertools.count(epoch):
+            yield from make_batches(pairs, synthetic, config, later, device=fabric.device)
 
-    # A source of its own for each: with the other's, a batch would be ready before it is timed.
-    alone, together = endless(), endless()
-    repeated = next(alone)
-    next(together)
+    def load(source: Iterator[Batch], n: int) -> None:
+        for _ in itertools.islice(source, n):
+            pass
+
+    def learn(source: Iterator[Batch], n: int) -> None:
+        for batch in itertools.islice(source, n):
+            backward(fabric, wrapped, optimizer, batch, config, config.accumulate)
+            optimizer.step()
+
+    def clock(action: Callable[[Iterator[Batch], int], None], *of: Any) -> float:
+        start = time.perf_counter()
+        action(*of)
+        if device.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    with closing(batches(0)) as source:
+        repeated = itertools.repeat(next(source))
     seconds: dict[str, list[float]] = {"loader": [], "step": [], "training": []}
     for i in range(n_rounds + 1):
-        actions: dict[str, Callable[[], object]] = {
-            "loader": lambda: [next(alone) for _ in range(_LOADED_AT_ONCE)],
-            "step": lambda: step(repeated),
-            "training": lambda: step(next(together)),
-        }
-        for name, action in actions.items():
-            if name == "loader":
-                next(alone)  # which was made while something else was timed
-            start = time.perf_counter()
-            action()
-            if device.device.type == "cuda":
-                torch.cuda.synchronize()
-            if i:
-                seconds[name].append(time.perf_counter() - start)
+        # Closed, a loader is idle while something else is timed. The first batches of each are not
+        # timed: its threads begin together, and finish one after the other only later.
+        with closing(batches(i)) as source:
+            load(source, ahead)
+            loader = clock(load, source, n_loaded) / n_loaded
+        alone = clock(learn, repeated, n_steps) / n_steps
+        with closing(batches(i)) as source:
+            learn(source, ahead)
+            training = clock(learn, source, n_steps) / n_steps
+        if i:
+            for name, taken in zip(seconds, (loader, alone, training), strict=True):
+                seconds[name].append(taken)
         yield i + 1, n_rounds + 1
-    alone.close()  # type: ignore[attr-defined]
-    together.close()  # type: ignore[attr-defined]
     speed = {name: config.batch_size / statistics.median(s) for name, s in seconds.items()}
-    speed["loader"] *= _LOADED_AT_ONCE
     return {
         "machine": describe_machine(),
         "device": str(device.device),

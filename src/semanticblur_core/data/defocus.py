@@ -300,7 +300,8 @@ def synthesise(
     rng
         Source of all randomness.
     device
-        Where to compute; only decoded crops and the JPEG step go through the processor.
+        Where to compute; only crops, outlines, depth fields and the JPEG step go through the
+        processor.
 
     Returns
     -------

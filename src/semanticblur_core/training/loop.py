@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -413,17 +414,22 @@ def make_batches(
     Each example draws from a generator of its own, seeded by run, epoch and image, so that the data
     do not depend on where a run was interrupted; so do the synthetic images of each batch.
 
-    Photographs are cut and resized in threads. Synthetic defocus, a hundred times the work, is
-    computed on the device if that is a CUDA GPU, where the batches then lie.
+    Photographs are cut and resized in threads. Synthetic defocus, which is far more work, is
+    computed on the device if that is a CUDA GPU, where the batches then lie; on the CPU where the
+    GPU has no memory left for it.
     """
-    on = device if device.type == "cuda" else _CPU
     order = np.random.default_rng((config.seed, epoch)).permutation(len(pairs))
 
     def make(indices: Sequence[int]) -> Batch:
-        with _own_stream(on):
-            return assemble(indices)
+        if device.type == "cuda":
+            try:
+                with _loader_stream(device):
+                    return assemble(indices, device)
+            except torch.OutOfMemoryError:
+                pass  # and outside the handler, which keeps the failed attempt's tensors alive:
+        return assemble(indices, _CPU)
 
-    def assemble(indices: Sequence[int]) -> Batch:
+    def assemble(indices: Sequence[int], on: torch.device) -> Batch:
         examples = [
             augment(*pairs[i], config, np.random.default_rng((config.seed, epoch, i)))
             for i in indices
@@ -458,9 +464,7 @@ def make_batches(
 
     size = config.n_pairs_per_batch
     batches = [order[i : i + size].tolist() for i in range(0, len(order) - size + 1, size)][first:]
-    # A GPU is fed by several threads; two CPU cores are better spent on the network.
-    n_cores = os.cpu_count() or 1
-    n_workers = max(1, min(4, n_cores // 4) if on == _CPU else min(8, n_cores // 2))
+    n_workers = n_loader_threads(device)
     with ThreadPoolExecutor(n_workers) as pool:
         pending = deque(pool.submit(make, indices) for indices in batches[:n_workers])
         for following in [*batches[n_workers:], *[None] * len(pending)]:
@@ -468,26 +472,40 @@ def make_batches(
             if following is not None:
                 pending.append(pool.submit(make, following))
             batch = ready.result()
-            if on.type == "cuda":  # the allocator is to know that another stream reads them
-                for tensor in batch:
-                    if tensor is not None:
-                        tensor.record_stream(torch.cuda.current_stream(on))
+            for tensor in batch:
+                if tensor is not None and tensor.is_cuda:
+                    # The allocator is to know that another stream reads it.
+                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
             yield batch
 
 
-@contextmanager
-def _own_stream(device: torch.device) -> Iterator[None]:
-    """A CUDA stream of this thread's own, so that it does not wait for the training step's.
+def n_loader_threads(device: torch.device) -> int:
+    """Threads that make batches, and so the batches made ahead.
 
-    What was computed in it is complete at the end.
+    A GPU is fed by several; two CPU cores are better spent on the network.
     """
-    if device.type != "cuda":
+    n_cores = os.cpu_count() or 1
+    if device.type == "cuda":
+        n_cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return max(1, min(8, n_cores // 2))
+    return max(1, min(4, n_cores // 4))
+
+
+@contextmanager
+def _loader_stream(device: torch.device) -> Iterator[None]:
+    """Compute beside the training step, not behind it; done at the end."""
+    stream = _stream_of(device)
+    # Entering the device too: leaving a stream would otherwise select GPU 0 in this thread.
+    with torch.cuda.device(device), torch.cuda.stream(stream):
         yield
-        return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
+        done = stream.record_event()
+    done.synchronize()
+
+
+@lru_cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of all loaders: memory freed in a stream is used again in that one only."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

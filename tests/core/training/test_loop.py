@@ -19,6 +19,7 @@ from semanticblur_core.device import DeviceChoice
 from semanticblur_core.errors import ConfigError, TrainingError
 from semanticblur_core.metrics import Scores
 from semanticblur_core.network import SemanticBlur
+from semanticblur_core.training import loop
 from semanticblur_core.training.checkpoint import load_checkpoint
 from semanticblur_core.training.logs import draw_curves
 from semanticblur_core.training.loop import TrainUpdate, learning_rate, make_batches, train
@@ -400,6 +401,18 @@ def test_batches_made_on_a_gpu_are_those_of_the_cpu(pairs: DecodedPairs) -> None
             assert theirs is not None
             assert float((ours.float() - theirs.cpu().float()).abs().mean()) < 1e-3
         assert float((here[0] - there[0].cpu()).abs().mean()) < 0.05
+
+
+def test_batches_are_made_on_the_cpu_where_a_gpu_is_full(
+    pairs: DecodedPairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: torch.device) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop, "_loader_stream", full)
+    batches = make_batches(pairs, [], CONFIG, 0, device=torch.device("cuda", 0))
+    for batch, expected in zip(batches, make_batches(pairs, [], CONFIG, 0), strict=True):
+        assert torch.equal(batch[0], expected[0])
 
 
 def test_images_labelled_in_part_are_trained_on_where_labelled(tmp_path: Path) -> None:
