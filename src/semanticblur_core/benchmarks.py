@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,9 +25,12 @@ from semanticblur_core.network import SemanticBlur
 from semanticblur_core.training.loop import (
     Batch,
     backward,
+    count_steps,
     launch_fabric,
     make_batches,
     n_loader_threads,
+    parameter_groups,
+    set_training_mode,
     synthetic_sources,
 )
 
@@ -209,12 +213,13 @@ def bench_train(
         ``training_over_step``, the speed of steps on fresh batches as a share of the same step on
         one repeated batch.
     """
+    count_steps(pairs, config)
     torch.manual_seed(config.seed)
     model = SemanticBlur().to(memory_format=torch.channels_last)
     fabric = launch_fabric(device, config)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    optimizer = torch.optim.Adam(parameter_groups(model, config), lr=config.learning_rate)
     wrapped, optimizer = fabric.setup(model, optimizer)
-    model.train()
+    set_training_mode(model, config)
     synthetic = synthetic_sources(config, sharp)
 
     ahead = n_loader_threads(fabric.device)
@@ -233,13 +238,6 @@ def bench_train(
             backward(fabric, wrapped, optimizer, batch, config, config.accumulate)
             optimizer.step()
 
-    def clock(action: Callable[[Iterator[Batch], int], None], *of: Any) -> float:
-        start = time.perf_counter()
-        action(*of)
-        if device.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
     with closing(batches(0)) as source:
         repeated = itertools.repeat(next(source))
     seconds: dict[str, list[float]] = {"loader": [], "step": [], "training": []}
@@ -248,11 +246,11 @@ def bench_train(
         # timed: its threads begin together, and finish one after the other only later.
         with closing(batches(i)) as source:
             load(source, ahead)
-            loader = clock(load, source, n_loaded) / n_loaded
-        alone = clock(learn, repeated, n_steps) / n_steps
+            loader = _clock(partial(load, source, n_loaded), fabric.device) / n_loaded
+        alone = _clock(partial(learn, repeated, n_steps), fabric.device) / n_steps
         with closing(batches(i)) as source:
             learn(source, ahead)
-            training = clock(learn, source, n_steps) / n_steps
+            training = _clock(partial(learn, source, n_steps), fabric.device) / n_steps
         if i:
             for name, taken in zip(seconds, (loader, alone, training), strict=True):
                 seconds[name].append(taken)

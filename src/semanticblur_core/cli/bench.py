@@ -235,7 +235,7 @@ def bench_batch(
 @click.option("--sharp", type=_folder, help="Sharp photographs, for recipes that want them.")
 @click.option("--sharp-microscopy", type=_folder, help="Sharp microscopy, likewise.")
 @click.option("--recipe", default="paper", show_default=True, help="As in train.")
-@click.option("--pairs", "n_pairs", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--pairs", "n_pairs", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--rounds", "n_rounds", type=click.IntRange(3), default=10, show_default=True)
 @device_option
 @precision_option

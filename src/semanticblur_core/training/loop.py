@@ -119,12 +119,7 @@ def train(
         finite, the checkpoint does not fit the settings or the data, a file cannot be written,
         there are fewer images than one batch, or memory does not suffice for a single image.
     """
-    steps_per_epoch = len(training) // config.n_pairs_per_batch
-    if steps_per_epoch == 0:
-        raise TrainingError(
-            f"{len(training)} training images are fewer than the {config.n_pairs_per_batch} of one "
-            "batch"
-        )
+    steps_per_epoch = count_steps(training, config)
     synthetic = synthetic_sources(config, sharp or {})
     total_steps = steps_per_epoch * config.epochs
     fabric = launch_fabric(device, config)
@@ -133,7 +128,7 @@ def train(
     model.to(memory_format=torch.channels_last)
     if fabric.world_size > 1 and device.device.type == "cuda" and not config.frozen_statistics:
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    optimizer = torch.optim.Adam(_parameter_groups(model, config), weight_decay=config.weight_decay)
+    optimizer = torch.optim.Adam(parameter_groups(model, config), weight_decay=config.weight_decay)
     wrapped, optimizer = fabric.setup(torch.compile(model) if compile_model else model, optimizer)
     averaged = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else None
     identity: dict[str, Any] = {
@@ -176,7 +171,7 @@ def train(
         )
 
     for epoch in range(first_epoch, config.epochs):
-        _set_training_mode(model, config)
+        set_training_mode(model, config)
         started = written = time.perf_counter()
         update: TrainUpdate | None = None
         batches = make_batches(
@@ -227,6 +222,23 @@ def train(
         if fabric.is_global_zero:
             _write_history(run_dir / HISTORY, history)
         yield done
+
+
+def count_steps(pairs: DecodedPairs, config: TrainConfig) -> int:
+    """Steps of an epoch.
+
+    Raises
+    ------
+    TrainingError
+        If there are fewer pairs than one batch takes.
+    """
+    n_steps = len(pairs) // config.n_pairs_per_batch
+    if n_steps == 0:
+        raise TrainingError(
+            f"{len(pairs)} training images are fewer than the {config.n_pairs_per_batch} of one "
+            "batch"
+        )
+    return n_steps
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
@@ -337,7 +349,7 @@ def backward(
             torch.cuda.empty_cache()
 
 
-def _parameter_groups(model: SemanticBlur, config: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: SemanticBlur, config: TrainConfig) -> list[dict[str, Any]]:
     """Early stages of the backbone at their own rate; frozen stages in no group."""
     stages = list(model.backbone.stages)
     for stage in stages[: config.frozen_stages]:
@@ -353,7 +365,7 @@ def _parameter_groups(model: SemanticBlur, config: TrainConfig) -> list[dict[str
     ]
 
 
-def _set_training_mode(model: SemanticBlur, config: TrainConfig) -> None:
+def set_training_mode(model: SemanticBlur, config: TrainConfig) -> None:
     """Training mode, but for the statistics that stay as they are."""
     model.train()
     for stage in model.backbone.stages[: config.frozen_stages]:
@@ -425,8 +437,11 @@ def make_batches(
             try:
                 with _loader_stream(device):
                     return assemble(indices, device)
-            except torch.OutOfMemoryError:
-                pass  # and outside the handler, which keeps the failed attempt's tensors alive:
+            except RuntimeError as error:
+                # cuFFT has an error of its own for a lack of memory.
+                if not isinstance(error, torch.OutOfMemoryError) and "cuFFT" not in str(error):
+                    raise
+            # Outside the handler, which keeps the failed attempt's tensors alive.
         return assemble(indices, _CPU)
 
     def assemble(indices: Sequence[int], on: torch.device) -> Batch:

@@ -287,6 +287,25 @@ def test_train_says_which_flags_the_recipe_cannot_use(
     assert (lonely.returncode, "--sharp-masks: goes with --sharp" in lonely.stderr) == (2, True)
 
 
+def test_bench_train_times_loader_and_step(pair_folders: tuple[Path, Path], tmp_path: Path) -> None:
+    images, masks = pair_folders
+    small = tmp_path / "small.yaml"
+    small.write_text("image_size_px: 64\nbatch_size: 4\nsynthetic_photographs: 2\n")
+    shared = (
+        "bench", "train", f"--images={images}", f"--masks={masks}", f"--sharp={images}",
+        "--device=cpu", "--precision=float32", "--rounds=3", "--json=out.json",
+    )  # fmt: skip
+    done = run(*shared, f"--recipe={small}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert set(result["images_per_s"]) == {"loader", "step", "training"}
+    assert result["loader_over_model"] > 1
+    assert 0.2 < result["training_over_step"] < 2
+    done = run(*shared, f"--recipe={small}", "--pairs=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "1 training images are fewer than the 2 of one batch" in done.stderr
+
+
 def test_bench_of_an_image_and_of_a_folder(tmp_path: Path) -> None:
     shared = ("--backend=torch", "--device=cpu", "--json=b.json")
     done = run("bench", "image", "--megapixels=0.3", "--rounds=1", *shared, cwd=tmp_path)
