@@ -259,6 +259,8 @@ class DetectionCluster:
                 env={"OMP_NUM_THREADS": str(self._n_threads)},
                 preload=[__name__],
             )
+        # It tells of connections that end after the cluster closed and no longer silences it.
+        logging.getLogger("distributed.batched").setLevel(logging.CRITICAL)
         self._resources.callback(_quietly, cluster.close)
         client = distributed.Client(cluster, set_as_default=False)
         self._resources.callback(_quietly, client.close)
