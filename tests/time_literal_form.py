@@ -60,14 +60,14 @@ def main() -> int:
         )
     # By itself: threads of another runtime may go on spinning for a while.
     detector = Detector(device="cpu", n_images=1000)
-    seconds = {"picked": []}
+    picked_seconds = []
     for i in range(options.rounds + 2):
         images = np.random.default_rng(i).random((1, 320, 320, 3), np.float32)
         start = time.perf_counter()
         detector.engine.run(images)
         if i >= 2:
-            seconds["picked"].append(time.perf_counter() - start)
-    picked = statistics.median(seconds["picked"])
+            picked_seconds.append(time.perf_counter() - start)
+    picked = statistics.median(picked_seconds)
     ratios.append(picked / min(literal_times))
     print(
         f"Detector ({detector.backend}, {detector.precision}): {picked * 1e3:.0f} ms, "

@@ -217,12 +217,13 @@ def bench_train(
     torch.manual_seed(config.seed)
     model = SemanticBlur().to(memory_format=torch.channels_last)
     fabric = launch_fabric(device, config)
-    optimizer = torch.optim.Adam(parameter_groups(model, config), lr=config.learning_rate)
+    optimizer = torch.optim.Adam(parameter_groups(model, config), weight_decay=config.weight_decay)
     wrapped, optimizer = fabric.setup(model, optimizer)
     set_training_mode(model, config)
     synthetic = synthetic_sources(config, sharp)
 
     ahead = n_loader_threads(fabric.device)
+    # Enough for each thread's turn to come several times; with one thread, a step takes seconds.
     n_loaded, n_steps = 4 * ahead, 1 if ahead == 1 else 4 * ahead
 
     def batches(epoch: int) -> Generator[Batch]:
