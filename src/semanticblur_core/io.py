@@ -9,9 +9,10 @@ import secrets
 import shutil
 import struct
 import sys
+import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -242,13 +243,20 @@ def to_unit_range(
     -------
     ndarray
         uint8 as it came, or float32 in 0..1. A constant image becomes 0. NaN and infinite values
-        count as the low limit.
+        count as the low limit, and so does what a masked array masks.
 
     Raises
     ------
     ImageError
         If the dtype is not real, no value is finite, or limits are not increasing.
     """
+    if isinstance(array, np.ma.MaskedArray):
+        # What is masked counts as NaN does.
+        if array.dtype in (np.uint8, np.bool_):
+            array = np.ma.filled(array, 0)
+        elif array.dtype.kind in "iuf":
+            wide = np.float64 if array.dtype.itemsize > 2 else np.float32
+            array = np.ma.filled(array.astype(wide), np.nan)
     if limits is None and array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
@@ -270,6 +278,8 @@ def to_unit_range(
             raise ImageError(f"range {low:g},{high:g}: expected LOW below HIGH")
     if high <= low:
         return np.zeros(array.shape, np.float32)
+    if math.isinf(high - low):
+        values, low, high = values / 2, low / 2, high / 2
     values = np.nan_to_num(values, nan=low, posinf=low, neginf=low)
     unit: NDArray[np.float32] = np.clip((values - low) / (high - low), 0, 1).astype(np.float32)
     return unit
@@ -299,8 +309,12 @@ def write_tiff(path: Path, array: NDArray[np.float32]) -> None:
         tifffile.imwrite(temporary, array, compression="zlib", photometric="minisblack")
 
 
-def write_image(path: Path, array: NDArray[Any]) -> None:
+def write_image(
+    path: Path, array: NDArray[Any], *, pixel_size_um: Mapping[str, float] | None = None
+) -> None:
     """Write ``(H, W)`` or ``(H, W, 3)`` of any real dtype as TIFF, or of 8 bits also as PNG.
+
+    A TIFF with a pixel size becomes an OME-TIFF.
 
     Raises
     ------
@@ -317,9 +331,20 @@ def write_image(path: Path, array: NDArray[Any]) -> None:
         )
     import tifffile
 
+    metadata: dict[str, Any] = {"axes": "YX" if array.ndim == 2 else "YXS"}
+    for axis in "XY":
+        if pixel_size_um and axis in pixel_size_um:
+            metadata[f"PhysicalSize{axis}"] = pixel_size_um[axis]
+            metadata[f"PhysicalSize{axis}Unit"] = "µm"
     with replacing(path) as temporary:
-        photometric = "rgb" if array.ndim == 3 else "minisblack"
-        tifffile.imwrite(temporary, array, compression="zlib", photometric=photometric)
+        tifffile.imwrite(
+            temporary,
+            array,
+            compression="zlib",
+            photometric="rgb" if array.ndim == 3 else "minisblack",
+            ome=len(metadata) > 1,
+            metadata=metadata,
+        )
 
 
 def write_npy(path: Path, array: NDArray[np.float32]) -> None:
@@ -345,9 +370,11 @@ def require_writable(path: Path) -> None:
     ImageError
         With the system's reason.
     """
-    temporary = temporary_name(path)
+    if _is_special(path):
+        return
+    temporary = temporary_name(_target(path))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         temporary.unlink()
     except OSError as error:
@@ -445,7 +472,8 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     Parameters
     ----------
     path
-        File to write or replace.
+        File to write or replace; of a link, the file that it leads to. A pipe or a device is
+        written to when the block has succeeded.
     durable
         Wait until the content is on the disk before it takes its place, so that not even a power
         cut leaves an empty file.
@@ -455,20 +483,46 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     ImageError
         If the file cannot be written, with the system's reason.
     """
-    temporary = temporary_name(path)
+    if _is_special(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder, path.name)
+            yield temporary
+            try:
+                with temporary.open("rb") as source, path.open("wb") as special:
+                    shutil.copyfileobj(source, special)
+            except OSError as error:
+                reason = error.strerror or error
+                raise ImageError(f"{path}: cannot be written: {reason}") from error
+        return
+    target = _target(path)
+    temporary = temporary_name(target)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with held(temporary):
             yield temporary
         if durable:
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _target(path: Path) -> Path:
+    """The file that is to be replaced: not the link that leads to it."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a pipe or a device, such as /dev/stdout, that no file can take the place of."""
+    with suppress(OSError):
+        # /dev/stdout may lead to a file, which the shell holds open under its own name.
+        is_device = path.absolute().parent in (Path("/dev"), Path("/dev/fd"))
+        return path.exists() and (is_device or not (path.is_file() or path.is_dir()))
+    return False
 
 
 def _read_pillow(path: Path, max_pixels: int) -> NDArray[Any]:

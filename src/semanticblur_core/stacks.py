@@ -520,7 +520,7 @@ def _open_zarr(path: Path, level: int) -> tuple[Any, str, dict[str, float]]:
 
     opened: Any = zarr.open(path, mode="r")
     if isinstance(opened, zarr.Array):
-        return opened, _guess_axes(opened.shape), {}
+        return opened, _dimension_axes(opened) or _guess_axes(opened.shape), {}
     attributes = _ome_attributes(opened)
     if "bioformats2raw.layout" in attributes and "multiscales" not in attributes and "0" in opened:
         # A group of images, of which the first is the scan; labels and overviews follow.
@@ -540,13 +540,27 @@ def _open_zarr(path: Path, level: int) -> tuple[Any, str, dict[str, float]]:
     names = [axis["name"] if isinstance(axis, dict) else axis for axis in described]
     axes = "".join(name[0].upper() for name in names) or _guess_axes(array.shape)
     sizes: dict[str, float] = {}
-    transforms = datasets[level].get("coordinateTransformations", [])
-    scale = next((t["scale"] for t in transforms if t["type"] == "scale"), None)
-    for letter, axis, step in zip(axes, described, scale or [], strict=False):
-        factor = _micrometres(axis.get("unit", "")) if isinstance(axis, dict) else None
-        if factor is not None:
-            sizes[letter] = float(step) * factor
+    # What a file says wrong of its pixels' size spoils no image.
+    with suppress(TypeError, ValueError, KeyError, AttributeError):
+        # That of all levels comes after that of the level.
+        steps = [1.0] * len(axes)
+        for each in (datasets[level], scales[0]):
+            for transform in each.get("coordinateTransformations") or []:
+                if transform["type"] == "scale":
+                    steps = [a * float(b) for a, b in zip(steps, transform["scale"], strict=True)]
+        for letter, axis, step in zip(axes, described, steps, strict=False):
+            factor = _micrometres(axis.get("unit", "")) if isinstance(axis, dict) else None
+            if factor is not None and 0 < step * factor < math.inf:
+                sizes[letter] = step * factor
     return array, axes, sizes
+
+
+def _dimension_axes(array: Any) -> str:
+    """Axes of a Zarr array that names its dimensions (format 3), empty where it does not."""
+    names = getattr(array.metadata, "dimension_names", None) or ()
+    letters = "".join(name[0].upper() for name in names if name)
+    fits = len(letters) == array.ndim == len(set(letters)) and {"Y", "X"} <= set(letters)
+    return letters if fits else ""
 
 
 def _ome_attributes(group: Any) -> dict[str, Any]:

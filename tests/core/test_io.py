@@ -1,5 +1,7 @@
 """Files that people have: kinds, depths, orientations, compressions, and broken ones."""
 
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -255,3 +257,40 @@ def test_two_writers_of_one_file_do_not_share_a_temporary_one(tmp_path: Path) ->
         assert path.read_text() == "all of it"
     assert path.read_text() == "whole"
     assert [entry.name for entry in tmp_path.iterdir()] == ["map.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and pipes as on Unix")
+def test_links_are_followed_and_pipes_stay_pipes(tmp_path: Path) -> None:
+    kept = tmp_path / "folder" / "kept.txt"
+    kept.parent.mkdir()
+    kept.write_text("old")
+    (tmp_path / "link.txt").symlink_to(kept)
+    io.write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert kept.read_text() == "new"
+    assert list(kept.parent.iterdir()) == [kept]
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    io.require_writable(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    read: list[str] = []
+    reader.start()
+    io.write_text(pipe, "through")
+    reader.join()
+    assert read == ["through"]
+    assert pipe.is_fifo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "link.txt", "pipe"]
+
+
+def test_masked_and_very_wide_images_have_no_nan() -> None:
+    wide = np.repeat([[-1.7e308], [1.7e308]], 50, axis=1)
+    assert np.isfinite(io.to_unit_range(wide)).all()
+    values = np.arange(100, dtype=np.float32).reshape(10, 10)
+    unit = io.to_unit_range(np.ma.masked_greater(values, 90))
+    assert unit.max() == 1
+    assert not np.ma.isMaskedArray(unit)
+    np.testing.assert_array_equal(unit[values > 90], 0)
+    eight = io.to_unit_range(np.ma.masked_equal(np.full((2, 2), 7, np.uint8), 7))
+    assert not np.ma.isMaskedArray(eight)
+    assert not eight.any()

@@ -495,3 +495,36 @@ def test_what_is_being_written_is_not_stale(
         stale.mkdir() if "zarr" in name else stale.touch()
         io.remove_if_stale(stale)
         assert not stale.exists()
+
+
+def test_pixel_size_of_ome_zarr_takes_both_scales_and_no_nonsense(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    group = zarr.open_group(path, mode="w", zarr_format=2)
+    group.create_array("0", shape=(2, 4, 4), dtype="uint8")
+    axes = [{"name": n, "type": "space", "unit": "micrometer"} for n in "zyx"]
+
+    def sizes(own: list[Any], common: list[Any]) -> dict[str, float]:
+        own_scale, common_scale = ([{"type": "scale", "scale": scale}] for scale in (own, common))
+        group.attrs["multiscales"] = [
+            {
+                "version": "0.4",
+                "axes": axes,
+                "datasets": [{"path": "0", "coordinateTransformations": own_scale}],
+                "coordinateTransformations": common_scale,
+            }
+        ]
+        with stacks.open_stack(path) as stack:
+            return dict(stack.pixel_size_um)
+
+    assert sizes([1, 1, 2], [2, 0.5, 0.5]) == {"Z": 2, "Y": 0.5, "X": 1}
+    assert sizes([0, -1, 2], [1, 1, 1]) == {"X": 2}
+    assert sizes([1, "much", 2], [1, 1, 1]) == {}
+
+
+def test_a_zarr_that_names_its_dimensions_is_believed(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    zarr.create_array(
+        path, shape=(2, 3, 20, 30), dtype="uint8", dimension_names=["c", "z", "y", "x"]
+    )
+    with stacks.open_stack(path) as stack:
+        assert stack.axes == "CZYX"

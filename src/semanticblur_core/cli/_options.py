@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,8 +114,8 @@ class RangeType(_ParamType):
             low, high = (float(part) for part in value.split(","))
         except ValueError:
             self.fail(f"expected two numbers LOW,HIGH, got {value!r}", param, ctx)
-        if not low < high:
-            self.fail(f"expected LOW below HIGH, got {value}", param, ctx)
+        if not -math.inf < low < high < math.inf:
+            self.fail(f"expected finite numbers, LOW below HIGH, got {value}", param, ctx)
         return low, high
 
 

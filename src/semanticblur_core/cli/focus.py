@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _file = click.Path(path_type=Path, dir_okay=False)
 _folder = click.Path(path_type=Path, file_okay=False)
+_share = click.FloatRange(0, 1)
 _SCORES = (
     *("in_focus_fraction", "mean_blur", "largest_in_focus_fraction", "subject_in_focus"),
     *("variance_of_laplacian", "tenengrad", "normalised_variance", "spectrum_slope"),
@@ -136,10 +137,10 @@ class _TileType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--report", type=_file, help="Write an HTML page that works offline.")
 @click.option("--csv", "csv_file", type=_file, help="Write a line an image.")
 @click.option("--json", "json_file", type=_file, help="Write everything that was measured.")
-@click.option("--min-in-focus", type=float, help="Gate: in-focus fraction at least, 0..1.")
-@click.option("--max-mean-blur", type=float, help="Gate: mean blur at most, 0..1.")
-@click.option("--min-largest", type=float, help="Gate: largest part in focus at least, 0..1.")
-@click.option("--min-subject", type=float, help="Gate: subject in focus at least, 0..1.")
+@click.option("--min-in-focus", type=_share, help="Gate: in-focus fraction at least, 0..1.")
+@click.option("--max-mean-blur", type=_share, help="Gate: mean blur at most, 0..1.")
+@click.option("--min-largest", type=_share, help="Gate: largest part in focus at least, 0..1.")
+@click.option("--min-subject", type=_share, help="Gate: subject in focus at least, 0..1.")
 @click.option(
     "--gate",
     "gates",
@@ -272,10 +273,19 @@ def _check(
 ) -> None:
     if not inputs:
         raise click.UsageError("give --input, or `focus calibrate`")
+    along = along.upper()
     if (composite or depth or axes) and not stack:
         raise click.UsageError("--composite, --depth and --axes go with --stack")
     if stack and (mask_output or keep_best):
         raise click.UsageError("--mask-output and --keep-best go without --stack")
+    outputs = {
+        "--composite": composite,
+        "--depth": depth,
+        "--report": report,
+        "--csv": csv_file,
+        "--json": json_file,
+    }
+    _refuse_outputs({flag: path for flag, path in outputs.items() if path is not None})
     gates = _gates(flags)
     detector, options, protocol = _prepare(
         **{key: flags[key] for key in flags if key not in _GATE_FLAGS}
@@ -300,16 +310,19 @@ def _check(
             )
             options = replace(options, value_range=opened.value_range)
         sources = opened.sources if opened else _sources(inputs, recursive)
-        options = replace(options, tile_size_px=_tile_px(tile_size, sources, opened))
+        _refuse_overwriting([path for path in outputs.values() if path], sources, mask_output)
+        if opened and (composite or depth):
+            _refuse_composite(opened, composite)
+        options = replace(options, tile_size_px=_tile_px(tile_size, opened))
         results = _Results(detector, protocol, options, opened, sort, keep_best)
         try:
             results.run(sources, report)
         finally:
             # Written after an interruption too: they tell what was done.
             results.write(json_file, csv_file)
+        results.print()
         if opened and (composite or depth):
             _write_composite(opened, channels, along, composite, depth)
-    results.print()
     if results.n_failed:
         raise SystemExit(2)
     if not results.passed:
@@ -651,9 +664,62 @@ def _open_file(
     )
 
 
+def _refuse_outputs(outputs: dict[str, Path]) -> None:
+    """Refuse what could not be written in the end, before the work."""
+    from semanticblur_core import io
+
+    for flag, suffixes in (
+        ("--composite", (".png", *io.TIFF_SUFFIXES)),
+        ("--depth", io.TIFF_SUFFIXES),
+    ):
+        path = outputs.get(flag)
+        if path and path.suffix.lower() not in suffixes:
+            raise click.UsageError(f"{flag}={path}: is written as {' or '.join(suffixes)}")
+    seen: dict[Path, str] = {}
+    for flag, path in outputs.items():
+        other = seen.setdefault(path.resolve(), flag)
+        if other != flag:
+            raise click.UsageError(f"{other} and {flag} name the same file, {path}")
+        io.require_writable(path)
+
+
+def _refuse_overwriting(
+    outputs: list[Path], sources: list[Source], mask_folder: Path | None
+) -> None:
+    """Refuse outputs that are inputs, and masks of which one would take another's place."""
+    read = {source.path.resolve() for source in sources}
+    for path in outputs:
+        if path.resolve() in read:
+            raise click.UsageError(f"{path}: is an input; give the output another name")
+    named: dict[str, Path] = {}
+    for source in sources if mask_folder else ():
+        other = named.setdefault(source.name, source.path)
+        if other != source.path:
+            raise click.UsageError(
+                f"{other} and {source.path} would have the same mask, {mask_folder}/{source.name}"
+                ".png; check the folder above them with --recursive, or one after the other"
+            )
+
+
+def _refuse_composite(opened: _StackInput, composite: Path | None) -> None:
+    import numpy as np
+
+    along = opened.collected.walked_axes.index(opened.collected.along)
+    others = {source.index[:along] + source.index[along + 1 :] for source in opened.sources}
+    if len(others) > 1:
+        raise click.UsageError(
+            "--composite, --depth: the stack has other axes than the one of focus"
+        )
+    if composite and composite.suffix.lower() == ".png" and opened.array.dtype != np.uint8:
+        raise click.UsageError(
+            f"--composite={composite}: {opened.array.dtype} pixels are written as .tif"
+        )
+
+
 def _tile_px(
-    tile_size: tuple[float, str] | None, sources: list[Source], opened: _StackInput | None
-) -> int | None:
+    tile_size: tuple[float, str] | None, opened: _StackInput | None
+) -> int | Callable[[Source], int] | None:
+    """Side of the tiles; in micrometres, each file's own pixel size says how many pixels."""
     from semanticblur_core import stacks
     from semanticblur_core.focus.scores import tile_size_in_px
 
@@ -662,23 +728,27 @@ def _tile_px(
     size, unit = tile_size
     if unit == "px":
         return int(size)
-    sizes = opened.pixel_size_um if opened else {}
-    first = sources[0].path
-    if not sizes and first.suffix.lower() in stacks.STACK_SUFFIXES and first.exists():
-        sizes = stacks.read_pixel_size(first)
-    return tile_size_in_px(size, sizes.get("X"))
+    if opened and opened.pixel_size_um:
+        return tile_size_in_px(size, opened.pixel_size_um.get("X"))
+
+    def of_source(source: Source) -> int:
+        has_size = source.path.suffix.lower() in stacks.STACK_SUFFIXES and source.path.exists()
+        sizes = stacks.read_pixel_size(source.path) if has_size else {}
+        return tile_size_in_px(size, sizes.get("X"))
+
+    # Planes of one stack are alike.
+    return of_source(opened.sources[0]) if opened else of_source
 
 
 def _write_composite(
     opened: _StackInput, channels: Any, along: str, composite: Path | None, depth: Path | None
 ) -> None:
     from semanticblur_core import io
-    from semanticblur_core.errors import ConfigError
     from semanticblur_core.focus.stack import all_in_focus
 
-    if len(opened.collected.series()) > 1:
-        raise ConfigError("--composite, --depth: the stack has other axes than the one of focus")
-    at = opened.collected.series()[0]
+    place = opened.collected.walked_axes.index(opened.collected.along)
+    index = opened.sources[0].index
+    at = index[:place] + index[place + 1 :]
     last = None
     with progress_bar() as progress:
         task = progress.add_task("Composing", total=None)
@@ -686,7 +756,7 @@ def _write_composite(
             progress.update(task, completed=last.n_done, total=last.n_total)
     assert last is not None
     if composite and last.composite is not None:
-        io.write_image(composite, last.composite)
+        io.write_image(composite, last.composite, pixel_size_um=opened.pixel_size_um)
     if depth and last.depth is not None:
-        io.write_image(depth, last.depth)
+        io.write_image(depth, last.depth, pixel_size_um=opened.pixel_size_um)
     click.echo(f"all in focus -> {', '.join(str(path) for path in (composite, depth) if path)}")

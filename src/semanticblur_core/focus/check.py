@@ -72,7 +72,7 @@ class FocusOptions:
     subject
         What `subject_in_focus` is weighted by.
     tile_size_px
-        Also measure the in-focus fraction of tiles of this side.
+        Also measure the in-focus fraction of tiles of this side. A function gives it for a source.
     measure
         Also measure each image as the plane of a stack, see
         `semanticblur_core.focus.stack.focus_measure`.
@@ -88,7 +88,7 @@ class FocusOptions:
     threshold: float = scores.THRESHOLD
     region: RegionKind | Callable[[Source], NDArray[np.bool_] | None] = "image"
     subject: scores.Subject = "centre"
-    tile_size_px: int | None = None
+    tile_size_px: int | Callable[[Source], int] | None = None
     measure: str | None = None
     mask_folder: Path | None = None
     mask_margin_px: int = 0
@@ -334,13 +334,16 @@ def _score(prepared: _Prepared, options: FocusOptions) -> ImageFocus:
             grey, blur, region=region, threshold=options.threshold, subject=options.subject
         )
         tiles = None
-        if options.tile_size_px is not None and blur is not None:
-            tiles = scores.tile_means(blur <= options.threshold, options.tile_size_px)
+        side = options.tile_size_px
+        tile_size_px = side(source) if callable(side) else side
+        if tile_size_px is not None and blur is not None:
+            tiles = scores.tile_means(blur <= options.threshold, tile_size_px)
         plane = None
         if options.measure is not None:
-            tile_size_px = options.tile_size_px or TILE_SIZE_PX
             measure = focus_measure(options.measure, blur=blur)
-            plane = plane_focus(source.index, image, measure, tile_size_px=tile_size_px)
+            plane = plane_focus(
+                source.index, image, measure, tile_size_px=tile_size_px or TILE_SIZE_PX
+            )
         if options.mask_folder is not None and blur is not None:
             _write_mask(source, blur, options)
         thumbnail, overlay = _pictures(image, blur) if options.thumbnails else (None, None)

@@ -67,11 +67,15 @@ class HtmlReport:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stream.write(self._between + _script_json(self.summary) + self._tail)
-        self._stream.flush()
-        self._stream.close()
         # What was measured before an interruption is worth a report: closed without the error.
-        self._resources.close()
+        try:
+            self._stream.write(self._between + _script_json(self.summary) + self._tail)
+            self._stream.flush()
+        except OSError as full:
+            if not self._resources.__exit__(type(full), full, full.__traceback__):
+                raise
+        else:
+            self._resources.close()
 
 
 def write_html(path: Path, images: Iterable[ImageFocus], summary: dict[str, Any]) -> None:

@@ -160,7 +160,8 @@ class ArrayFocus:
         if not wanted:
             return
         limits = self._find_limits(planes, wanted, options)
-        self.tile_size_px = options.tile_size_px or TILE_SIZE_PX
+        side = options.tile_size_px
+        self.tile_size_px = side if isinstance(side, int) else TILE_SIZE_PX
         options = replace(
             options,
             value_range=unit_range(planes, limits),

@@ -137,17 +137,18 @@ class FileStack:
     Attributes
     ----------
     shape, dtype, axes
-        Of the array: ``ZYX``, or ``ZYXS`` of colour; rows and columns are the first file's.
+        Of the array: ``ZYX``, or ``ZYXS`` of colour; rows and columns are those of the first file
+        that can be read.
 
     Raises
     ------
     ImageError
-        If the first file cannot be read.
+        If none can be read.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        first = io.read_image(paths[0])
         self.paths = list(paths)
+        self._first, first = _first_readable(self.paths)
         self.shape = (len(paths), *first.shape)
         self.dtype = first.dtype
         self.axes = "ZYX" if first.ndim == 2 else "ZYXS"
@@ -157,7 +158,7 @@ class FileStack:
         image = io.read_image(self.paths[z])
         if image.shape != self.shape[1:] or image.dtype != self.dtype:
             raise ImageError(
-                f"{self.paths[z]}: {image.dtype} {image.shape}, but {self.paths[0].name} is "
+                f"{self.paths[z]}: {image.dtype} {image.shape}, but {self._first.name} is "
                 f"{self.dtype} {self.shape[1:]}; planes of one stack must be alike"
             )
         part: NDArray[Any] = image[tuple(rest)]
@@ -166,22 +167,32 @@ class FileStack:
     def estimate_range(self) -> tuple[float, float] | None:
         """Limits of all planes together, as `Planes.estimate_range`, whatever their sizes.
 
-        Raises
-        ------
-        ImageError
-            If a file cannot be read.
+        Files that cannot be read are left out.
         """
         if self.dtype in (np.uint8, np.bool_):
             return None
         spread = np.unique(np.linspace(0, len(self.paths) - 1, RANGE_PLANES).round().astype(int))
         samples = []
-        for i in spread:
-            image = io.read_image(self.paths[i])
+        for path in [*(self.paths[i] for i in spread), self._first]:
+            try:
+                image = io.read_image(path)
+            except ImageError:  # told where the plane is looked at
+                continue
             step = max(1, math.ceil(math.sqrt(image.size / RANGE_SAMPLES_PER_PLANE)))
             samples.append(image[::step, ::step].ravel())
         values = np.concatenate(samples)
         limits = Planes(values[None], "YX").estimate_range()
         return limits[0] if limits else None
+
+
+def _first_readable(paths: Sequence[Path]) -> tuple[Path, NDArray[Any]]:
+    failure: ImageError | None = None
+    for path in paths:
+        try:
+            return path, io.read_image(path)
+        except ImageError as error:
+            failure = failure or error
+    raise failure or ImageError("a stack of no files")
 
 
 def in_stack_order(paths: Sequence[Path]) -> list[Path]:
@@ -475,7 +486,12 @@ def all_in_focus(
             pixels = planes.view((*at[:place], z, *at[place:])).read()
             if channels == "mean":
                 pixels = pixels.mean(axis=0)
-            yield pixels.astype(np.float32)
+            pixels = pixels.astype(np.float32)
+            finite = np.isfinite(pixels)
+            if not finite.all():
+                # Filters would spread them; they count as the lowest value.
+                pixels[~finite] = pixels[finite].min() if finite.any() else 0
+            yield pixels
 
     n_done = 0
     best = np.full(planes.plane_shape, -1, np.float32)
@@ -551,7 +567,14 @@ def _like(weights: NDArray[np.float32], pixels: NDArray[Any]) -> NDArray[np.floa
 
 
 def _as_type(values: NDArray[np.float32], dtype: Any) -> NDArray[Any]:
+    """Rounded to integers where those are wanted, and cut off where the type ends."""
+    wide = values.astype(np.float64)
     if np.issubdtype(dtype, np.integer):
         limits = np.iinfo(dtype)
-        values = np.rint(values).clip(limits.min, limits.max)
-    return values.astype(dtype)
+        # The largest of 64 bits is none of the doubles.
+        top = float(limits.max)
+        top = top if int(top) <= limits.max else math.nextafter(top, 0)
+        wide = np.rint(wide).clip(limits.min, top)
+    elif np.issubdtype(dtype, np.floating):
+        wide = wide.clip(float(np.finfo(dtype).min), float(np.finfo(dtype).max))
+    return wide.astype(dtype)

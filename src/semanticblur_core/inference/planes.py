@@ -92,6 +92,14 @@ class Planes:
 
     def __post_init__(self) -> None:
         shape, axes = tuple(self.array.shape), self.axes
+        if np.dtype(self.array.dtype).kind not in "buif":
+            raise ImageError(f"expected real numbers, got {self.array.dtype}")
+        channels: Any = self.channels
+        if isinstance(channels, np.integer):
+            channels = int(channels)
+            object.__setattr__(self, "channels", channels)
+        if channels not in ("each", "mean") and type(channels) is not int:
+            raise ImageError(f"channels={channels!r}: expected 'each', 'mean' or a number from 0")
         if len(axes) != len(shape) or len(set(axes)) != len(axes):
             raise ImageError(f"axes {axes!r}: expected {len(shape)} different letters for {shape}")
         if not {"Y", "X"} <= set(axes):
@@ -216,22 +224,31 @@ class Planes:
         spread, step = self.range_samples()
         chosen = spread if indices is None else indices
         some, others = self._range_pieces(step, len(chosen))
-        samples = []
+        samples, sampled, failure = [], [], None
         for n_read, index in enumerate(chosen):
             pixels = []
-            for rows, columns in some:
-                yield n_read
-                pixels.append(self._flat(self.view(index).read(rows, columns)))
+            try:
+                for rows, columns in some:
+                    yield n_read
+                    pixels.append(self._flat(self.view(index).read(rows, columns)))
+            except ImageError as error:
+                # A plane that cannot be read is reported where it is asked for, and spoils no
+                # others.
+                failure = error
+                continue
             samples.append(np.concatenate(pixels, axis=-1))
+            sampled.append(index)
         yield len(chosen)
+        if failure is not None and not samples:
+            raise failure
         if others and not any(np.isfinite(sample).any() for sample in samples):
-            for index, (rows, columns) in itertools.product(chosen, others):
+            for index, (rows, columns) in itertools.product(sampled, others):
                 sample = self._flat(self.view(index).read(rows, columns))
                 yield len(chosen)
                 if np.isfinite(sample).any():
-                    samples, chosen = [sample], [index]
+                    samples, sampled = [sample], [index]
                     break
-        channels = [self.channel(index) for index in chosen]
+        channels = [self.channel(index) for index in sampled]
         return range_of_samples(
             samples, channels, n_ranges=self.n_ranges, is_mean=self.channels == "mean"
         )

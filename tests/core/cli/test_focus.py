@@ -146,3 +146,74 @@ def test_a_stack_is_composed_and_the_best_of_a_burst_are_kept(tmp_path: Path, fo
     images = json.loads((tmp_path / "r.json").read_text())["images"]
     assert [(i["name"], i["kept"]) for i in images] == [("sharp.png", True), ("soft.png", False)]
     assert "kept: sharp.png" in done.stdout
+
+
+def test_outputs_are_never_an_input_nor_each_other(tmp_path: Path, folder: Path) -> None:
+    stack = tmp_path / "stack.tif"
+    tifffile.imwrite(stack, np.zeros((2, 40, 40), np.uint8), metadata={"axes": "ZYX"})
+    before = stack.read_bytes()
+    for arguments, words in (
+        (("--composite=stack.tif",), "is an input"),
+        (("--composite=a.tif", "--depth=a.tif"), "name the same file"),
+        (("--depth=a.png",), "is written as"),
+        (("--max-mean-blur=30",), "0<=x<=1"),
+    ):
+        done = run("--input=stack.tif", "--stack", "--method=lbp", *arguments, cwd=tmp_path)
+        assert done.returncode == 2
+        assert words in done.stderr
+    assert stack.read_bytes() == before
+    assert not (tmp_path / "a.tif").exists()
+
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.open(folder / "soft.png").save(other / "sharp.png")
+    done = run(
+        f"--input={folder}", f"--input={other}", "--method=lbp", "--mask-output=m", cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert "would have the same mask" in done.stderr
+    assert not (tmp_path / "m").exists()
+
+
+def test_tiles_in_micrometres_go_by_each_files_own_pixels(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    for name, size_um in (("a", 1.0), ("b", 0.5)):
+        tifffile.imwrite(
+            tmp_path / f"{name}.ome.tif",
+            rng.integers(0, 256, (80, 80), np.uint8),
+            metadata={"axes": "YX", "PhysicalSizeX": size_um, "PhysicalSizeY": size_um},
+        )
+    tifffile.imwrite(tmp_path / "none.tif", rng.integers(0, 256, (80, 80), np.uint8))
+    done = run("--input=*.tif", "--method=lbp", "--tile-size=20um", "--json=r.json", cwd=tmp_path)
+    assert done.returncode == 2  # the one without a pixel size
+    assert "none.tif" in done.stderr
+    tiles = {i["name"]: i["tiles"] for i in json.loads((tmp_path / "r.json").read_text())["images"]}
+    assert {name: len(rows) for name, rows in tiles.items()} == {"a.ome.tif": 4, "b.ome.tif": 2}
+
+
+def test_a_bad_plane_of_a_16_bit_stack_spoils_no_other(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    root = tmp_path / "planes"
+    root.mkdir()
+    for z in range(4):
+        tifffile.imwrite(root / f"z{z}.tif", rng.integers(0, 4000, (64, 64), np.uint16))
+    (root / "z0.tif").write_bytes(b"II*\0")
+    done = run("--input=planes", "--stack", "--method=lbp", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "z0.tif" in done.stderr
+    assert "3 planes, 1 unreadable" in done.stdout
+    assert "best plane" in done.stdout
+    # A composite needs them all: told after the answer, not instead of it.
+    done = run("--input=planes", "--stack", "--method=lbp", "--composite=c.tif", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "best plane" in done.stdout
+
+
+def test_complex_numbers_are_refused_in_one_line(tmp_path: Path) -> None:
+    np.save(tmp_path / "c.npy", np.zeros((2, 40, 40), np.complex64))
+    done = run("--input=c.npy", "--stack", "--method=lbp", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "expected real numbers, got complex64" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -218,3 +218,16 @@ def test_the_composite_of_a_real_stack_is_sharp(data_dir: Path) -> None:
     result = compose(np.stack(planes), "ZYXS")
     best = np.max([tile_gradient(plane) for plane in planes], axis=0)
     assert (tile_gradient(result.composite) >= 0.95 * best).mean() >= 0.99
+
+
+def test_a_composite_keeps_the_ends_of_a_type_and_does_not_spread_nan() -> None:
+    top = np.iinfo(np.uint32).max
+    composite = list(all_in_focus(np.full((2, 40, 40), top, np.uint32), "ZYX"))[-1].composite
+    assert composite is not None
+    assert (composite == top).all()
+
+    stack = np.random.default_rng(0).random((2, 60, 60), np.float32)
+    stack[:, 20:30, 20:30] = np.nan
+    composite = list(all_in_focus(stack, "ZYX"))[-1].composite
+    assert composite is not None
+    assert np.isfinite(composite).all()

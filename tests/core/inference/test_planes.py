@@ -216,3 +216,20 @@ def test_a_plane_of_which_only_a_corner_is_known_has_a_range() -> None:
     array[3000:3100, 10:110] = np.linspace(2, 3, 100)
     limits = Planes(Chunked(array, (500, 500)), "YX").estimate_range() or []
     assert limits[0] == pytest.approx((2, 3), abs=0.2)
+
+
+@pytest.mark.parametrize("channels", [True, 1.0, "foo"])
+def test_channels_that_mean_nothing_are_refused(channels: Any) -> None:
+    with pytest.raises(ImageError, match="expected 'each', 'mean' or a number"):
+        Planes(np.zeros((2, 8, 8), np.uint8), "CYX", channels)
+
+
+def test_a_numpy_integer_is_a_channel() -> None:
+    channel: Any = np.int64(1)
+    planes = Planes(np.arange(128, dtype=np.uint8).reshape(2, 8, 8), "CYX", channel)
+    assert planes.view(()).read()[0, 0] == 64
+
+
+def test_numbers_that_are_not_real_are_refused() -> None:
+    with pytest.raises(ImageError, match="expected real numbers, got complex128"):
+        Planes(np.zeros((8, 8), complex), "YX")
