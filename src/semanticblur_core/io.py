@@ -403,7 +403,12 @@ def temporary_name(path: Path, kind: str = "part") -> Path:
 
     Random, since the number of a process does not tell apart those of several machines.
     """
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
+    return path.with_name(f".{_shortened(path.name)}.{secrets.token_hex(4)}.{kind}")
+
+
+def _shortened(name: str) -> str:
+    """So much of a name that more fits behind it: file systems take 255 bytes."""
+    return os.fsdecode(os.fsencode(name)[:220]) if len(os.fsencode(name)) > 220 else name
 
 
 @contextmanager
@@ -461,7 +466,7 @@ def _lock(path: Path) -> int | None:
 
 def left_behind(path: Path) -> list[Path]:
     """Temporary files beside ``path`` of writers that were killed."""
-    pattern = f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part"
+    pattern = f".{glob.escape(_shortened(path.name))}.{'[0-9a-f]' * 8}.part"
     return sorted(path.parent.glob(pattern))
 
 

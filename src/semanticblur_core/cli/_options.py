@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     _ParamType = click.ParamType[Any]
 else:
     _ParamType = click.ParamType
+
+# What an image squashed to that side takes is several GiB.
+MAX_SIZE_PX = 4096
 
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda (or cuda:1 ...) or mps."
@@ -59,6 +63,41 @@ mask_polarity_option = click.option(
 )
 
 
+class PathType(click.Path):
+    """A path of which a leading ``~`` is the home folder: shells leave it after ``=``.
+
+    With ``writes`` a file that could not be written is refused at once, not after the work.
+    """
+
+    def __init__(self, *, writes: bool = False, **how: Any) -> None:
+        super().__init__(path_type=Path, **how)
+        self.writes = writes
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(value)
+        with suppress(RuntimeError):  # no such user
+            path = path.expanduser()
+        super().convert(path, param, ctx)
+        if self.writes:
+            from semanticblur_core.io import require_writable
+
+            require_writable(path)
+        return path
+
+
+class ShareType(click.FloatRange):
+    """A number of 0 to 1; unlike click's own, not one that is none (NaN)."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not in the range 0<=x<=1.", param, ctx)
+        return number
+
+
 class SizeType(_ParamType):
     """``native`` or a number of pixels."""
 
@@ -77,6 +116,13 @@ class SizeType(_ParamType):
             self.fail(f"expected native or a number of pixels, got {value!r}", param, ctx)
         if pixels < 33:
             self.fail(f"expected at least 33 pixels, got {pixels}", param, ctx)
+        if pixels > MAX_SIZE_PX:
+            self.fail(
+                f"expected at most {MAX_SIZE_PX} pixels, got {pixels}; native "
+                "works in tiles of any image",
+                param,
+                ctx,
+            )
         return pixels
 
 
@@ -233,6 +279,42 @@ def progress_bar() -> Iterator[Progress]:
         transient=True,
     ) as progress:
         yield progress
+
+
+def say(progress: Progress, text: str, *, err: bool = False) -> None:
+    """Print a line while a bar is shown: above it where both are on one terminal."""
+    if progress.console.is_terminal and (err or sys.stdout.isatty()):
+        # Names of files may hold bytes that are no text.
+        text = text.encode("utf-8", "replace").decode()
+        progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+    else:
+        click.echo(text, err=err)
+
+
+def refuse_clashes(outputs: Mapping[str, Path | None], inputs: Iterable[Path]) -> None:
+    """Refuse output files that are inputs, or one another.
+
+    Parameters
+    ----------
+    outputs
+        Files by the flags that name them.
+    inputs
+        Files that are read.
+
+    Raises
+    ------
+    click.UsageError
+        Naming the first.
+    """
+    named = {flag: path for flag, path in outputs.items() if path is not None}
+    seen: dict[Path, str] = {}
+    read = {path.resolve() for path in inputs} if named else set()
+    for flag, path in named.items():
+        other = seen.setdefault(path.resolve(), flag)
+        if other != flag:
+            raise click.UsageError(f"{other} and {flag} name the same file, {path}")
+        if path.resolve() in read:
+            raise click.UsageError(f"{flag}={path}: is an input; give the output another name")
 
 
 def override(text: str, config: Any) -> tuple[str, Any]:

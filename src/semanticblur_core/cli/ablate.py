@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from semanticblur_core.cli._options import (
+    PathType,
     device_option,
     mask_polarity_option,
     override,
     precision_option,
     progress_bar,
+    say,
 )
 
 if TYPE_CHECKING:
     from semanticblur_core.config import TrainConfig
     from semanticblur_core.training.ablation import AblationRow
 
-_folder = click.Path(path_type=Path, file_okay=False, exists=True)
+_folder = PathType(file_okay=False, exists=True)
 
 
 @click.command(name="ablate")
@@ -30,7 +32,7 @@ _folder = click.Path(path_type=Path, file_okay=False, exists=True)
 @mask_polarity_option
 @click.option(
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=PathType(file_okay=False),
     required=True,
     help="Folder for the runs; a table that is there goes on.",
 )
@@ -42,7 +44,7 @@ _folder = click.Path(path_type=Path, file_okay=False, exists=True)
 @click.option("--val-split", default="cuhk-val", show_default=True, help="As in train.")
 @click.option(
     "--backbone-weights",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    type=PathType(dir_okay=False, exists=True),
     help="ImageNet ResNet-50 to start from, in tables 2 and 3.",
 )
 @device_option
@@ -110,7 +112,7 @@ def command(
                 )
             if update.row is not None:
                 rows.append(update.row)
-                click.echo(f"{update.name}: MAE {update.row.mae:.4f}")
+                say(progress, f"{update.name}: MAE {update.row.mae:.4f}")
     budget = _budget(config, len(training), len(held_out))
     click.echo(f"\ntable {table}; {budget}")
     click.echo(f"protocol of ours: {VALIDATION_PROTOCOL.describe()}")

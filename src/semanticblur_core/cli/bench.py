@@ -12,6 +12,7 @@ import click
 
 from semanticblur_core.cli._options import (
     ListType,
+    PathType,
     SizeType,
     backend_option,
     device_option,
@@ -19,7 +20,7 @@ from semanticblur_core.cli._options import (
     progress_bar,
 )
 
-_folder = click.Path(path_type=Path, file_okay=False, exists=True)
+_folder = PathType(file_okay=False, exists=True)
 
 
 @click.group(name="bench")
@@ -48,7 +49,7 @@ def command() -> None:
     help="Images at once.",
 )
 @click.option("--compile", "compiled", is_flag=True, help="Both through torch.compile.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--json", "json_path", type=PathType(dir_okay=False, writes=True))
 def bench_model(
     size_px: int,
     n_rounds: int,
@@ -111,7 +112,7 @@ def bench_model(
 )
 @click.option("--size", "size_px", type=click.IntRange(64), default=320, show_default=True)
 @click.option("--rounds", "n_rounds", type=click.IntRange(3), default=20, show_default=True)
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--json", "json_path", type=PathType(dir_okay=False, writes=True))
 def bench_backends(
     model: str, device: str, size_px: int, n_rounds: int, json_path: Path | None
 ) -> None:
@@ -174,7 +175,7 @@ def bench_backends(
 @click.option("--model", default="default", show_default=True, help="As in detect.")
 @device_option
 @backend_option
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--json", "json_path", type=PathType(dir_okay=False, writes=True))
 def bench_image(
     megapixels: float,
     size: Any,
@@ -211,7 +212,7 @@ def bench_image(
 @click.option("--model", default="default", show_default=True, help="As in detect.")
 @device_option
 @backend_option
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--json", "json_path", type=PathType(dir_okay=False, writes=True))
 def bench_batch(
     n_images: int, model: str, device: str, backend: str, json_path: Path | None
 ) -> None:
@@ -239,7 +240,7 @@ def bench_batch(
 @click.option("--rounds", "n_rounds", type=click.IntRange(3), default=10, show_default=True)
 @device_option
 @precision_option
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--json", "json_path", type=PathType(dir_okay=False, writes=True))
 def bench_train(
     images: Path,
     masks: Path,

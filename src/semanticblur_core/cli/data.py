@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from semanticblur_core.cli._options import mask_polarity_option, progress_bar
+from semanticblur_core.cli._options import PathType, mask_polarity_option, progress_bar
 
-_folder = click.Path(path_type=Path, file_okay=False)
+_folder = PathType(file_okay=False)
 _N_LISTED = 5
 
 
@@ -27,7 +27,7 @@ def command() -> None:
 @click.option(
     "--json",
     "json_file",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=PathType(dir_okay=False, writes=True),
     help="Write the report to this file.",
 )
 def check(

@@ -17,9 +17,11 @@ import click
 from semanticblur_core.cli._options import (
     ChannelsType,
     ListType,
+    PathType,
     PlanesType,
     RangesType,
     ScalesType,
+    ShareType,
     SizeType,
     backend_option,
     device_option,
@@ -27,12 +29,16 @@ from semanticblur_core.cli._options import (
     method_option,
     precision_option,
     progress_bar,
+    refuse_clashes,
     refuse_network_flags,
+    say,
 )
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from semanticblur_core.focus.classical import ClassicalDetector
-    from semanticblur_core.inference.batch import DetectOptions, FileResult, Job
+    from semanticblur_core.inference.batch import DetectOptions, FileResult
     from semanticblur_core.inference.cluster import DetectionCluster
     from semanticblur_core.inference.detector import Detector
 
@@ -50,7 +56,7 @@ if TYPE_CHECKING:
 @click.option(
     "--output",
     required=True,
-    type=click.Path(path_type=Path, file_okay=False),
+    type=PathType(file_okay=False),
     help="Folder for the results; made if it is not there.",
 )
 @click.option("--recursive", is_flag=True, help="Look into subfolders of an input folder too.")
@@ -92,7 +98,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1),
+    type=ShareType(),
     default=0.5,
     show_default=True,
     help="A pixel is blurred where the map is above it.",
@@ -166,13 +172,13 @@ if TYPE_CHECKING:
 @click.option(
     "--table",
     "table_path",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=PathType(dir_okay=False),
     help="Write a summary table, a row a file: .csv or .parquet.",
 )
 @click.option(
     "--json",
     "json_path",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=PathType(dir_okay=False),
     help="Write what was measured on each file.",
 )
 def command(
@@ -240,6 +246,13 @@ def command(
     )  # fmt: skip
     problems: list[str] = []
     jobs, left_out = find_jobs(inputs, output, recursive=recursive, on_problem=problems.append)
+    reports = {"--table": table_path, "--json": json_path}
+    refuse_clashes(reports, (Path(job.source) for job in jobs))
+    for flag, path in reports.items():
+        if path is not None and path.is_file() and not (overwrite or resume):
+            raise click.UsageError(
+                f"{flag}={path}: exists already; --resume goes on with it, --overwrite replaces it"
+            )
     for problem in problems:
         click.echo(f"semanticblur-core: {problem}", err=True)
     if left_out:
@@ -296,13 +309,13 @@ def command(
                 if json_path is not None:
                     results.append(result)
                 progress.advance(task)
-                _report(result, progress.console.is_terminal and len(jobs) > 1)
+                _report(result, progress, quiet=progress.console.is_terminal and len(jobs) > 1)
         finally:
             if cluster is not None and cluster.detector is not None and method == "network":
                 detector = cluster.detector
             # Written after an interruption too: it tells what was done.
             if json_path is not None:
-                _write_json(json_path, results, jobs, detector, options)
+                _write_json(json_path, results, detector, options)
     if len(jobs) > 1:
         kept = f", {n_skipped} of them before" if n_skipped else ""
         click.echo(f"{len(jobs) - n_failed} of {len(jobs)} images done{kept} ({detector.reason})")
@@ -352,21 +365,22 @@ def _make_detector(method: str, model: str, **how: Any) -> Detector | ClassicalD
     return detector
 
 
-def _report(result: FileResult, quiet: bool) -> None:
+def _report(result: FileResult, progress: Progress, *, quiet: bool) -> None:
     if result.error is not None:
-        click.echo(f"semanticblur-core: {result.error}", err=True)
+        say(progress, f"semanticblur-core: {result.error}", err=True)
     elif result.skipped:
-        click.echo(f"{result.source}: done before")
+        say(progress, f"{result.source}: done before")
     elif not quiet:
-        click.echo(
+        say(
+            progress,
             f"{result.source}: {result.blurred_fraction:.1%} out of focus, mean blur "
             f"{result.mean_blur:.3f}, {result.elapsed_s:.2f} s -> "
-            f"{', '.join(str(path) for path in result.outputs)}"
+            f"{', '.join(str(path) for path in result.outputs)}",
         )
 
 
 def _write_json(
-    path: Path, results: list[FileResult], jobs: list[Job], detector: Any, options: DetectOptions
+    path: Path, results: list[FileResult], detector: Any, options: DetectOptions
 ) -> None:
     """What was measured, on resume before too; ``detector`` or what is known of a worker's."""
     from semanticblur_core import __version__, io
@@ -381,6 +395,7 @@ def _write_json(
             "size": options.size,
             "scales": detector.scales,
             "map_resize": detector.upsampling,
+            "flip": detector.flip,
             "backend": detector.backend,
             "device": detector.device,
             "precision": detector.precision,
@@ -398,8 +413,8 @@ def _write_json(
         elif result.skipped and before and is_of_results(before["outputs"], result):
             images.append(_without(before, settings))
             n_other += not settings.keys().isdisjoint(images[-1])
-    # Files that a stopped run did not come to.
-    images += [_without(earlier[job.source], settings) for job in jobs if job.source in earlier]
+    # Files that a stopped run did not come to, or that are no inputs of this one.
+    images += [_without(image, settings) for image in earlier.values()]
     if n_other:
         click.echo(
             f"{n_other} of the files done before were made with other settings, which {path} keeps "

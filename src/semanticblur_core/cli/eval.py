@@ -6,17 +6,20 @@ import csv
 import io as streams
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from semanticblur_core.cli._options import (
+    PathType,
     device_option,
     flip_option,
     mask_polarity_option,
     method_option,
     progress_bar,
+    refuse_clashes,
     refuse_network_flags,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -26,8 +29,8 @@ if TYPE_CHECKING:
     from semanticblur_core.data.datasets import Pair
     from semanticblur_core.evaluation import Evaluation, Predict
 
-_folder = click.Path(path_type=Path, file_okay=False)
-_file = click.Path(path_type=Path, dir_okay=False)
+_folder = PathType(file_okay=False)
+_file = PathType(dir_okay=False, writes=True)
 _polarity = click.Choice(["blur", "sharp"])
 
 
@@ -144,6 +147,11 @@ def command(
     if flip and images is None:
         raise click.UsageError("--flip goes with --images")
     is_onnx = model is not None and model.lower().endswith(".onnx")
+    if is_onnx and model is not None:
+        from semanticblur_core.inference.backends import is_own_export
+
+        # What `export` wrote is scored as the model that it is, under the same protocol.
+        is_onnx = not is_own_export(Path(model))
     if images is not None and (photos or (not is_onnx and (map_polarity or map_resize))):
         raise click.UsageError("--map-polarity, --map-resize and --photos go with --maps")
     if maps is not None and model:
@@ -154,6 +162,10 @@ def command(
     assert sources is not None
     names = read_split(split) if split else None
     pairs, problems = match(sources, masks, names, maps=maps is not None)
+    refuse_clashes(
+        {"--json": json_file, "--csv": csv_file},
+        (path for pair in pairs for path in (pair.image, pair.mask)),
+    )
     predict: Predict | None = None
     described = str(maps)
     analysis = f"maps as given, white = {map_polarity}, other sizes: {map_resize}"
@@ -206,9 +218,9 @@ def command(
             progress.update(task, completed=update.n_done)
             if update.problem:
                 n_failed += 1
-                click.echo(f"semanticblur-core: {update.problem}", err=True)
+                say(progress, f"semanticblur-core: {update.problem}", err=True)
             if update.note:
-                click.echo(f"semanticblur-core: {update.note}", err=True)
+                say(progress, f"semanticblur-core: {update.note}", err=True)
     if n_failed == len(problems) + len(pairs):
         click.echo("semanticblur-core: nothing could be scored", err=True)
         raise SystemExit(2)
@@ -280,15 +292,18 @@ def _eval_store(
 def _predictor(model: str, device: str, precision: str, flip: bool) -> tuple[Predict, str, str]:
     """Function from a pair to its map, under the protocol of the field."""
     from semanticblur_core import weights
+    from semanticblur_core.inference.backends import is_exported
     from semanticblur_core.inference.detector import Detector
     from semanticblur_core.training.loop import VALIDATION_PROTOCOL
 
-    detector = Detector(model, device=device, precision=precision, flip=flip, backend="torch")
+    exported = is_exported(model)
+    backend: Literal["auto", "torch"] = "auto" if exported else "torch"
+    detector = Detector(model, device=device, precision=precision, flip=flip, backend=backend)
 
     def predict(pair: Pair) -> NDArray[np.float32]:
         return detector.detect(_read_as_large_as_mask(pair), upsampling="nearest-exact")
 
-    name = f"model {model} ({weights.resolve(model).name})"
+    name = f"model {model}" + ("" if exported else f" ({weights.resolve(model).name})")
     analysis = f"{VALIDATION_PROTOCOL.analysis}; {detector.precision} on {detector.device}"
     return predict, analysis + ("; averaged with the mirrored image's" if flip else ""), name
 

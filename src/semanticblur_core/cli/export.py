@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from semanticblur_core.cli._options import PathType
+
 
 @click.command(name="export")
 @click.option(
@@ -25,7 +27,7 @@ import click
 @click.option(
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="File (onnx) or new folder (bioimageio).",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the file.")

@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from semanticblur_core.cli._options import (
+    PathType,
     SizeType,
     device_option,
     mask_polarity_option,
     progress_bar,
     read_labelled,
+    say,
 )
 
 if TYPE_CHECKING:
     from semanticblur_core.data.store import LabelledImage
     from semanticblur_core.training.finetune import FinetuneResult
 
-_folder = click.Path(path_type=Path, file_okay=False)
+_folder = PathType(file_okay=False)
 
 
 @click.command(name="finetune")
@@ -68,7 +70,7 @@ _folder = click.Path(path_type=Path, file_okay=False)
 @click.option(
     "--json",
     "json_file",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=PathType(dir_okay=False, writes=True),
     help="Write the table to this file.",
 )
 @click.option(
@@ -149,9 +151,11 @@ def command(
             )
             if update.held_out_loss is not None:
                 best = ", best so far" if update.is_best else ""
-                click.echo(
-                    f"step {update.step}/{update.total_steps}: loss {update.loss:.3f}, held-out "
-                    f"error {update.held_out_loss:.3f}{best}"
+                loss = f"loss {update.loss:.3f}, " if update.step else ""
+                say(
+                    progress,
+                    f"step {update.step}/{update.total_steps}: {loss}held-out error "
+                    f"{update.held_out_loss:.3f}{best}",
                 )
     assert update is not None
     assert update.result is not None

@@ -12,13 +12,17 @@ import click
 
 from semanticblur_core.cli._options import (
     ChannelsType,
+    PathType,
     RangeType,
+    ShareType,
     SizeType,
     device_option,
     method_option,
     precision_option,
     progress_bar,
+    refuse_clashes,
     refuse_network_flags,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -27,9 +31,9 @@ if TYPE_CHECKING:
     from semanticblur_core.focus.stack import StackFocus
     from semanticblur_core.inference.batch import MapMaker
 
-_file = click.Path(path_type=Path, dir_okay=False)
-_folder = click.Path(path_type=Path, file_okay=False)
-_share = click.FloatRange(0, 1)
+_file = PathType(dir_okay=False)
+_folder = PathType(file_okay=False)
+_share = ShareType()
 _SCORES = (
     *("in_focus_fraction", "mean_blur", "largest_in_focus_fraction", "subject_in_focus"),
     *("variance_of_laplacian", "tenengrad", "normalised_variance", "spectrum_slope"),
@@ -52,7 +56,7 @@ _measuring = (
     ),
     click.option(
         "--threshold",
-        type=click.FloatRange(0, 1),
+        type=_share,
         default=0.5,
         show_default=True,
         help="A pixel is in focus where the map is not above it.",
@@ -179,8 +183,12 @@ def command(context: click.Context, /, **flags: Any) -> None:
     """
     if context.invoked_subcommand is None:
         _check(**flags)
-    elif flags["inputs"]:
-        raise click.UsageError("--input goes without a further command")
+        return
+    for name in flags:
+        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"options go after the further command: focus {context.invoked_subcommand} --..."
+            )
 
 
 @command.command(name="calibrate")
@@ -223,7 +231,7 @@ def calibrate_command(
                 progress.update(task, completed=update.n_done)
                 if update.image.scores is None:
                     n_failed += 1
-                    click.echo(f"semanticblur-core: {update.image.error}", err=True)
+                    say(progress, f"semanticblur-core: {update.image.error}", err=True)
                 else:
                     scores.append(update.image.scores.to_dict())
         examples.append(scores)
@@ -310,7 +318,9 @@ def _check(
             )
             options = replace(options, value_range=opened.value_range)
         sources = opened.sources if opened else _sources(inputs, recursive)
-        _refuse_overwriting([path for path in outputs.values() if path], sources, mask_output)
+        refuse_clashes(outputs, (source.path for source in sources))
+        if mask_output:
+            _refuse_same_masks(sources, mask_output)
         if opened and (composite or depth):
             _refuse_composite(opened, composite)
         options = replace(options, tile_size_px=_tile_px(tile_size, opened))
@@ -365,7 +375,7 @@ class _Results:
                         self._opened.collected.add(image.plane)
                     progress.update(task, completed=update.n_done)
                     if image.error is not None:
-                        click.echo(f"semanticblur-core: {image.error}", err=True)
+                        say(progress, f"semanticblur-core: {image.error}", err=True)
             finally:
                 if html is not None:
                     html.summary = self._summary()
@@ -441,7 +451,8 @@ class _Results:
 
         click.echo(f"the {_WORST_PRINTED} worst:")
         score = self._sort if self._sort and self._sort != "name" else "in_focus_fraction"
-        return ranked(self.images, score)[:_WORST_PRINTED]
+        readable = [image for image in self.images if image.scores is not None]
+        return ranked(readable, score)[:_WORST_PRINTED]
 
     def _kept(self) -> list[ImageFocus]:
         from semanticblur_core.focus.report import ranked
@@ -675,29 +686,19 @@ def _refuse_outputs(outputs: dict[str, Path]) -> None:
         path = outputs.get(flag)
         if path and path.suffix.lower() not in suffixes:
             raise click.UsageError(f"{flag}={path}: is written as {' or '.join(suffixes)}")
-    seen: dict[Path, str] = {}
-    for flag, path in outputs.items():
-        other = seen.setdefault(path.resolve(), flag)
-        if other != flag:
-            raise click.UsageError(f"{other} and {flag} name the same file, {path}")
+    for path in outputs.values():
         io.require_writable(path)
 
 
-def _refuse_overwriting(
-    outputs: list[Path], sources: list[Source], mask_folder: Path | None
-) -> None:
-    """Refuse outputs that are inputs, and masks of which one would take another's place."""
-    read = {source.path.resolve() for source in sources}
-    for path in outputs:
-        if path.resolve() in read:
-            raise click.UsageError(f"{path}: is an input; give the output another name")
+def _refuse_same_masks(sources: list[Source], folder: Path) -> None:
+    """Refuse masks of which one would take another's place."""
     named: dict[str, Path] = {}
-    for source in sources if mask_folder else ():
+    for source in sources:
         other = named.setdefault(source.name, source.path)
         if other != source.path:
             raise click.UsageError(
-                f"{other} and {source.path} would have the same mask, {mask_folder}/{source.name}"
-                ".png; check the folder above them with --recursive, or one after the other"
+                f"{other} and {source.path} would have the same mask, {folder}/{source.name}.png; "
+                "check the folder above them with --recursive, or one after the other"
             )
 
 

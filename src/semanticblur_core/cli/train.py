@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from semanticblur_core.cli._options import (
+    PathType,
     device_option,
     mask_polarity_option,
     override,
     precision_option,
     progress_bar,
+)
+from semanticblur_core.cli._options import (
+    say as say_above,
 )
 
 if TYPE_CHECKING:
@@ -34,24 +38,24 @@ LICENCE = (
 @click.command(name="train")
 @click.option(
     "--images",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=PathType(file_okay=False, exists=True),
     help="Folder of photographs.",
 )
 @click.option(
     "--masks",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=PathType(file_okay=False, exists=True),
     help="Folder of masks of the same names, 255 = blurred.",
 )
 @mask_polarity_option
 @click.option(
     "--data",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=PathType(file_okay=False, exists=True),
     help="Or an annotation store; its items marked val are held out.",
 )
 @click.option(
     "--output",
     required=True,
-    type=click.Path(path_type=Path, file_okay=False),
+    type=PathType(file_okay=False),
     help="Folder for checkpoints, best weights and history.",
 )
 @click.option(
@@ -75,24 +79,24 @@ LICENCE = (
 )
 @click.option(
     "--sharp",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=PathType(file_okay=False, exists=True),
     help="Folder of sharp photographs, for recipes with synthetic defocus; one in eight is held "
     "out.",
 )
 @click.option(
     "--sharp-masks",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=PathType(file_okay=False, exists=True),
     help="Folder of masks of an object in some of them, 255 = object.",
 )
 @click.option(
     "--sharp-microscopy",
     multiple=True,
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=PathType(file_okay=False, exists=True),
     help="Folder of sharp microscopy images; several times.",
 )
 @click.option(
     "--backbone-weights",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    type=PathType(dir_okay=False, exists=True),
     help="safetensors of (part of) torchvision's ImageNet ResNet-50 to start from.",
 )
 @click.option("--init", help="Packaged model or file of weights to start from.")
@@ -261,10 +265,11 @@ def command(
                 scores = update.scores
                 per_step_s = (time.monotonic() - started) / (update.step - first_step)
                 left_min = per_step_s * (update.total_steps - update.step) / 60
-                say(
+                say_above(
+                    progress,
                     f"epoch {update.epoch}/{config.epochs}: MAE {scores.mae:.4f}, F "
                     f"{scores.f_beta:.4f}, IoU {scores.iou:.4f}, {update.images_per_s:.2f} images/s"
-                    f", about {left_min:.0f} min left{', best so far' if update.is_best else ''}"
+                    f", about {left_min:.0f} min left{', best so far' if update.is_best else ''}",
                 )
                 log.draw()
     log.close()

@@ -211,6 +211,22 @@ def is_exported(model: str) -> bool:
     return model.lower().endswith(".onnx")
 
 
+def is_own_export(path: Path) -> bool:
+    """Whether an ONNX file was written by `semanticblur_core.inference.export`; False if damaged.
+
+    Its metadata are looked for in the bytes of the file, which needs no back end.
+    """
+    key = weights.METADATA_KEY.encode()  # field 1 of a property, with its length before it
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            start = stream.read(2**20)
+            stream.seek(max(0, size - 2**20))
+            return bytes([10, len(key)]) + key in start + stream.read()
+    except OSError:
+        return False
+
+
 def installed(backend: str) -> bool:
     """Whether the package of a back end can be imported."""
     return find_spec({"compile": "torch"}.get(backend, backend)) is not None

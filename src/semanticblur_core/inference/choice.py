@@ -185,7 +185,8 @@ def _measure_apart(
             ensure_exported(model)
         except SemanticBlurError as error:
             return SemanticBlurError(f"{backend}: {error}")
-    command = [sys.executable, "-m", "semanticblur_core.inference.choice"]
+    # -P: not the files of the folder that one happens to be in.
+    command = [sys.executable, "-P", "-m", "semanticblur_core.inference.choice"]
     start = time.time()
     try:
         done = subprocess.run(

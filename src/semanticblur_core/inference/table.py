@@ -46,7 +46,7 @@ class SummaryTable:
         self._writer.add(row)
 
     def add_unreached(self) -> None:
-        """Add the earlier rows of files that a stopped run did not come to."""
+        """Add the earlier rows of files that this run did not come to, or was not asked for."""
         for row in self._earlier.values():
             self._writer.add(row)
 
@@ -91,7 +91,7 @@ def summary_table(path: Path, *, resume: bool = False) -> Iterator[SummaryTable]
         Table to write or replace, .csv or .parquet.
     resume
         Take over what the table that is there, and those of runs that were killed, say of files
-        that are skipped now; where the run is stopped, of those it did not come to as well.
+        that are skipped now, and of those that this run does not come to.
 
     Raises
     ------
@@ -110,8 +110,8 @@ def summary_table(path: Path, *, resume: bool = False) -> Iterator[SummaryTable]
             yield table
         except BaseException as error:  # what was done until then is kept, also after Ctrl+C
             stopped = error
-            table.add_unreached()
         finally:
+            table.add_unreached()
             writer.close()
     for part in parts:  # taken over
         with suppress(OSError):

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from semanticblur_core import __version__, weights
+from semanticblur_core import __version__, io, weights
 from semanticblur_core.config import FinetuneConfig
 from semanticblur_core.data.defocus import Example
 from semanticblur_core.data.store import BLURRED, SHARP, LabelledImage
@@ -241,6 +241,7 @@ def finetune(
         chosen = chosen._replace(dtype=torch.bfloat16)
     model, info = weights.load(base)
     if target is not None:
+        io.require_writable(target)
         _require_space(target.parent, 2 * info.size_bytes)
     tuner = Tuner(model, config, chosen)
     split = hold_out(images, config.held_out_share, np.random.default_rng((config.seed, 0)))

@@ -122,7 +122,15 @@ def test_resume_keeps_what_the_json_says_of_images_done_before(
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "j.json").read_text())
     assert report["images"][0] == first[1]
-    assert [image["input"] for image in report["images"]] == ["in/photo01.png", "in/photo02.png"]
+    # What is no input any more is kept as well.
+    names = ["in/photo01.png", "in/photo02.png", "in/photo00.png"]
+    assert [image["input"] for image in report["images"]] == names
+    # A report that is there is not replaced unasked, least of all by one of nothing.
+    before = (tmp_path / "j.json").read_bytes()
+    again = detect("--input=in/phot.png", *common, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "j.json: exists already" in again.stderr
+    assert (tmp_path / "j.json").read_bytes() == before
     assert report["skipped"] == ["in/photo01.png"]
     (tmp_path / "j.json").write_text("[]")
     assert detect("--input=in/photo01.png", *common, "--resume", cwd=tmp_path).returncode == 0

@@ -58,6 +58,8 @@ def test_on_resume_skipped_files_keep_their_numbers(path: Path) -> None:
     again = result("c", 0.75)
     write(path, skipped("a"), skipped("b"), again, resume=True)
     expected = {"a": ("skipped", 0.25, 7.0), "b": ("skipped", None, 0.0), "c": ("done", 0.75, 7.0)}
+    # What is no input any more keeps its row.
+    expected |= {"gone": ("done", 0.25, 7.0)}
     assert rows_of(path) == expected
     write(path, skipped("a"), skipped("b"), skipped("c"), resume=True)
     assert rows_of(path) == expected | {"c": ("skipped", 0.75, 7.0)}
