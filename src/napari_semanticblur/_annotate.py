@@ -33,6 +33,7 @@ from napari_semanticblur._annotation_source import (
 from napari_semanticblur._colors import BLURRED, SHARP, UNLABELLED
 from napari_semanticblur._detection import Detection, Settings
 from napari_semanticblur._dialogs import ask
+from napari_semanticblur._dock import Dock
 from napari_semanticblur._layers import METADATA_KEY, find_result, is_image, unwrapped
 from napari_semanticblur._models import recommended
 from napari_semanticblur._recovery import Offer, find_offers, image_of, offer, strokes
@@ -62,7 +63,7 @@ STACKS = (".npy",)
 _opened: list[ReferenceType[AnnotateWidget]] = []
 
 
-class AnnotateWidget(Container):  # type: ignore[type-arg]
+class AnnotateWidget(Dock):
     """Dock widget for labelling what is sharp and what is blurred.
 
     Parameters
@@ -620,7 +621,17 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         for annotation in self._annotations:
             if annotation.image in before:
                 annotation.secure()  # or the layer, about to go, would be all there is of it
-        image = self._open(self._files[index])
+        skipped: list[str] = []
+        while True:
+            try:
+                image = self._open(self._files[index])
+                break
+            except SemanticBlurError as error:
+                # One that cannot be read does not stand in the way of the next.
+                skipped.append(str(error))
+                index += by
+                if not 0 <= index < len(self._files):
+                    raise SemanticBlurError("; ".join(skipped)) from error
         self._file_index, self._shown_file = index, self._files[index]
         self.layer.value = image
         for old in before:
@@ -632,6 +643,7 @@ class AnnotateWidget(Container):  # type: ignore[type-arg]
         self.say(
             f"{self._files[index].name}: {index + 1} of {len(self._files)}"
             + (f", {strokes(n_recovered)} recovered" * bool(n_recovered))
+            + "".join(f"; left out: {text}" for text in skipped)
         )
 
     def _open(self, path: Path) -> Image:

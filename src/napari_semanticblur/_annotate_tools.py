@@ -11,6 +11,7 @@ import numpy as np
 from napari_semanticblur import _labelling
 from napari_semanticblur._annotation_source import shown_plane
 from napari_semanticblur._colors import BLURRED, SHARP, UNLABELLED
+from semanticblur_core.errors import SemanticBlurError
 
 if TYPE_CHECKING:
     from napari.layers import Labels
@@ -123,10 +124,13 @@ class Tools:
         row, column = (round(float(p)) for p in layer.world_to_data(event.position)[-2:])
         height, width = layer.data.shape[-2:]
         if 0 <= row < height and 0 <= column < width:
-            _labelling.label_superpixel(
-                layer,
-                annotation.source,
-                plane,
-                (row, column),
-                size_px=int(widget.superpixel_px.value),
-            )
+            try:
+                _labelling.label_superpixel(
+                    layer,
+                    annotation.source,
+                    plane,
+                    (row, column),
+                    size_px=int(widget.superpixel_px.value),
+                )
+            except SemanticBlurError as error:  # nothing but NaN there
+                widget.say(str(error))

@@ -18,6 +18,7 @@ from magicgui.widgets import (
 )
 
 from napari_semanticblur._detection import Detection, Settings
+from napari_semanticblur._dock import Dock
 from napari_semanticblur._layers import (
     METADATA_KEY,
     coarse_level,
@@ -46,7 +47,7 @@ _SIZES = {"320": PAPER, "native": NATIVE}
 SMALLEST_PX, LARGEST_PX, USUAL_CUSTOM_PX = 33, 4096, 448
 
 
-class DetectWidget(Container):  # type: ignore[type-arg]
+class DetectWidget(Dock):
     """Dock widget that runs the network on an image layer.
 
     Parameters
@@ -64,6 +65,7 @@ class DetectWidget(Container):  # type: ignore[type-arg]
         self._opened_models = []
         if chosen.model not in (*_known_models(), *METHODS):
             self._opened_models.append(chosen.model)
+        self._last_model = chosen.model
         self.model = ComboBox(
             choices=self._models, value=chosen.model, label="model", tooltip=_MODEL_TIP
         )
@@ -344,6 +346,7 @@ class DetectWidget(Container):  # type: ignore[type-arg]
 
     def _model_chosen(self, model: str) -> None:
         if model != OTHER_FILE:
+            self._last_model = model
             self._show_what_applies()
             return
         from qtpy.QtWidgets import QFileDialog
@@ -354,7 +357,7 @@ class DetectWidget(Container):  # type: ignore[type-arg]
         if path and path not in self._opened_models:
             self._opened_models.append(path)
         self.model.reset_choices()
-        self.model.value = path or _known_models()[0]
+        self.model.value = path or self._last_model
 
     def _threshold_moved(self, threshold: float) -> None:
         if self.layer.value is not None:

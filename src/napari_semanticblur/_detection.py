@@ -168,6 +168,7 @@ class Detection:
         self._adding: Iterator[None] | None = None
         self._hidden: list[Any] = []
         self._are_added = threading.Event()
+        self._n_steps_done = 0
         self._refreshed = 0.0
         self._reason = ""
         self._sha256: str | None = None
@@ -369,6 +370,7 @@ class Detection:
         if self._adding is None:
             self._adding = self._add_layers()
             self._add_more()
+        self._n_steps_done = update.n_done
         if not self._are_added.is_set():
             return 0
         self._refresh(update.index)
@@ -385,6 +387,8 @@ class Detection:
             QTimer.singleShot(_STEP_MS, self._add_more)
         else:
             self._are_added.set()
+            # The last update may have come meanwhile.
+            self._on_progress(self._n_steps_done, self.n_steps)
 
     def _add_layers(self) -> Iterator[None]:
         """Steps of which napari takes up to a tenth of a second for each."""

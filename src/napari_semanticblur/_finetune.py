@@ -20,6 +20,7 @@ from magicgui.widgets import (
 )
 
 from napari_semanticblur._detect import CUSTOM, NATIVE, OTHER_FILE, PAPER
+from napari_semanticblur._dock import Dock
 from napari_semanticblur._layers import METADATA_KEY, is_image, unwrapped
 from napari_semanticblur._models import models, recommend
 from napari_semanticblur._outcome import ModelActions, cancelled_text, outcome_text
@@ -39,7 +40,7 @@ _LET_GO = (("forgetting_limit", "1"), ("drift_limit", "1"), ("importance_damping
 _BUDGETS = {QUICK: "quick", THOROUGH: "thorough", CUSTOM_STEPS: "quick"}
 
 
-class FinetuneWidget(Container):  # type: ignore[type-arg]
+class FinetuneWidget(Dock):
     """Dock widget that teaches a model with what was painted.
 
     Parameters
@@ -76,13 +77,15 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
         self.device = ComboBox(
             choices=["auto", "cpu", "cuda", "mps"], value=chosen.device, label="device"
         )
-        size = {"320": PAPER, "native": NATIVE}.get(chosen.size, CUSTOM)
+        side = int(chosen.size) if chosen.size.isdecimal() else 448
+        other = CUSTOM if chosen.size.isdecimal() else PAPER
+        size = {"320": PAPER, "native": NATIVE}.get(chosen.size, other)
         self.size = ComboBox(
             choices=[PAPER, NATIVE, CUSTOM], value=size, label="analysis",
             tooltip="As you will detect with it later.",
         )  # fmt: skip
         self.custom_size = SpinBox(
-            value=int(chosen.size) if chosen.size.isdecimal() else 448, min=33, max=4096, step=32,
+            value=min(max(side, 33), 4096), min=33, max=4096, step=32,
             label="side (px)",
         )  # fmt: skip
         self.keep_photographs = CheckBox(
@@ -118,7 +121,7 @@ class FinetuneWidget(Container):  # type: ignore[type-arg]
         self.native.setObjectName("semanticblur-finetune")
         self.plot = LossPlot()
         place = list(self).index(self.table)
-        self.native.layout().insertWidget(place, self.plot)
+        self.column.insertWidget(place, self.plot)
         self.layers.native.setMaximumHeight(70)
         for label in (self.status, self.table):
             label.native.setWordWrap(True)

@@ -21,6 +21,7 @@ from magicgui.widgets import (
 )
 
 from napari_semanticblur._checking import CLASSICAL, NETWORK, Checking, Job, Settings, compose
+from napari_semanticblur._dock import Dock
 from napari_semanticblur._focus_layers import look_at_tile, show_composite, show_heat_map
 from napari_semanticblur._focus_plot import FocusPlot
 from napari_semanticblur._focus_rows import (
@@ -70,7 +71,7 @@ LEVEL_SIDE_PX = 1024
 _REFRESH_MS = 200
 
 
-class FocusWidget(Container):  # type: ignore[type-arg]
+class FocusWidget(Dock):
     """Dock widget that says what is in focus, in layers, planes and tiles.
 
     Parameters
@@ -132,7 +133,7 @@ class FocusWidget(Container):  # type: ignore[type-arg]
         self.status.native.setWordWrap(True)
         widen(self.status.native)
         self.plot, self.table = FocusPlot(), FocusTable()
-        layout = self.native.layout()
+        layout = self.column
         layout.insertWidget(layout.count() - 2, self.plot)
         layout.insertWidget(layout.count() - 2, self.table, 1)
         self.plot.plane_chosen.connect(self._plane_chosen)

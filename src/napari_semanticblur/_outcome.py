@@ -124,6 +124,7 @@ class ModelActions:
             (self.export_button, self.export),
         ):
             button.changed.connect(self._guarded(action))
+        self.own.changed.connect(self._enable)
         self.ask, self.ask_text, self.ask_file = ask, ask_text, ask_file
         self.refresh()
 
@@ -132,6 +133,9 @@ class ModelActions:
         self.own.reset_choices()
         if name in self.own.choices:
             self.own.value = name
+        self._enable()
+
+    def _enable(self, _: object = None) -> None:
         for button in self._buttons:
             button.enabled = self.own.value is not None
 

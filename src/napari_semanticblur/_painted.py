@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,6 +64,7 @@ def annotated_layers(viewer: ViewerModel) -> list[Annotated]:
     """
     layers = [unwrapped(layer) for layer in viewer.layers]
     images = [x for x in layers if is_image(x) and METADATA_KEY not in x.metadata]
+    order = {layer: i for i, layer in enumerate(layers)}
     found = []
     for layer in layers:
         if type(layer).__name__ != "Labels":
@@ -72,7 +74,7 @@ def annotated_layers(viewer: ViewerModel) -> list[Annotated]:
         is_annotation = record.get("role") == "annotation"
         if record and not is_annotation:
             continue
-        source = _source_of(layer, images, record)
+        source = _source_of(layer, images, record, order)
         if source is None:
             continue
         store = record.get("store")
@@ -92,21 +94,28 @@ def annotated_layers(viewer: ViewerModel) -> list[Annotated]:
     return found
 
 
-def _source_of(labels: Labels, images: Sequence[Image], record: dict[str, Any]) -> Source | None:
-    """Image, and its level, that labels lie on."""
+def _source_of(
+    labels: Labels, images: Sequence[Image], record: dict[str, Any], order: dict[Any, int]
+) -> Source | None:
+    """Image, and its level, that labels lie on; ``order`` is the place of each layer from below."""
     fitting = []
     for image in images:
         for level in range(len(image.data) if image.multiscale else 1):
             source = read_source(image, level=level)
             if tuple(source.array.shape[: image.ndim]) == tuple(labels.data.shape):
                 fitting.append(source)
-    ranks = (
-        lambda s: str(s.layer.unique_id) == record.get("source_id"),
-        lambda s: s.layer.name == record.get("source"),
-        lambda s: labels.name.startswith(s.layer.name),
-        lambda s: True,
+    # Of "img1" and "img10", "img10 - Labels" is of the latter; what is named after neither lies
+    # on the image below it, as far as there is one.
+    by_name = sorted(fitting, key=lambda s: -len(s.layer.name))
+    below = sorted(fitting, key=lambda s: -order.get(s.layer, -1))
+    ranks: tuple[tuple[list[Source], Callable[[Source], bool]], ...] = (
+        (fitting, lambda s: str(s.layer.unique_id) == record.get("source_id")),
+        (fitting, lambda s: s.layer.name == record.get("source")),
+        (by_name, lambda s: labels.name.startswith(s.layer.name)),
+        (below, lambda s: order.get(s.layer, -1) < order.get(labels, math.inf)),
+        (fitting, lambda _: True),
     )
-    return next((source for is_it in ranks for source in fitting if is_it(source)), None)
+    return next((source for found, is_it in ranks for source in found if is_it(source)), None)
 
 
 def _file_name(image: Image) -> str:

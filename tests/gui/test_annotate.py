@@ -1040,3 +1040,15 @@ def test_the_menu_has_it_and_opening_it_loads_no_torch(viewer: Any) -> None:
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_file_that_cannot_be_read_does_not_stand_in_the_way(
+    qtbot: Any, viewer: Any, widget: Any, folder: Path
+) -> None:
+    (folder / "photo0a.png").write_bytes(b"no picture")
+    widget.folder.value = folder
+    qtbot.waitUntil(lambda: widget.current is not None, timeout=5000)
+    widget.next_button.native.click()
+    assert widget.current.image.name == "photo1"
+    assert "left out" in widget.status.value
+    assert "photo0a.png" in widget.status.value

@@ -446,7 +446,10 @@ def test_a_worse_model_becomes_the_default_only_after_a_question(
     assert preferences().model == "a@2"
     assert detect.model.value == "a"
     asked.clear()
-    actions.refresh("a@1")
+    actions.own.value = None
+    assert not actions.delete_button.enabled
+    actions.own.value = "a@1"  # as a person chooses it
+    assert actions.default_button.enabled
     actions.default_button.native.click()
     assert asked == []
     assert preferences().model == detect.model.value == "a@1"

@@ -195,3 +195,14 @@ def test_strokes_on_other_images_are_not_learned_from_unasked(tmp_path: Path) ->
     assert save_layers(both, None, fallback) == fallback
     assert len(read_store(fallback)) == 2
     close(one, other)
+
+
+def test_labels_go_to_the_image_that_they_are_named_after_or_lie_on() -> None:
+    viewer = ViewerModel()
+    for name in ("img1", "img10"):
+        viewer.add_image(cells(), name=name)
+    viewer.add_labels(np.zeros((40, 50), np.uint8), name="img10 - Labels")
+    viewer.add_labels(np.zeros((40, 50), np.uint8), name="Labels")
+    viewer.add_image(cells(), name="above")
+    found = {one.labels.name: one.source.layer.name for one in annotated_layers(viewer)}
+    assert found == {"img10 - Labels": "img10", "Labels": "img10"}

@@ -5,10 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from semanticblur_core.errors import ImageError
+from semanticblur_core.io import write_png
 
 COMMAND = [sys.executable, "-m", "semanticblur_core"]
 
@@ -318,3 +322,32 @@ def test_bench_of_an_image_and_of_a_folder(tmp_path: Path) -> None:
     done = run("bench", "batch", "--images=3", *shared, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "b.json").read_text())["images_per_s"] > 0
+
+
+def test_paths_in_the_home_folder_and_late_refusals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from semanticblur_core.cli._options import PathType, ShareType, SizeType, refuse_clashes
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert PathType().convert("~/maps", None, None) == tmp_path / "maps"
+    assert PathType().convert("~nobody-of-that-name/x", None, None).name == "x"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ImageError, match="cannot be written"):
+        PathType(writes=True).convert(tmp_path / "file" / "x.json", None, None)
+    with pytest.raises(click.BadParameter, match="nan"):
+        ShareType().convert("nan", None, None)
+    with pytest.raises(click.BadParameter, match="at most 4096"):
+        SizeType().convert("100000", None, None)
+    photo = tmp_path / "photo.jpg"
+    with pytest.raises(click.UsageError, match="is an input"):
+        refuse_clashes({"--json": photo, "--csv": None}, [tmp_path / "." / "photo.jpg"])
+    with pytest.raises(click.UsageError, match="name the same file"):
+        refuse_clashes({"--json": photo, "--csv": photo}, [])
+
+
+def test_names_near_the_limit_of_file_systems_are_written(tmp_path: Path) -> None:
+    path = tmp_path / ("ü" * 120 + ".png")
+    write_png(path, np.zeros((4, 4), np.uint8))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]

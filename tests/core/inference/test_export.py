@@ -27,7 +27,13 @@ from semanticblur_core.cli import cli
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import ConfigError, SemanticBlurError, WeightsError
 from semanticblur_core.inference import choice, export
-from semanticblur_core.inference.backends import BackendName, Resizing, Upsampling, resize_map
+from semanticblur_core.inference.backends import (
+    BackendName,
+    Resizing,
+    Upsampling,
+    is_own_export,
+    resize_map,
+)
 from semanticblur_core.inference.choice import BackendSpeed, pick_backend
 from semanticblur_core.network import SemanticBlur
 
@@ -136,6 +142,8 @@ def test_files_that_were_not_exported_are_refused(exported: Path, tmp_path: Path
     foreign = onnx.load(exported)
     del foreign.metadata_props[:]
     onnx.save(foreign, tmp_path / "foreign.onnx")
+    assert is_own_export(exported)  # eval scores it as the model that it is
+    assert not is_own_export(tmp_path / "foreign.onnx")
     with pytest.raises(WeightsError, match=r"not written by semanticblur-core export.*eval"):
         Detector(str(tmp_path / "foreign.onnx"))
     (tmp_path / "cut.onnx").write_bytes(exported.read_bytes()[:5000])

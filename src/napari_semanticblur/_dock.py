@@ -1,0 +1,32 @@
+"""What the widgets have in common as docks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from magicgui.widgets import Container
+
+
+class Dock(Container):  # type: ignore[type-arg]
+    """A column of widgets that scrolls where the window is too low for it.
+
+    napari docks ``native``, which of magicgui's scrollable containers is what lies inside the
+    scroll area; here it is the area.
+    """
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(scrollable=True, **how)
+        # As high as all it holds where there is room, as low as need be where there is none.
+        self.native.setSizeAdjustPolicy(type(self.native).SizeAdjustPolicy.AdjustToContents)
+        self.native.setMinimumHeight(120)
+        self.native.setFrameShape(type(self.native).Shape.NoFrame)
+
+    @property
+    def native(self) -> Any:
+        """The scroll area."""
+        return self.root_native_widget
+
+    @property
+    def column(self) -> Any:
+        """Layout of what it holds."""
+        return super().native.layout()
