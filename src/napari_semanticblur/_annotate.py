@@ -629,7 +629,7 @@ class AnnotateWidget(Dock):
             except SemanticBlurError as error:
                 # One that cannot be read does not stand in the way of the next.
                 skipped.append(str(error))
-                index += by
+                index += 1 if by > 0 else -1
                 if not 0 <= index < len(self._files):
                     raise SemanticBlurError("; ".join(skipped)) from error
         self._file_index, self._shown_file = index, self._files[index]

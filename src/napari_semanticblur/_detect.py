@@ -137,6 +137,7 @@ class DetectWidget(Dock):
         models.recommended.connect(self._model_recommended)
         self._timer = _timer(self.native, self._rethreshold_some)
         self.native.destroyed.connect(self._closed)
+        self.on_taken_out(self._closed)
         self._followed: Image | None = None
         self._viewer.dims.events.axis_labels.connect(self._update_choices)
         self._layer_chosen(self.layer.value)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from magicgui.widgets import Container
+from qtpy.QtCore import QEvent, QObject
 
 
 class Dock(Container):  # type: ignore[type-arg]
@@ -21,6 +23,10 @@ class Dock(Container):  # type: ignore[type-arg]
         self.native.setMinimumHeight(120)
         self.native.setFrameShape(type(self.native).Shape.NoFrame)
 
+    def on_taken_out(self, then: Callable[[], None]) -> None:
+        """Call it when the dock is closed: napari takes this out of it, and deletes nothing."""
+        self._watch = _Watch(self.native, then)
+
     @property
     def native(self) -> Any:
         """The scroll area."""
@@ -30,3 +36,15 @@ class Dock(Container):  # type: ignore[type-arg]
     def column(self) -> Any:
         """Layout of what it holds."""
         return super().native.layout()
+
+
+class _Watch(QObject):  # type: ignore[misc,unused-ignore]
+    def __init__(self, area: Any, then: Callable[[], None]) -> None:
+        super().__init__(area)
+        self._then = then
+        area.installEventFilter(self)
+
+    def eventFilter(self, area: Any, event: Any) -> bool:  # noqa: N802
+        if event.type() == QEvent.Type.ParentChange and area.parent() is None:
+            self._then()
+        return False

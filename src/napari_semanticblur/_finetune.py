@@ -142,6 +142,7 @@ class FinetuneWidget(Dock):
         self._viewer.layers.events.inserted.connect(self._layer_inserted)
         models.changed.connect(self._models_changed)
         self.native.destroyed.connect(self._closed)
+        self.on_taken_out(self._closed)
         self._choose_annotations()
         self._show_what_applies()
         self._rescue()

@@ -308,7 +308,9 @@ def refuse_clashes(outputs: Mapping[str, Path | None], inputs: Iterable[Path]) -
     """
     named = {flag: path for flag, path in outputs.items() if path is not None}
     seen: dict[Path, str] = {}
-    read = {path.resolve() for path in inputs} if named else set()
+    names = {path.name for path in named.values()}
+    # By the name first: there may be a million inputs, and each look at the disk takes its time.
+    read = {path.resolve() for path in inputs if path.name in names} if named else set()
     for flag, path in named.items():
         other = seen.setdefault(path.resolve(), flag)
         if other != flag:
