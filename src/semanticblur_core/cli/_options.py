@@ -286,7 +286,7 @@ def say(progress: Progress, text: str, *, err: bool = False) -> None:
     if progress.console.is_terminal and (err or sys.stdout.isatty()):
         # Names of files may hold bytes that are no text.
         text = text.encode("utf-8", "replace").decode()
-        progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        progress.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
     else:
         click.echo(text, err=err)
 

@@ -351,3 +351,20 @@ def test_names_near_the_limit_of_file_systems_are_written(tmp_path: Path) -> Non
     path = tmp_path / ("ü" * 120 + ".png")
     write_png(path, np.zeros((4, 4), np.uint8))
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_lines_beside_a_bar_are_printed_as_they_are() -> None:
+    import io
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from semanticblur_core.cli._options import say
+
+    terminal = io.StringIO()
+    console = Console(file=terminal, force_terminal=True, width=40)
+    text = "sample:cat: [bold] 47.3 % out of focus -> a/rather/long/name.png"
+    with Progress(console=console, transient=True) as progress:
+        progress.add_task("Detecting", total=1)
+        say(progress, text, err=True)
+    assert text + "\n" in terminal.getvalue()
