@@ -75,12 +75,12 @@ class DetectWidget(Dock):
             label="device",
             tooltip="auto: a GPU where there is one. The reason is shown below after a run.",
         )
-        size = _SIZES.get(chosen.size, CUSTOM if chosen.size.isdecimal() else PAPER)
+        size, side = preferred_size(chosen.size)
         self.size = ComboBox(
             choices=[PAPER, NATIVE, CUSTOM], value=size, label="analysis", tooltip=_SIZE_TIP
         )
         self.custom_size = SpinBox(
-            value=_custom_side(chosen.size), min=SMALLEST_PX, max=LARGEST_PX, step=32,
+            value=side, min=SMALLEST_PX, max=LARGEST_PX, step=32,
             label="side (px)",
         )  # fmt: skip
         # What can be chosen depends on the layer; reset_choices, which napari calls, asks again.
@@ -442,10 +442,14 @@ def _image_meant(viewer: Viewer) -> Any:
     return layer
 
 
-def _custom_side(size: str) -> int:
-    """Side of the preferences, within what the widget takes; the usual one if they name none."""
+def preferred_size(size: str) -> tuple[str, int]:
+    """Kind of analysis that the preferences name, and the side of a custom one.
+
+    The side is within what the widgets take, and the usual one if the preferences name none.
+    """
     side = int(size) if size.isdecimal() and size not in _SIZES else USUAL_CUSTOM_PX
-    return min(max(side, SMALLEST_PX), LARGEST_PX)
+    kind = _SIZES.get(size, CUSTOM if size.isdecimal() else PAPER)
+    return kind, min(max(side, SMALLEST_PX), LARGEST_PX)
 
 
 def _unusable(size: str) -> str:

@@ -19,7 +19,15 @@ from magicgui.widgets import (
     SpinBox,
 )
 
-from napari_semanticblur._detect import CUSTOM, NATIVE, OTHER_FILE, PAPER
+from napari_semanticblur._detect import (
+    CUSTOM,
+    LARGEST_PX,
+    NATIVE,
+    OTHER_FILE,
+    PAPER,
+    SMALLEST_PX,
+    preferred_size,
+)
 from napari_semanticblur._dock import Dock
 from napari_semanticblur._layers import METADATA_KEY, is_image, unwrapped
 from napari_semanticblur._models import models, recommend
@@ -77,16 +85,13 @@ class FinetuneWidget(Dock):
         self.device = ComboBox(
             choices=["auto", "cpu", "cuda", "mps"], value=chosen.device, label="device"
         )
-        side = int(chosen.size) if chosen.size.isdecimal() else 448
-        other = CUSTOM if chosen.size.isdecimal() else PAPER
-        size = {"320": PAPER, "native": NATIVE}.get(chosen.size, other)
+        size, side = preferred_size(chosen.size)
         self.size = ComboBox(
             choices=[PAPER, NATIVE, CUSTOM], value=size, label="analysis",
             tooltip="As you will detect with it later.",
         )  # fmt: skip
         self.custom_size = SpinBox(
-            value=min(max(side, 33), 4096), min=33, max=4096, step=32,
-            label="side (px)",
+            value=side, min=SMALLEST_PX, max=LARGEST_PX, step=32, label="side (px)",
         )  # fmt: skip
         self.keep_photographs = CheckBox(
             value=True, text="keep what it knows of photographs", label="", tooltip=_KEEP_TIP

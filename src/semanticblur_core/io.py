@@ -255,8 +255,7 @@ def to_unit_range(
         if array.dtype in (np.uint8, np.bool_):
             array = np.ma.filled(array, 0)
         elif array.dtype.kind in "iuf":
-            wide = np.float64 if array.dtype.itemsize > 2 else np.float32
-            array = np.ma.filled(array.astype(wide), np.nan)
+            array = np.ma.filled(array.astype(np.float64), np.nan)
     if limits is None and array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
@@ -331,11 +330,7 @@ def write_image(
         )
     import tifffile
 
-    metadata: dict[str, Any] = {"axes": "YX" if array.ndim == 2 else "YXS"}
-    for axis in "XY":
-        if pixel_size_um and axis in pixel_size_um:
-            metadata[f"PhysicalSize{axis}"] = pixel_size_um[axis]
-            metadata[f"PhysicalSize{axis}Unit"] = "µm"
+    metadata = ome_metadata("YX" if array.ndim == 2 else "YXS", pixel_size_um or {})
     with replacing(path) as temporary:
         tifffile.imwrite(
             temporary,
@@ -345,6 +340,16 @@ def write_image(
             ome=len(metadata) > 1,
             metadata=metadata,
         )
+
+
+def ome_metadata(axes: str, pixel_size_um: Mapping[str, float]) -> dict[str, Any]:
+    """Axes and, as far as it is known, the pixel size in micrometres, as tifffile takes them."""
+    metadata: dict[str, Any] = {"axes": axes}
+    for axis in "XYZ":
+        if axis in axes and axis in pixel_size_um:
+            metadata[f"PhysicalSize{axis}"] = pixel_size_um[axis]
+            metadata[f"PhysicalSize{axis}Unit"] = "µm"
+    return metadata
 
 
 def write_npy(path: Path, array: NDArray[np.float32]) -> None:

@@ -225,11 +225,6 @@ def write_tiff(path: Path, maps: MapFile, *, axes: str, pixel_size_um: Mapping[s
     """Write an OME-TIFF piece by piece, BigTIFF where it has to be, tiled where it is large."""
     import tifffile
 
-    metadata: dict[str, Any] = {"axes": axes}
-    for axis in "XYZ":
-        if axis in axes and axis in pixel_size_um:
-            metadata[f"PhysicalSize{axis}"] = pixel_size_um[axis]
-            metadata[f"PhysicalSize{axis}Unit"] = "µm"
     planes = np.ndindex(maps.shape[:-2])
     tiled = math.prod(maps.shape[-2:]) > LARGE_PLANE_PIXELS
     pieces: Iterator[NDArray[np.float32]]
@@ -249,7 +244,7 @@ def write_tiff(path: Path, maps: MapFile, *, axes: str, pixel_size_um: Mapping[s
             compressionargs={"level": 1},
             photometric="minisblack",
             tile=(BLOCK_PX, BLOCK_PX) if tiled else None,
-            metadata=metadata,
+            metadata=io.ome_metadata(axes, pixel_size_um),
         )
 
 

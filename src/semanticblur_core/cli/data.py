@@ -79,7 +79,6 @@ def check(
     for group in report.duplicates[:_N_LISTED]:
         click.echo(f"  {', '.join(group)}")
     if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         io.write_text(json_file, json.dumps(report.to_dict(), indent=1) + "\n")
     for problem in report.problems:
         click.echo(f"semanticblur-core: {problem}", err=True)
@@ -101,7 +100,6 @@ def _check_store(folder: Path, json_file: Path | None) -> None:
             f"{row['blurred']:.2%}{split}"
         )
     if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         report = {"store": str(folder), "items": rows, "problems": problems}
         io.write_text(json_file, json.dumps(report, indent=1) + "\n")
     for problem in problems:

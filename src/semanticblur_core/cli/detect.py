@@ -178,7 +178,7 @@ if TYPE_CHECKING:
 @click.option(
     "--json",
     "json_path",
-    type=PathType(dir_okay=False),
+    type=PathType(dir_okay=False, writes=True),
     help="Write what was measured on each file.",
 )
 def command(
@@ -227,14 +227,11 @@ def command(
     )
     from semanticblur_core.inference.table import require_table_format, summary_table
     from semanticblur_core.inference.workload import count_squares
-    from semanticblur_core.io import require_writable
 
     if scheduler is not None and workers > 1:
         raise click.UsageError("--workers is of this machine; --scheduler has workers of its own")
     if table_path is not None:
         require_table_format(table_path)
-    if json_path is not None:
-        require_writable(json_path)
     refuse_network_flags(
         method, "model", "device", "precision", "backend", "flip", "size", "scales", "upsampling"
     )

@@ -230,10 +230,8 @@ def command(
         _print_comparison(result, compare.partition(":")[2] or "cuhk", described)
     report = result.to_dict() | {"method": described, "n_failed": n_failed, "split": split}
     if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         io.write_text(json_file, json.dumps(report, indent=1) + "\n")
     if csv_file:
-        csv_file.parent.mkdir(parents=True, exist_ok=True)
         io.write_text(csv_file, _csv(report["per_image"]))
     if plots:
         from semanticblur_core.eval_plots import write_plots
@@ -285,7 +283,6 @@ def _eval_store(
     if json_file:
         rows = [score.to_dict() for score in scorer.images]
         report = scores.to_dict() | {"method": f"model {model}", "per_image": rows}
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         io.write_text(json_file, json.dumps(report, indent=1) + "\n")
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from semanticblur_core.focus.stack import StackFocus
     from semanticblur_core.inference.batch import MapMaker
 
-_file = PathType(dir_okay=False)
+_file = PathType(dir_okay=False, writes=True)
 _folder = PathType(file_okay=False)
 _share = ShareType()
 _SCORES = (
@@ -451,23 +451,24 @@ class _Results:
 
         click.echo(f"the {_WORST_PRINTED} worst:")
         score = self._sort if self._sort and self._sort != "name" else "in_focus_fraction"
-        readable = [image for image in self.images if image.scores is not None]
-        return ranked(readable, score)[:_WORST_PRINTED]
+        return ranked(self._readable, score)[:_WORST_PRINTED]
 
     def _kept(self) -> list[ImageFocus]:
         from semanticblur_core.focus.report import ranked
 
         score = self._sort if self._sort and self._sort != "name" else "in_focus_fraction"
-        readable = [image for image in self.images if image.scores is not None]
-        return ranked(readable, score, best_first=True)[: self._keep_best]
+        return ranked(self._readable, score, best_first=True)[: self._keep_best]
 
     def _judged(self) -> list[ImageFocus]:
         """Images that the gates are for: all, or of a stack the best planes."""
-        readable = [image for image in self.images if image.scores is not None]
         if not self._opened:
-            return readable
+            return self._readable
         names = {one["best_plane"]["name"] for one in self._stack_rows().get("stacks", [])}
-        return [image for image in readable if image.name in names]
+        return [image for image in self._readable if image.name in names]
+
+    @property
+    def _readable(self) -> list[ImageFocus]:
+        return [image for image in self.images if image.scores is not None]
 
     def _stack_rows(self) -> dict[str, Any]:
         from semanticblur_core.focus.report import stack_rows
@@ -676,7 +677,7 @@ def _open_file(
 
 
 def _refuse_outputs(outputs: dict[str, Path]) -> None:
-    """Refuse what could not be written in the end, before the work."""
+    """Refuse what is of no kind of file that could be written, before the work."""
     from semanticblur_core import io
 
     for flag, suffixes in (
@@ -686,8 +687,6 @@ def _refuse_outputs(outputs: dict[str, Path]) -> None:
         path = outputs.get(flag)
         if path and path.suffix.lower() not in suffixes:
             raise click.UsageError(f"{flag}={path}: is written as {' or '.join(suffixes)}")
-    for path in outputs.values():
-        io.require_writable(path)
 
 
 def _refuse_same_masks(sources: list[Source], folder: Path) -> None:
@@ -705,9 +704,7 @@ def _refuse_same_masks(sources: list[Source], folder: Path) -> None:
 def _refuse_composite(opened: _StackInput, composite: Path | None) -> None:
     import numpy as np
 
-    along = opened.collected.walked_axes.index(opened.collected.along)
-    others = {source.index[:along] + source.index[along + 1 :] for source in opened.sources}
-    if len(others) > 1:
+    if len({opened.collected.others(source.index) for source in opened.sources}) > 1:
         raise click.UsageError(
             "--composite, --depth: the stack has other axes than the one of focus"
         )
@@ -747,9 +744,7 @@ def _write_composite(
     from semanticblur_core import io
     from semanticblur_core.focus.stack import all_in_focus
 
-    place = opened.collected.walked_axes.index(opened.collected.along)
-    index = opened.sources[0].index
-    at = index[:place] + index[place + 1 :]
+    at = opened.collected.others(opened.sources[0].index)
     last = None
     with progress_bar() as progress:
         task = progress.add_task("Composing", total=None)

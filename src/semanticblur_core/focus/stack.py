@@ -173,7 +173,7 @@ class FileStack:
             return None
         spread = np.unique(np.linspace(0, len(self.paths) - 1, RANGE_PLANES).round().astype(int))
         samples = []
-        for path in [*(self.paths[i] for i in spread), self._first]:
+        for path in dict.fromkeys([*(self.paths[i] for i in spread), self._first]):
             try:
                 image = io.read_image(path)
             except ImageError:  # told where the plane is looked at
@@ -248,7 +248,7 @@ class StackFocus:
 
     def series(self) -> list[tuple[int, ...]]:
         """Indices along the other axes that have planes, such as times and channels."""
-        return sorted({self._others(index) for index in self.planes})
+        return sorted({self.others(index) for index in self.planes})
 
     def curve(self, at: tuple[int, ...] = ()) -> FocusCurve:
         """Focus curve at an index along the other axes.
@@ -311,11 +311,12 @@ class StackFocus:
         slope = float(stats.theilslopes(peaks, times).slope)
         return Drift(times, peaks, slope, None if step_um is None else slope * step_um)
 
-    def _others(self, index: tuple[int, ...]) -> tuple[int, ...]:
+    def others(self, index: tuple[int, ...]) -> tuple[int, ...]:
+        """A plane's index along the other axes."""
         return index[: self._place] + index[self._place + 1 :]
 
     def _along(self, at: tuple[int, ...]) -> list[PlaneFocus]:
-        chosen = [plane for index, plane in self.planes.items() if self._others(index) == tuple(at)]
+        chosen = [plane for index, plane in self.planes.items() if self.others(index) == tuple(at)]
         if not chosen:
             raise ImageError(f"no plane at {tuple(at)}")
         return sorted(chosen, key=lambda plane: plane.index[self._place])

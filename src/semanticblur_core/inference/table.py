@@ -110,8 +110,9 @@ def summary_table(path: Path, *, resume: bool = False) -> Iterator[SummaryTable]
             yield table
         except BaseException as error:  # what was done until then is kept, also after Ctrl+C
             stopped = error
-        finally:
+        try:
             table.add_unreached()
+        finally:
             writer.close()
     for part in parts:  # taken over
         with suppress(OSError):
