@@ -80,7 +80,8 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
     """
     suffix = path.suffix.lower()
     if not path.is_file():
-        raise ImageError(f"{path}: no such file")
+        what = "a link to a file that is not there" if path.is_symlink() else "no such file"
+        raise ImageError(f"{path}: {what}")
     if path.stat().st_size == 0:
         raise ImageError(f"{path}: the file is empty (0 bytes)")
     if suffix in RAW_SUFFIXES:
@@ -117,7 +118,7 @@ def read_shape(path: Path) -> tuple[int, int]:
             with _open_pillow(path) as opened:
                 return opened.height, opened.width
     except Exception as error:  # Pillow raises many kinds
-        raise ImageError(f"{path}: damaged or unreadable: {error}") from error
+        raise unreadable(path, error) from error
 
 
 def read_orientation(path: Path) -> int:
@@ -140,7 +141,7 @@ def read_orientation(path: Path) -> int:
                     code = opened.getexif().get(ExifTags.Base.Orientation, 1)
         return int(code) if code in range(1, 9) else 1
     except Exception as error:  # tifffile and Pillow raise many kinds
-        raise ImageError(f"{path}: damaged or unreadable: {error}") from error
+        raise unreadable(path, error) from error
 
 
 def to_stored_orientation(array: NDArray[Any], orientation: int) -> NDArray[Any]:
@@ -545,8 +546,10 @@ def _read_pillow(path: Path, max_pixels: int) -> NDArray[Any]:
                 return _pillow_array(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
         raise ImageError(f"{path}: not an image that can be read") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{path}: damaged or unreadable: {error}") from error
+    except ImageError:
+        raise
+    except Exception as error:  # its decoders raise many kinds
+        raise unreadable(path, error) from error
 
 
 def _open_pillow(path: Path) -> Image.Image:
@@ -585,6 +588,7 @@ def _read_tiff(path: Path, max_pixels: int) -> NDArray[Any]:
                 return _read_pillow(path, max_pixels)
             axes = series.axes
             samples = series.shape[axes.index("S")] if "S" in axes else 1
+            _refuse_channels(path, page, axes, samples)
             refuse_bomb(path, math.prod(series.shape) // max(samples, 1), max_pixels)
             array: NDArray[Any] = series.asarray()
             tag = page.tags.get("Orientation")
@@ -593,8 +597,7 @@ def _read_tiff(path: Path, max_pixels: int) -> NDArray[Any]:
     except ImageError:
         raise
     except Exception as error:  # tifffile and its codecs raise many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ImageError(f"{path}: damaged or unreadable: {reason}") from error
+        raise unreadable(path, error) from error
     if axes.startswith("S") and array.ndim == 3:
         array = np.moveaxis(array, 0, -1)
     lengths = array.shape[: max(0, array.ndim - (3 if axes.endswith("S") else 2))]
@@ -603,6 +606,27 @@ def _read_tiff(path: Path, max_pixels: int) -> NDArray[Any]:
     if inverted:
         array = invert(array)
     return _orient(array, orientation)
+
+
+def _refuse_channels(path: Path, page: Any, axes: str, samples: int) -> None:
+    """Refuse grey with further samples that are not said to be alpha: one of them is meant."""
+    from tifffile import EXTRASAMPLE, PHOTOMETRIC
+
+    is_grey = page.photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE)
+    if is_grey and samples in (2, 4) and EXTRASAMPLE.UNSPECIFIED in page.extrasamples:
+        raise ImageError(
+            f"{path}: holds {samples} channels that are not said to be colours; as a stack "
+            f"(--axes={axes.replace('S', 'C')}) each is one image, or save the wanted one"
+        )
+
+
+def unreadable(path: Path, error: Exception) -> ImageError:
+    """What to raise for a library's error about a file: one line that a person understands."""
+    reason = str(error).splitlines()[0] if str(error) else ""
+    if not isinstance(error, (OSError, ValueError, RuntimeError)) or not reason:
+        # Of these the text alone, such as the key that lacks, says nothing.
+        reason = f"{type(error).__name__} {reason}".strip()
+    return ImageError(f"{path}: damaged or unreadable: {reason}")
 
 
 @contextmanager
@@ -768,5 +792,5 @@ def refuse_bomb(path: Path, n_pixels: int, max_pixels: int) -> None:
     if n_pixels > max_pixels:
         raise ImageError(
             f"{path}: {n_pixels / 1e6:.4g} million pixels, more than the limit of "
-            f"{max_pixels / 1e6:.4g} million (--max-pixels)"
+            f"{max_pixels / 1e6:.4g} million; --max-pixels of detect and focus raises it"
         )

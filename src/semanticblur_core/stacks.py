@@ -31,6 +31,11 @@ _MICROMETRES = {
     **{"mm": 1e3, "millimeter": 1e3, "cm": 1e4, "centimeter": 1e4, "dm": 1e5, "decimeter": 1e5},
     **{"m": 1e6, "meter": 1e6, "in": 25400.0, "inch": 25400.0},
 }
+_SECONDS = {
+    **{"ns": 1e-9, "nanosecond": 1e-9, "µs": 1e-6, "us": 1e-6, "microsecond": 1e-6},
+    **{"ms": 1e-3, "millisecond": 1e-3, "s": 1.0, "sec": 1.0, "second": 1.0},
+    **{"min": 60.0, "minute": 60.0, "h": 3600.0, "hour": 3600.0, "d": 86400.0, "day": 86400.0},
+}
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,14 @@ class Stack:
         One letter an axis, see `semanticblur_core.inference.planes.Planes`.
     pixel_size_um
         Micrometres a step along an axis, for those axes where the file says.
+    time_step_s
+        Seconds a step along T, where the file says.
     """
 
     array: Any
     axes: str
     pixel_size_um: Mapping[str, float] = field(default_factory=dict)
+    time_step_s: float | None = None
 
 
 @contextmanager
@@ -79,6 +87,8 @@ def open_stack(path: Path, *, axes: str | None = None, level: int = 0) -> Iterat
         with _explained(path):
             if suffix == ".npy":
                 array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+                if not isinstance(array, np.ndarray):
+                    raise ImageError(f"{path}: expected one array, got an archive of several")
                 found = _guess_axes(array.shape)
                 sizes: dict[str, float] = {}
             elif is_zarr(path) or suffix == ".zarr":
@@ -92,7 +102,8 @@ def open_stack(path: Path, *, axes: str | None = None, level: int = 0) -> Iterat
                 f"{path}: {what} an array of shape {tuple(array.shape)}; "
                 f"--axes names them, {len(array.shape)} letters with Y and X among them"
             )
-        yield Stack(array, named, sizes)
+        time_step_s = sizes.pop("T", None)
+        yield Stack(array, named, sizes, time_step_s)
 
 
 def is_zarr(path: Path) -> bool:
@@ -137,7 +148,8 @@ def read_pixel_size(path: Path) -> Mapping[str, float]:
     """
     if path.suffix.lower() in io.TIFF_SUFFIXES:
         with _explained(path), io.open_tiff(path) as tiff:
-            return _tiff_pixel_size(tiff)
+            sizes = _tiff_steps(tiff)
+            return {axis: size for axis, size in sizes.items() if axis != "T"}
     with open_stack(path) as stack:
         return stack.pixel_size_um
 
@@ -221,7 +233,14 @@ def write_npy(path: Path, maps: MapFile) -> None:
         maps.copy_to(stream)
 
 
-def write_tiff(path: Path, maps: MapFile, *, axes: str, pixel_size_um: Mapping[str, float]) -> None:
+def write_tiff(
+    path: Path,
+    maps: MapFile,
+    *,
+    axes: str,
+    pixel_size_um: Mapping[str, float],
+    time_step_s: float | None = None,
+) -> None:
     """Write an OME-TIFF piece by piece, BigTIFF where it has to be, tiled where it is large."""
     import tifffile
 
@@ -244,11 +263,18 @@ def write_tiff(path: Path, maps: MapFile, *, axes: str, pixel_size_um: Mapping[s
             compressionargs={"level": 1},
             photometric="minisblack",
             tile=(BLOCK_PX, BLOCK_PX) if tiled else None,
-            metadata=io.ome_metadata(axes, pixel_size_um),
+            metadata=io.ome_metadata(axes, pixel_size_um) | _time_increment(axes, time_step_s),
         )
 
 
-def write_zarr(path: Path, maps: MapFile, *, axes: str, pixel_size_um: Mapping[str, float]) -> None:
+def write_zarr(
+    path: Path,
+    maps: MapFile,
+    *,
+    axes: str,
+    pixel_size_um: Mapping[str, float],
+    time_step_s: float | None = None,
+) -> None:
     """Write an OME-Zarr (NGFF 0.4), each resolution level half the one before."""
     import zarr
 
@@ -265,8 +291,11 @@ def write_zarr(path: Path, maps: MapFile, *, axes: str, pixel_size_um: Mapping[s
             entry["type"] = kinds[axis]
         if axis in pixel_size_um:
             entry["unit"] = "micrometer"
+        elif axis == "T" and time_step_s is not None:
+            entry["unit"] = "second"
         described.append(entry)
-    scale = [float(pixel_size_um.get(axis, 1)) for axis in axes]
+    steps = dict(pixel_size_um) | ({"T": time_step_s} if time_step_s is not None else {})
+    scale = [float(steps.get(axis, 1)) for axis in axes]
     datasets: list[Any] = []
     resources = ExitStack()
     try:
@@ -303,6 +332,12 @@ def write_zarr(path: Path, maps: MapFile, *, axes: str, pixel_size_um: Mapping[s
     finally:
         resources.close()
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _time_increment(axes: str, time_step_s: float | None) -> dict[str, Any]:
+    if time_step_s is None or "T" not in axes:
+        return {}
+    return {"TimeIncrement": time_step_s, "TimeIncrementUnit": "s"}
 
 
 def _take_place(temporary: Path, path: Path) -> None:
@@ -353,8 +388,7 @@ def _explained(path: Path) -> Iterator[None]:
     except ImageError:
         raise
     except Exception as error:  # the libraries raise many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ImageError(f"{path}: damaged or unreadable: {reason}") from error
+        raise io.unreadable(path, error) from error
 
 
 def _guess_axes(shape: tuple[int, ...]) -> str:
@@ -387,7 +421,7 @@ def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, 
         array = zarr.open(resources.enter_context(series.aszarr(level=level)), mode="r")
     if chosen.keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
         array = _Inverted(array)
-    sizes = _tiff_pixel_size(tiff)
+    sizes = _tiff_steps(tiff)
     for axis, length, full in zip(series.axes, chosen.shape, series.shape, strict=True):
         if axis in sizes and axis in "YX":
             sizes[axis] *= full / length
@@ -472,15 +506,15 @@ def _tiff_axes(series: Any) -> str:
     return axes
 
 
-def _tiff_pixel_size(tiff: Any) -> dict[str, float]:
-    """Micrometres a step; none where what the file says makes no sense: that spoils no image."""
-    with suppress(ElementTree.ParseError, ValueError, TypeError):
-        sizes = _stated_pixel_size(tiff)
+def _tiff_steps(tiff: Any) -> dict[str, float]:
+    """Micrometres a step, along T seconds; none where what the file says makes no sense."""
+    with suppress(ElementTree.ParseError, ValueError, TypeError):  # that spoils no image
+        sizes = _stated_steps(tiff)
         return {axis: size for axis, size in sizes.items() if 0 < size < math.inf}
     return {}
 
 
-def _stated_pixel_size(tiff: Any) -> dict[str, float]:
+def _stated_steps(tiff: Any) -> dict[str, float]:
     sizes: dict[str, float] = {}
     if tiff.ome_metadata:
         root = ElementTree.fromstring(tiff.ome_metadata)
@@ -488,12 +522,18 @@ def _stated_pixel_size(tiff: Any) -> dict[str, float]:
         for axis in "XYZ" if pixels is not None else "":
             assert pixels is not None
             size = pixels.get(f"PhysicalSize{axis}")
-            factor = _micrometres(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+            factor = _factor(pixels.get(f"PhysicalSize{axis}Unit", "µm"), _MICROMETRES)
             if size is not None and factor is not None:
                 sizes[axis] = float(size) * factor
+        if pixels is not None and "TimeIncrement" in pixels.attrib:
+            factor = _factor(pixels.get("TimeIncrementUnit", "s"), _SECONDS)
+            if factor is not None:
+                sizes["T"] = float(pixels.attrib["TimeIncrement"]) * factor
     elif tiff.imagej_metadata:
         information = tiff.imagej_metadata
-        factor = _micrometres(information.get("unit", ""))
+        if "finterval" in information:
+            sizes["T"] = float(information["finterval"])
+        factor = _factor(information.get("unit", ""), _MICROMETRES)
         if factor is not None:
             if "spacing" in information:
                 sizes["Z"] = float(information["spacing"]) * factor
@@ -504,10 +544,10 @@ def _stated_pixel_size(tiff: Any) -> dict[str, float]:
     return sizes
 
 
-def _micrometres(unit: object) -> float | None:
-    """Of one unit; the sign for micro comes as the letter mu too, from ImageJ even escaped."""
+def _factor(unit: object, known: Mapping[str, float]) -> float | None:
+    """How many of ours one unit is; micro comes as the letter mu too, from ImageJ even escaped."""
     name = str(unit).strip().replace("\\u00B5", "µ").replace("\N{GREEK SMALL LETTER MU}", "µ")
-    return _MICROMETRES.get(name)
+    return known.get(name)
 
 
 def _open_zarr(path: Path, level: int) -> tuple[Any, str, dict[str, float]]:
@@ -544,7 +584,8 @@ def _open_zarr(path: Path, level: int) -> tuple[Any, str, dict[str, float]]:
                 if transform["type"] == "scale":
                     steps = [a * float(b) for a, b in zip(steps, transform["scale"], strict=True)]
         for letter, axis, step in zip(axes, described, steps, strict=False):
-            factor = _micrometres(axis.get("unit", "")) if isinstance(axis, dict) else None
+            known = _SECONDS if letter == "T" else _MICROMETRES
+            factor = _factor(axis.get("unit", ""), known) if isinstance(axis, dict) else None
             if factor is not None and 0 < step * factor < math.inf:
                 sizes[letter] = step * factor
     return array, axes, sizes

@@ -259,8 +259,7 @@ def save(
         If a tensor is not finite or leaves float16's range, or the file cannot be written.
     """
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialised
 
     if model.fixed is not None:
         raise WeightsError(f"{path}: a network made for inference cannot be saved; save its origin")
@@ -283,10 +282,8 @@ def save(
         "sha256": digest(tensors),
     }
     with io.replacing(path, durable=True) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(metadata)})
-        except SafetensorError as error:
-            raise WeightsError(f"{path}: cannot be written: {error}") from error
+        # Not save_file: it makes a file that nobody else may read.
+        temporary.write_bytes(serialised(tensors, metadata={METADATA_KEY: json.dumps(metadata)}))
 
 
 def verify(name: str) -> WeightsInfo:

@@ -27,9 +27,9 @@ def written(path: Path, maps: np.ndarray, axes: str) -> None:
         if path.suffix == ".npy":
             stacks.write_npy(path, file)
         elif path.suffix == ".zarr":
-            stacks.write_zarr(path, file, axes=axes, pixel_size_um=SIZES)
+            stacks.write_zarr(path, file, axes=axes, pixel_size_um=SIZES, time_step_s=1.5)
         else:
-            stacks.write_tiff(path, file, axes=axes, pixel_size_um=SIZES)
+            stacks.write_tiff(path, file, axes=axes, pixel_size_um=SIZES, time_step_s=1.5)
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -47,6 +47,7 @@ def test_what_is_written_is_read_back_with_axes_and_pixel_sizes(
         with stacks.open_stack(path) as stack:
             assert stack.axes == "TZYX"
             assert stack.pixel_size_um == ({} if suffix == ".npy" else SIZES)
+            assert stack.time_step_s == (None if suffix == ".npy" else 1.5)
             np.testing.assert_array_equal(stack.array[:], maps)
         assert stacks.is_stack(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.npy", "m.tif", "m.zarr"]
@@ -519,6 +520,39 @@ def test_pixel_size_of_ome_zarr_takes_both_scales_and_no_nonsense(tmp_path: Path
     assert sizes([1, 1, 2], [2, 0.5, 0.5]) == {"Z": 2, "Y": 0.5, "X": 1}
     assert sizes([0, -1, 2], [1, 1, 1]) == {"X": 2}
     assert sizes([1, "much", 2], [1, 1, 1]) == {}
+
+
+def test_time_steps_of_other_writers_are_seconds(tmp_path: Path) -> None:
+    frames = np.zeros((3, 8, 9), np.uint16)
+    path = tmp_path / "a.tif"
+    metadata: dict[str, Any] = {"axes": "TYX", "TimeIncrement": 250, "TimeIncrementUnit": "ms"}
+    tifffile.imwrite(path, frames, ome=True, metadata=metadata)
+    with stacks.open_stack(path) as stack:
+        assert (stack.axes, stack.time_step_s) == ("TYX", 0.25)
+    assert stacks.read_pixel_size(path) == {}
+    tifffile.imwrite(path, frames, imagej=True, metadata={"axes": "TYX", "finterval": 2.5})
+    with stacks.open_stack(path) as stack:
+        assert (stack.axes, stack.time_step_s) == ("TYX", 2.5)
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2)
+    group.create_array("0", shape=(2, 4, 4), dtype="uint8")
+    axes: list[dict[str, str]] = [{"name": "t", "type": "time", "unit": "minute"}]
+    axes += [{"name": n, "type": "space", "unit": "micrometer"} for n in "yx"]
+    scale = [{"type": "scale", "scale": [2, 0.5, 0.5]}]
+    datasets = [{"path": "0", "coordinateTransformations": scale}]
+    group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": datasets}]
+    with stacks.open_stack(tmp_path / "a.zarr") as stack:
+        assert (stack.pixel_size_um, stack.time_step_s) == ({"Y": 0.5, "X": 0.5}, 120)
+
+
+def test_an_archive_is_no_array(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    with path.open("wb") as stream:
+        np.savez(stream, a=np.zeros((4, 5)))
+    with (
+        pytest.raises(ImageError, match=r"a\.npy: expected one array, got an archive of several"),
+        stacks.open_stack(path),
+    ):
+        pass
 
 
 def test_a_zarr_that_names_its_dimensions_is_believed(tmp_path: Path) -> None:

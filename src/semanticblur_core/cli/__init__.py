@@ -2,13 +2,14 @@
 
 Each command lives in a module of its own that is imported only when the command is called, so that
 help and completion answer at once. Exit codes: 0 done, 1 a quality gate failed, 2 bad usage or
-unreadable input, 130 interrupted.
+unreadable input, 130 interrupted, 141 nobody reads the output any more (``| head``).
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 import traceback
 
@@ -43,6 +44,13 @@ class _LazyGroup(click.Group):
         module = importlib.import_module(f"semanticblur_core.cli.{cmd_name}")
         command: click.Command = module.command
         return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # click would exit with 1, which says that a gate failed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

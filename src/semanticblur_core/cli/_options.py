@@ -54,6 +54,13 @@ method_option = click.option(
     help="network: the model. Others need no weights: HiFST, local binary patterns, or spectrum, "
     "gradient and kurtosis.",
 )
+max_pixels_option = click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    default=1_000_000_000,
+    show_default=True,
+    help="Larger images are refused instead of filling the memory.",
+)
 mask_polarity_option = click.option(
     "--mask-polarity",
     type=click.Choice(["blur", "sharp"]),
@@ -240,7 +247,13 @@ class ListType(_ParamType):
 
 
 def refuse_network_flags(method: str, *names: str) -> None:
-    """Refuse flags of the network that were given beside another method.
+    """Refuse flags of the network that were given beside another method, as `refuse_flags`."""
+    if method != "network":
+        refuse_flags(f"of the network only, and --method={method} is none", *names)
+
+
+def refuse_flags(why: str, *names: str) -> None:
+    """Refuse flags, named by their parameters, that were given where they are without effect.
 
     Raises
     ------
@@ -248,10 +261,11 @@ def refuse_network_flags(method: str, *names: str) -> None:
         Naming the first of them.
     """
     context = click.get_current_context()
-    given = click.core.ParameterSource.COMMANDLINE
-    for name in names if method != "network" else ():
-        if context.get_parameter_source(name) == given:
-            raise click.UsageError(f"--{name} is the network's; --method={method} has none")
+    for option in context.command.params:
+        if option.name in names and (
+            context.get_parameter_source(option.name) == click.core.ParameterSource.COMMANDLINE
+        ):
+            raise click.UsageError(f"{option.opts[0]}: {why}")
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from semanticblur_core.cli._options import (
     backend_option,
     device_option,
     flip_option,
+    max_pixels_option,
     method_option,
     precision_option,
     progress_bar,
@@ -148,13 +149,7 @@ if TYPE_CHECKING:
     help="Of a video, each N-th frame.",
     metavar="N",
 )
-@click.option(
-    "--max-pixels",
-    type=click.IntRange(1),
-    default=1_000_000_000,
-    show_default=True,
-    help="Larger images are refused instead of filling the memory.",
-)
+@max_pixels_option
 @click.option(
     "--workers",
     type=click.IntRange(1),
@@ -289,15 +284,15 @@ def command(
         table = None
         if table_path is not None:
             table = resources.enter_context(summary_table(table_path, resume=resume))
-        if alone:
-            cluster = None
-            remove_stale_parts(jobs, options)
-            coming: Iterator[FileResult] = detect_files(jobs, detector, options)
-        else:
-            cluster = resources.enter_context(_open_cluster(make, workers, scheduler))
-            coming = resources.enter_context(closing(cluster.detect_files(jobs, options)))
         task = progress.add_task("Detecting", total=len(jobs))
+        cluster = None
         try:
+            if alone:
+                remove_stale_parts(jobs, options)
+                coming: Iterator[FileResult] = detect_files(jobs, detector, options)
+            else:
+                cluster = resources.enter_context(_open_cluster(make, workers, scheduler))
+                coming = resources.enter_context(closing(cluster.detect_files(jobs, options)))
             for result in coming:
                 n_failed += result.error is not None
                 n_skipped += result.skipped

@@ -18,6 +18,7 @@ from semanticblur_core.cli._options import (
     method_option,
     progress_bar,
     refuse_clashes,
+    refuse_flags,
     refuse_network_flags,
     say,
 )
@@ -32,6 +33,16 @@ if TYPE_CHECKING:
 _folder = PathType(file_okay=False)
 _file = PathType(dir_okay=False, writes=True)
 _polarity = click.Choice(["blur", "sharp"])
+
+
+_OF_ONNX = ("onnx_input", "onnx_output_kind", "onnx_output")
+_OF_TORCH = ("device", "precision", "flip")
+# What has no effect beside --data.
+_OF_FOLDERS = (
+    *("images", "maps", "masks", "split", "map_polarity", "mask_polarity", "map_resize"),
+    *("protocol", "positive", "method", "photos", "csv_file", "plots", "compare"),
+    *_OF_ONNX,
+)
 
 
 @click.command(name="eval")
@@ -136,8 +147,7 @@ def command(
     if method != "network" and images is None:
         raise click.UsageError("--method goes with --images")
     if data is not None:
-        if images or maps or masks:
-            raise click.UsageError("--data goes without --images, --maps and --masks")
+        refuse_flags("--data scores with a protocol of its own, without it", *_OF_FOLDERS)
         _eval_store(data, model or "default", device, precision, flip, json_file)
         return
     if (images is None) == (maps is None):
@@ -152,6 +162,10 @@ def command(
 
         # What `export` wrote is scored as the model that it is, under the same protocol.
         is_onnx = not is_own_export(Path(model))
+    if is_onnx:
+        refuse_flags("not of a foreign ONNX file, which is run as it is", *_OF_TORCH)
+    else:
+        refuse_flags("of a foreign --model=FILE.onnx only", *_OF_ONNX)
     if images is not None and (photos or (not is_onnx and (map_polarity or map_resize))):
         raise click.UsageError("--map-polarity, --map-resize and --photos go with --maps")
     if maps is not None and model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from semanticblur_core.cli._options import (
     ShareType,
     SizeType,
     device_option,
+    max_pixels_option,
     method_option,
     precision_option,
     progress_bar,
@@ -82,6 +84,7 @@ _measuring = (
         type=RangeType(),
         help="Intensities that count as black and white, if not 8 bits.",
     ),
+    max_pixels_option,
 )
 
 
@@ -434,7 +437,8 @@ class _Results:
                 f"best plane{at}: {best['name']} (index {best['index']}, peak {one['peak']:.2f})"
             )
         n_read = len(self.images) - self.n_failed
-        text = f"{n_read} {'planes' if self._opened else 'images'}, {self.n_failed} unreadable"
+        text = f"{n_read} {'plane' if self._opened else 'image'}{'s' * (n_read != 1)}"
+        text += f", {self.n_failed} unreadable"
         if self._gated:
             judged = self._judged()
             kind = "best planes" if self._opened else "images"
@@ -545,6 +549,7 @@ def _prepare(
     region: str,
     subject: Any,
     value_range: tuple[float, float] | None,
+    max_pixels: int,
 ) -> tuple[MapMaker, FocusOptions, dict[str, Any]]:
     """Detector, options without gates, and how things are measured, for calibrations."""
     from semanticblur_core.focus.check import FocusOptions
@@ -556,6 +561,7 @@ def _prepare(
         threshold=threshold,
         region=_region(region),
         subject=subject,
+        max_pixels=max_pixels,
     )
     protocol: dict[str, Any] = {"method": method}
     detector: MapMaker
@@ -642,7 +648,10 @@ def _open_stack(
     ordered = in_stack_order(list(files))
     files_stack = FileStack(ordered)
     yield _StackInput(
-        sources=[replace(files[file], index=(i,)) for i, file in enumerate(ordered)],
+        sources=[
+            replace(files[file], index=(i,), read=functools.partial(files_stack.read, i))
+            for i, file in enumerate(ordered)
+        ],
         collected=StackFocus("Z", along=along),
         value_range=options.value_range or files_stack.estimate_range(),
         array=files_stack,
@@ -658,11 +667,19 @@ def _open_file(
     along: str,
     value_range: tuple[float, float] | None,
 ) -> _StackInput:
+    from semanticblur_core.errors import ImageError
     from semanticblur_core.focus.session import plane_sources, unit_range
     from semanticblur_core.focus.stack import StackFocus
     from semanticblur_core.inference.planes import Planes
 
     planes = Planes(opened.array, opened.axes, channels)
+    if not planes.walked_axes:
+        raise ImageError(f"{path}: holds one plane and is no stack; check it without --stack")
+    if along not in planes.walked_axes:
+        raise ImageError(
+            f"{path}: no axis {along} to find focus along; --along takes one of "
+            f"{planes.walked_axes}, --axes names them anew"
+        )
     limits = planes.as_limits(value_range) if value_range else planes.estimate_range()
 
     sources = plane_sources(planes, planes.indices(), name=path.name, path=path, limits=limits)

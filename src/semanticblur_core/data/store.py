@@ -602,8 +602,7 @@ def read_array(path: Path) -> NDArray[Any]:
     except SemanticBlurError:
         raise
     except Exception as error:  # tifffile and its codecs raise many kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path}: damaged or unreadable: {reason}") from error
+        raise io.unreadable(path, error) from error
     return io.read_image(path)
 
 

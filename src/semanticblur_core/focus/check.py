@@ -80,6 +80,8 @@ class FocusOptions:
         Also write masks for photogrammetry there, with what is blurred enlarged by the margin.
     thumbnails
         Whether small pictures for a report are made.
+    max_pixels
+        Larger image files are not read.
     """
 
     gates: tuple[Gate, ...] = ()
@@ -93,6 +95,7 @@ class FocusOptions:
     mask_folder: Path | None = None
     mask_margin_px: int = 0
     thumbnails: bool = False
+    max_pixels: int = io.MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -289,7 +292,7 @@ def _prepare(source: Source, options: FocusOptions) -> _Prepared:
     def work() -> _Prepared:
         if source.read is None and stacks.is_stack(source.path):
             raise ImageError(f"{source.path}: a stack; --stack checks its planes")
-        read = source.read or (lambda: io.read_image(source.path))
+        read = source.read or (lambda: io.read_image(source.path, max_pixels=options.max_pixels))
         image = io.to_unit_range(
             io.without_alpha(read()), limits=options.value_range, name=source.name
         )

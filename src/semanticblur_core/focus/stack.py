@@ -150,19 +150,35 @@ class FileStack:
         self.paths = list(paths)
         self._first, first = _first_readable(self.paths)
         self.shape = (len(paths), *first.shape)
-        self.dtype = first.dtype
+        self.dtype = first.dtype.newbyteorder("=")
         self.axes = "ZYX" if first.ndim == 2 else "ZYXS"
 
     def __getitem__(self, key: Any) -> NDArray[Any]:
         z, *rest = key if isinstance(key, tuple) else (key,)
-        image = io.read_image(self.paths[z])
-        if image.shape != self.shape[1:] or image.dtype != self.dtype:
-            raise ImageError(
-                f"{self.paths[z]}: {image.dtype} {image.shape}, but {self._first.name} is "
-                f"{self.dtype} {self.shape[1:]}; planes of one stack must be alike"
-            )
+        image = self.read(z)
+        if image.shape != self.shape[1:]:
+            raise self._unlike(z, image)
         part: NDArray[Any] = image[tuple(rest)]
         return part
+
+    def read(self, z: int) -> NDArray[Any]:
+        """One file, of any size but of the stack's type, so that intensities mean the same.
+
+        Raises
+        ------
+        ImageError
+            If it cannot be read or is of another type.
+        """
+        image = io.read_image(self.paths[z])
+        if image.dtype.newbyteorder("=") != self.dtype:
+            raise self._unlike(z, image)
+        return image
+
+    def _unlike(self, z: int, image: NDArray[Any]) -> ImageError:
+        return ImageError(
+            f"{self.paths[z]}: {image.dtype} {image.shape}, but {self._first.name} is "
+            f"{self.dtype} {self.shape[1:]}; planes of one stack must be alike"
+        )
 
     def estimate_range(self) -> tuple[float, float] | None:
         """Limits of all planes together, as `Planes.estimate_range`, whatever their sizes.
@@ -173,9 +189,9 @@ class FileStack:
             return None
         spread = np.unique(np.linspace(0, len(self.paths) - 1, RANGE_PLANES).round().astype(int))
         samples = []
-        for path in dict.fromkeys([*(self.paths[i] for i in spread), self._first]):
+        for i in dict.fromkeys([*spread, self.paths.index(self._first)]):
             try:
-                image = io.read_image(path)
+                image = self.read(i)
             except ImageError:  # told where the plane is looked at
                 continue
             step = max(1, math.ceil(math.sqrt(image.size / RANGE_SAMPLES_PER_PLANE)))

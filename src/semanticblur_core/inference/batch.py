@@ -467,6 +467,7 @@ def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileR
             where: dict[str, Any] = {
                 "axes": f"{planes.walked_axes}YX",
                 "pixel_size_um": stack.pixel_size_um,
+                "time_step_s": stack.time_step_s,
             }
             if "tif" in targets:
                 stacks.write_tiff(targets["tif"], maps, **where)
@@ -751,6 +752,9 @@ def expand_input(
         images = [p for p in _entries(path, recursive, on_error) if _is_image(p, arrays)]
         if not images:
             where = "" if recursive else "; --recursive looks into its subfolders"
+            video = next((p for p in path.iterdir() if p.suffix.lower() in io.VIDEO_SUFFIXES), None)
+            if video is not None and arrays:
+                where = f"; videos are taken by name or by a glob, '{path}/*{video.suffix}'"
             raise ImageError(f"{text}: no images in this folder{where}")
         for image in images:
             yield str(image), image.relative_to(path), False
@@ -787,7 +791,11 @@ def _entries(
 
     for parent, folders, files in os.walk(folder, onerror=failed):
         found += [Path(parent, name) for name in (*folders, *files)]
-        folders[:] = [name for name in folders if not stacks.is_zarr(Path(parent, name))]
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not stacks.is_zarr(Path(parent, name))
+        ]
     return sorted(found)
 
 
@@ -813,7 +821,9 @@ def _is_image(path: Path, arrays: bool) -> bool:
     if path.name.startswith("."):
         return False
     known = (*io.IMAGE_SUFFIXES, *io.RAW_SUFFIXES, *([".npy"] if arrays else []))
-    return (path.suffix.lower() in known and path.is_file()) or (arrays and stacks.is_zarr(path))
+    # A broken link is reported by the reader.
+    is_file = path.suffix.lower() in known and (path.is_file() or not path.exists())
+    return is_file or (arrays and stacks.is_zarr(path))
 
 
 def _is_result(source: str, output: Path) -> bool:

@@ -8,9 +8,11 @@ nothing is half there.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
+import multiprocessing
 import os
 import pickle
 import signal
@@ -19,8 +21,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -248,16 +252,19 @@ class DetectionCluster:
         self._n_threads = max(1, _count_cores() // n_workers)
         self._resources.callback(_restore_environment, dict(os.environ))
         with dask.config.set({"distributed.scheduler.allowed-failures": ALLOWED_DEATHS}):
-            cluster = distributed.LocalCluster(
-                n_workers=n_workers,
-                threads_per_worker=1,
-                processes=True,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",  # any free port: 8787 may be taken
-                memory_limit=0,  # images come in all sizes: leave it to the operating system
-                silence_logs=logging.CRITICAL,
-                env={"OMP_NUM_THREADS": str(self._n_threads)},
-                preload=[__name__],
+            cluster = _deaf_to_interrupts(
+                functools.partial(
+                    distributed.LocalCluster,
+                    n_workers=n_workers,
+                    threads_per_worker=1,
+                    processes=True,
+                    host="127.0.0.1",
+                    dashboard_address="127.0.0.1:0",  # any free port: 8787 may be taken
+                    memory_limit=0,  # images come in all sizes: leave it to the operating system
+                    silence_logs=logging.CRITICAL,
+                    env={"OMP_NUM_THREADS": str(self._n_threads)},
+                    preload=[__name__],
+                )
             )
         # It tells of connections that end after the cluster closed and no longer silences it.
         logging.getLogger("distributed.batched").setLevel(logging.CRITICAL)
@@ -391,6 +398,34 @@ def _import_distributed() -> Any:
             "several workers need dask.distributed: pip install 'napari-semanticblur[cluster]'"
         ) from None
     return distributed
+
+
+def _deaf_to_interrupts(make: Callable[[], Any]) -> Any:
+    """Make a cluster whose processes Ctrl+C does not reach, while this thread can be interrupted.
+
+    From their first moment: a process that is interrupted while it imports prints its traceback.
+    """
+    made: Future[Any] = Future()
+
+    def run() -> None:
+        if hasattr(signal, "pthread_sigmask"):  # inherited by its threads and their processes
+            resource_tracker.ensure_running()  # which would unblock it
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            made.set_result(make())
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return made.result()
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            if process.name.startswith("Dask Worker"):
+                process.kill()
+        with suppress(Exception):  # it sees that they died, and closes
+            made.result(timeout=CONNECT_S).close()
+        raise
 
 
 def _count_cores() -> int:

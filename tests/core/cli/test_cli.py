@@ -260,9 +260,30 @@ def test_eval_flags_that_do_not_go_together_are_refused(pair_folders: tuple[Path
         ((f"--images={images}", "--map-polarity=sharp"), "go with --maps"),
         ((f"--maps={masks}", "--model=default"), "--model goes with --images"),
         ((f"--images={images}", "--model=none.onnx"), "none.onnx: no such file"),
+        ((f"--images={images}", "--model=none.onnx", "--flip"), "--flip: not of a foreign ONNX"),
+        ((f"--images={images}", "--onnx-input=unit"), "--onnx-input: of a foreign --model="),
+        ((f"--data={images}",), "--masks: --data scores with a protocol of its own"),
     ):
         done = run("eval", *flags, f"--masks={masks}")
         assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of another kind")
+def test_a_reader_that_leaves_is_no_failed_gate(tmp_path: Path, rng: np.random.Generator) -> None:
+    for i in range(20):
+        Image.fromarray(rng.integers(0, 256, (40, 40), np.uint8)).save(tmp_path / f"{i}.png")
+    arguments = ("detect", f"--input={tmp_path}", f"--output={tmp_path / 'out'}", "--method=lbp")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "semanticblur_core", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr is not None
+    assert (process.wait(60), process.stderr.read()) == (141, b"")
+    process.stderr.close()
 
 
 def test_a_result_under_another_protocol_is_marked_in_the_table(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -99,6 +100,9 @@ def test_each_kind_is_one_line_and_the_rest_is_done(
         folder / "five.tif", np.zeros((48, 64, 5), np.uint8), photometric="minisblack",
         planarconfig="contig", extrasamples=[0] * 4,
     )  # fmt: skip
+    two = np.zeros((48, 64, 2), np.uint8)
+    tifffile.imwrite(folder / "two.tif", two, photometric="minisblack", planarconfig="contig")
+    (folder / "lost.png").symlink_to("nowhere.png")
     tifffile.imwrite(folder / "channels.tif", np.zeros((48, 64, 5), np.uint8))
     tifffile.imwrite(folder / "nan.tif", np.full((48, 64), np.nan, np.float32))
     half = rng.normal(size=(48, 64)).astype(np.float32)
@@ -120,7 +124,7 @@ def test_each_kind_is_one_line_and_the_rest_is_done(
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     expected = {
-        "bomb.png": "1600 million pixels, more than the limit of 1000 million (--max-pixels)",
+        "bomb.png": "1600 million pixels, more than the limit of 1000 million; --max-pixels of ",
         "liar.png": "truncated",
         "zero.png": "not an image that can be read",
         "liar.pgm": "truncated",
@@ -132,6 +136,8 @@ def test_each_kind_is_one_line_and_the_rest_is_done(
         "cut_ome.ome.tif": "truncated: ends after 1 images",
         "ring.tif": "damaged: its chain of images leads back to an earlier one",
         "five.tif": "expected one grey or RGB image, got an array of shape (48, 64, 5)",
+        "two.tif": "2 channels that are not said to be colours; as a stack (--axes=YXC) each",
+        "lost.png": "a link to a file that is not there",
         "channels.tif": "does not say the axes of an array of shape (48, 64, 5); --axes names them",
         "nan.tif": "no finite value (all NaN or infinite)",
         "five.npy": "does not say the axes of an array of shape (48, 64, 5); --axes names them",
@@ -146,8 +152,22 @@ def test_each_kind_is_one_line_and_the_rest_is_done(
         assert message in line
     written = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert written == ["good_blur.png", "half_nan_blur.png", "t.csv"]
-    assert "2 of 20 images done" in done.stdout
+    assert "2 of 22 images done" in done.stdout
     assert (tmp_path / "out" / "t.csv").read_text().count(",failed,") == len(expected)
+
+
+def test_folders_hidden_or_of_videos(tmp_path: Path, folder: Path) -> None:
+    (folder / ".thumbnails").mkdir()
+    shutil.copy(folder / "good.png", folder / ".thumbnails" / "small.png")
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "a.mp4").touch()
+    done = detect(
+        "--input=in", "--input=films", "--recursive", "--output=out", "--size=64", cwd=tmp_path
+    )
+    assert done.returncode == 2
+    wanted = "semanticblur-core: films: no images in this folder; videos are taken by name or by a "
+    assert done.stderr == f"{wanted}glob, 'films/*.mp4'\n"
+    assert [path.name for path in (tmp_path / "out").rglob("*.png")] == ["good_blur.png"]
 
 
 def test_max_pixels_is_the_limit(tmp_path: Path, folder: Path) -> None:

@@ -112,6 +112,34 @@ def test_stopping_keeps_the_table_and_resume_does_the_rest(
     assert len(list((tmp_path / "out").glob("*_blur.png"))) == N_IMAGES
 
 
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to process groups")
+def test_stopping_while_workers_start_prints_nothing_of_theirs(
+    tmp_path: Path, folder: Path
+) -> None:
+    pytest.importorskip("distributed")
+    psutil = pytest.importorskip("psutil")
+    process = subprocess.Popen(
+        [*COMMAND, *COMMON, "--workers=2", "--json=j.json"],
+        cwd=tmp_path,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 90
+    # multiprocessing's tracker and two workers
+    while len(psutil.Process(process.pid).children()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.2)  # amid their imports
+    os.killpg(process.pid, signal.SIGINT)
+    start = time.monotonic()
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.strip()) == (130, "semanticblur-core: stopped"), output
+    assert time.monotonic() - start < 20
+    assert json.loads((tmp_path / "j.json").read_text())["images"] == []
+
+
 def test_resume_keeps_what_the_json_says_of_images_done_before(
     tmp_path: Path, folder: Path
 ) -> None:

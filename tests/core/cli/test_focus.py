@@ -192,6 +192,33 @@ def test_tiles_in_micrometres_go_by_each_files_own_pixels(
     assert {name: len(rows) for name, rows in tiles.items()} == {"a.ome.tif": 4, "b.ome.tif": 2}
 
 
+def test_planes_of_other_types_are_not_measured_beside_each_other(tmp_path: Path) -> None:
+    (tmp_path / "stack").mkdir()
+    scene = focal_stack(n_planes=1, size_px=96, largest_radius_px=0.1).images[0]
+    for z, plane in enumerate((scene, scene.astype(np.uint16) * 200, scene)):
+        tifffile.imwrite(tmp_path / "stack" / f"z{z}.tif", plane)
+    done = run("--input=stack", "--stack", "--method=lbp", cwd=tmp_path)
+    assert done.returncode == 2
+    wanted = "stack/z1.tif: uint16 (96, 96), but z0.tif is uint8 (96, 96); planes of one stack must"
+    assert done.stderr == f"semanticblur-core: {wanted} be alike\n"
+    assert "2 planes, 1 unreadable" in done.stdout
+
+
+def test_a_file_of_one_plane_is_no_stack(tmp_path: Path) -> None:
+    plane = np.zeros((1, 40, 40), np.uint8)
+    tifffile.imwrite(tmp_path / "one.ome.tif", plane, metadata={"axes": "ZYX"})
+    done = run("--input=one.ome.tif", "--stack", "--method=lbp", cwd=tmp_path)
+    assert done.returncode == 2
+    wanted = "one.ome.tif: holds one plane and is no stack; check it without --stack"
+    assert done.stderr == f"semanticblur-core: {wanted}\n"
+
+
+def test_max_pixels_is_the_limit(tmp_path: Path, folder: Path) -> None:
+    done = run(f"--input={folder}", "--method=lbp", "--max-pixels=40", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "more than the limit of 4e-05 million; --max-pixels of detect and focus" in done.stderr
+
+
 def test_a_bad_plane_of_a_16_bit_stack_spoils_no_other(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
