@@ -43,13 +43,13 @@ def outcome_text(result: dict[str, Any]) -> tuple[str, str]:
             "Better on these labels, but nothing tells whether it is on others: not chosen in "
             "Detect. With two strokes or more of each class, part of them can be held out."
         )
-    elif result["after"]["mae"] >= result["before"]["mae"]:
+    elif result["has_forgotten"]:
+        verdict = "Photographs were FORGOTTEN in part: not chosen in Detect."
+    else:
         verdict = (
             "NOT better on the held-out labels, so not chosen in Detect. More strokes may help, or "
             "not to keep what it knows of photographs."
         )
-    else:
-        verdict = "Better here, but photographs were FORGOTTEN in part: not chosen in Detect."
     return table, f"{verdict} It is {result['model']}."
 
 

@@ -273,7 +273,10 @@ def to_unit_range(
         if low == high:  # fewer than one pixel in a thousand differs
             low, high = float(finite.min()), float(finite.max())
     else:
-        low, high = limits
+        try:
+            low, high = (float(value) for value in limits)
+        except (TypeError, ValueError):
+            raise ImageError(f"range {limits}: expected two numbers, LOW below HIGH") from None
         if not low < high:
             raise ImageError(f"range {low:g},{high:g}: expected LOW below HIGH")
     if high <= low:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 METADATA_KEY = "semanticblur"
 PACKAGED = {"default": "semanticblur-resnet50.safetensors"}
+MAX_NAME = 100
+# Of a name, rather mistaken for the ending of a file of weights.
+_FOREIGN_SUFFIXES = (".bin", ".ckpt", ".h5", ".json", ".npz", ".onnx", ".pt", ".pth", ".txt")
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,13 @@ def next_version(name: str) -> Path:
         raise WeightsError(
             f"model {name!r}: a name is of letters, digits, dots, dashes, underscores and spaces, "
             "and starts with a letter or digit"
+        )
+    if len(name) > MAX_NAME:
+        raise WeightsError(f"model {name[:20]}...: a name has at most {MAX_NAME} characters")
+    if Path(name).suffix.lower() in _FOREIGN_SUFFIXES:
+        raise WeightsError(
+            f"model {name}: looks like a file; a file of weights ends in .safetensors, a name of a "
+            f"model not in {Path(name).suffix}"
         )
     versions = model_versions(name)
     number = _version(versions[-1]) + 1 if versions else 1

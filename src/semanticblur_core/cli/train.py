@@ -141,6 +141,7 @@ def command(
     last.ckpt (to --resume from), history.csv and, with matplotlib, curves.png. Under `torchrun`
     several GPUs or machines share each batch.
     """
+    from semanticblur_core import io
     from semanticblur_core.config import TrainConfig
     from semanticblur_core.errors import ConfigError, TrainingError
     from semanticblur_core.training.recipes import recipe as find_recipe
@@ -152,6 +153,7 @@ def command(
         raise ConfigError("--init, --backbone-weights and --resume: give one of them")
     if not resume and (output / "last.ckpt").exists():
         raise TrainingError(f"{output}: holds a run already; --resume goes on with it")
+    io.require_writable(output / BEST)
     if sharp_masks and not sharp:
         raise ConfigError("--sharp-masks: goes with --sharp")
     for flag, given, count in (

@@ -6,10 +6,10 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from semanticblur_core import io, weights
 from semanticblur_core.config import MIN_SIZE_PX, ModelConfig
@@ -108,7 +108,7 @@ class Detector:
 
     def __init__(
         self,
-        model: str | SemanticBlur = "default",
+        model: str | Path | SemanticBlur = "default",
         *,
         device: str = "auto",
         precision: str = "auto",
@@ -121,8 +121,18 @@ class Detector:
     ) -> None:
         if backend not in ("auto", *BACKENDS):
             raise ConfigError(f"backend {backend!r}: expected auto, {', '.join(BACKENDS)}")
-        if not scales or not all(0.2 <= scale <= 10 for scale in scales):
-            raise ConfigError(f"scales: expected numbers of 0.2 to 10, got {tuple(scales)}")
+        _require_upsampling(upsampling)
+        if isinstance(model, Path):
+            model = str(model)
+        if not isinstance(model, str) and not hasattr(model, "config"):
+            raise ConfigError(
+                f"model: expected a name, a file or a SemanticBlur network, got {model!r}"
+            )
+        if not isinstance(batch_size, int) or batch_size < 0:
+            raise ConfigError(f"batch_size: expected 1 or more, or 0 to choose, got {batch_size}")
+        is_sequence = isinstance(scales, Sequence) and len(scales) > 0
+        if not is_sequence or not all(0.2 <= scale <= 10 for scale in scales):
+            raise ConfigError(f"scales: expected numbers of 0.2 to 10, got {scales}")
         self.flip, self.upsampling, self.scales = flip, upsampling, tuple(scales)
         self.name = model if isinstance(model, str) else "network"
         self.info: weights.WeightsInfo | None = None
@@ -202,7 +212,7 @@ class Detector:
 
     def detect(
         self,
-        image: NDArray[Any],
+        image: ArrayLike,
         *,
         size: int | Literal["native"] = PAPER_SIZE_PX,
         value_range: tuple[float, float] | None = None,
@@ -231,6 +241,8 @@ class Detector:
         ------
         ImageError
             If the image is not one grey or RGB image, or is smaller than 33 px at native size.
+        ConfigError
+            If the size or the upsampling is none.
         """
         return self.detect_batch(
             [image], size=size, value_range=value_range, upsampling=upsampling
@@ -238,13 +250,17 @@ class Detector:
 
     def detect_batch(
         self,
-        images: list[NDArray[Any]],
+        images: Sequence[ArrayLike],
         *,
         size: int | Literal["native"] = PAPER_SIZE_PX,
         value_range: tuple[float, float] | None = None,
         upsampling: Upsampling | None = None,
     ) -> list[NDArray[np.float32]]:
         """Blur maps of several images, as `detect`; one pass unless the size is native."""
+        if len(images) == 0:
+            return []
+        if upsampling is not None:
+            _require_upsampling(upsampling)
         if size == "native":
             self._require_one_scale()
             return [self._detect_native(image, value_range) for image in images]
@@ -404,7 +420,7 @@ class Detector:
             pending[height - n_finished :] = 0
 
     def _detect_native(
-        self, image: NDArray[Any], value_range: tuple[float, float] | None
+        self, image: ArrayLike, value_range: tuple[float, float] | None
     ) -> NDArray[np.float32]:
         pixels = _prepare(image, value_range)
         grid = TileGrid(*pixels.shape[:2])
@@ -463,9 +479,13 @@ def _batched(items: Sequence[_Item], n: int) -> Iterator[Sequence[_Item]]:
         yield items[start : start + n]
 
 
-def _prepare(image: NDArray[Any], value_range: tuple[float, float] | None) -> NDArray[Any]:
+def _prepare(image: Any, value_range: tuple[float, float] | None) -> NDArray[Any]:
     """``(H, W, 3)`` uint8, or float32 in 0..1."""
-    image = io.without_alpha(image)
+    if image is None or isinstance(image, (str, bytes, Path)):
+        raise ImageError(
+            f"expected an array (H, W) or (H, W, 3), got {image!r}; `detect_files` reads files"
+        )
+    image = io.without_alpha(np.asanyarray(image))
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
         raise ImageError(f"expected an image (H, W) or (H, W, 3), got shape {image.shape}")
     if 0 in image.shape:
@@ -479,9 +499,16 @@ def _as_unit_float(pixels: NDArray[Any]) -> NDArray[np.float32]:
     return pixels
 
 
-def _require_size(size: int) -> None:
-    if size < MIN_SIZE_PX:
-        raise ConfigError(f"size: expected at least {MIN_SIZE_PX} px or native, got {size}")
+def _require_size(size: object) -> None:
+    if not isinstance(size, (int, np.integer)) or size < MIN_SIZE_PX:
+        raise ConfigError(f"size: expected at least {MIN_SIZE_PX} px or native, got {size!r}")
+
+
+def _require_upsampling(upsampling: str) -> None:
+    if upsampling not in get_args(Upsampling):
+        raise ConfigError(
+            f"upsampling {upsampling!r}: expected one of {', '.join(get_args(Upsampling))}"
+        )
 
 
 def _require_native(height: int, width: int) -> None:

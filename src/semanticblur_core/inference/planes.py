@@ -91,7 +91,11 @@ class Planes:
     channels: Channels = "each"
 
     def __post_init__(self) -> None:
+        if not (hasattr(self.array, "shape") and hasattr(self.array, "dtype")):
+            raise ImageError(f"expected an array, got {type(self.array).__name__}")
         shape, axes = tuple(self.array.shape), self.axes
+        if not isinstance(axes, str):
+            raise ImageError(f"axes {axes!r}: expected a letter for each axis of {shape}")
         if np.dtype(self.array.dtype).kind not in "buif":
             raise ImageError(f"expected real numbers, got {self.array.dtype}")
         channels: Any = self.channels

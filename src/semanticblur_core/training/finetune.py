@@ -110,8 +110,12 @@ class FinetuneResult:
 
     @property
     def is_better(self) -> bool:
-        """Whether MAE on the held-out labels fell and photographs were not forgotten."""
-        return self.after.mae < self.before.mae and not self.has_forgotten
+        """Whether MAE on the held-out labels fell and photographs were not forgotten.
+
+        A fall of less than 0.002, or of less than a twentieth where errors are smaller, is none.
+        """
+        tie = min(_TIE, self.before.mae / 20)
+        return self.before.mae - self.after.mae > tie and not self.has_forgotten
 
     @property
     def has_forgotten(self) -> bool:

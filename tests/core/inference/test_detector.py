@@ -1,6 +1,7 @@
 """`Detector`: any image in, a map of its size in 0..1 out, by the protocol it names."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,9 +98,11 @@ def test_grey_is_repeated_and_range_is_honoured(
         (np.zeros((40, 40, 5), np.uint8), r"got shape \(40, 40, 5\)"),
         (np.zeros((0, 40), np.uint8), "no pixels"),
         (np.full((40, 40), np.nan), "no finite value"),
+        (None, "expected an array"),
+        ("photo.jpg", "got 'photo.jpg'; `detect_files` reads files"),
     ],
 )
-def test_what_is_no_image_is_refused(detector: Detector, image: np.ndarray, message: str) -> None:
+def test_what_is_no_image_is_refused(detector: Detector, image: Any, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         detector.detect(image)
 
@@ -114,6 +117,33 @@ def test_wrong_settings_are_refused(network: SemanticBlur, detector: Detector) -
             Detector(network, device="cuda")
     with pytest.raises(ConfigError, match="precision 'float8'"):
         Detector(network, precision="float8")
+    wrong: Any
+    for wrong in (320.5, "320", None):
+        with pytest.raises(ConfigError, match="expected at least 33 px or native"):
+            detector.detect(np.zeros((40, 40), np.uint8), size=wrong)
+    for wrong, message in (
+        ({"batch_size": -1}, "batch_size: expected 1 or more"),
+        ({"upsampling": "cubic"}, "upsampling 'cubic': expected one of guided"),
+        ({"scales": 1}, "scales: expected numbers"),
+        ({"model": None}, "expected a name, a file or a SemanticBlur network"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Detector(**{"model": network, **wrong})
+    with pytest.raises(ConfigError, match="upsampling 'cubic'"):
+        detector.detect(np.zeros((40, 40), np.uint8), upsampling="cubic")  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match="expected two numbers"):
+        detector.detect(np.zeros((40, 40)), value_range=(0, 1, 2))  # type: ignore[arg-type]
+
+
+def test_lists_and_paths_are_taken(random_weights: Path) -> None:
+    detector = Detector(random_weights, device="cpu", precision="float32")
+    assert detector.name == str(random_weights)
+    image = np.arange(1600, dtype=np.uint8).reshape(40, 40)
+    assert detector.detect_batch([]) == []
+    expected = detector.detect(image.astype(np.int64), size=64)
+    np.testing.assert_array_equal(
+        detector.detect(image.astype(np.int64).tolist(), size=64), expected
+    )
 
 
 def test_a_detector_says_why_it_runs_where_it_runs(network: SemanticBlur) -> None:

@@ -18,6 +18,7 @@ from semanticblur_core.config import FinetuneConfig, ModelConfig
 from semanticblur_core.data.store import AnnotationStore, LabelledImage
 from semanticblur_core.device import choose_device
 from semanticblur_core.errors import ConfigError, DataError, WeightsError
+from semanticblur_core.metrics import Protocol, Scores
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.training.finetune import FinetuneResult, FinetuneUpdate
 from semanticblur_core.training.tuner import Tuner
@@ -324,6 +325,19 @@ def test_wrong_labels_are_not_called_better() -> None:
     assert not result.is_better
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "is_better"),
+    [(0.1, 0.099, False), (0.1, 0.097, True), (0.01, 0.0098, False), (0.01, 0.009, True)],
+)
+def test_a_tie_is_not_called_better(before: float, after: float, is_better: bool) -> None:
+    scores = [Scores(mae, 0.9, 0.9, 1, Protocol()) for mae in (before, after)]
+    known = {"forgetting_before": 0.1, "forgetting_after": 0.1, "forgetting_first": 0.1}
+    result = FinetuneResult(
+        None, None, *scores, **known, held_out="x", held_out_both=True, best_step=1, n_steps=1
+    )
+    assert result.is_better == is_better
+
+
 def test_what_cannot_be_is_refused(small_model: str, tmp_path: Path) -> None:
     blank = LabelledImage("x", np.zeros((64, 64), np.uint8), np.ones((64, 64), np.uint8))
     with pytest.raises(DataError, match=r"nothing is labelled blurred \(2\)"):
@@ -333,6 +347,10 @@ def test_what_cannot_be_is_refused(small_model: str, tmp_path: Path) -> None:
     for name in ("../x", "a@b", ""):
         with pytest.raises(WeightsError, match="a name is of letters"):
             run(small_model, output=name)
+    with pytest.raises(WeightsError, match="a name has at most 100 characters"):
+        run(small_model, output="a" * 101)
+    with pytest.raises(WeightsError, match=r"a file of weights ends in \.safetensors"):
+        run(small_model, output="mine.pth")
     taken = tmp_path / "taken.safetensors"
     taken.touch()
     with pytest.raises(WeightsError, match="exists already"):
