@@ -169,6 +169,9 @@ class AnnotateWidget(Dock):
                 self._closing += closing
                 self.store.value = other.store.value
                 self._folder_store = other._folder_store
+                self.folder.value = other.folder.value
+                self._files, self._file_index = other._files, other._file_index
+                self._shown_file = other._shown_file
                 for image, path in other._paths.items():
                     self._paths[image] = path
         _opened[:] = [known for known in _opened if known() is not None]
@@ -181,9 +184,7 @@ class AnnotateWidget(Dock):
         self.is_closed = True
         self._timer.stop()
         self._typing.stop()
-        if self._detection is not None:
-            self._detection.cancel()
-        self.where_next.cancel()
+        self._stop_runs()
         for annotation in self._annotations:
             self._tools.detach(annotation)
         return self._annotations, self._closing
@@ -216,6 +217,7 @@ class AnnotateWidget(Dock):
         self.viewer.layers.events.removed.connect(self._layer_removed)
         self.viewer.layers.selection.events.active.connect(self._layer_selected)
         self.native.destroyed.connect(self._closed)
+        self.on_taken_out(self._stop_runs)
 
     def guarded(self, action: Callable[[], Any]) -> Callable[..., None]:
         """An action whose errors are a line."""
@@ -736,11 +738,15 @@ class AnnotateWidget(Dock):
         if self.is_closed:
             return
         self.is_closed = True
+        self._stop_runs()
+        for annotation in (*self._annotations, *self._closing):
+            annotation.close()
+
+    def _stop_runs(self) -> None:
+        """End analyses; what is painted goes on being kept, also while no dock shows this."""
         if self._detection is not None:
             self._detection.cancel()
         self.where_next.cancel()
-        for annotation in (*self._annotations, *self._closing):
-            annotation.close()
 
     def _layer_chosen(self, *_: Any) -> None:
         if self.is_closed:

@@ -482,7 +482,10 @@ class Annotation:
         if isinstance(lock, LockedError):
             self.is_read_only = True
             if f"process {os.getpid()} " in self.problem:
-                self.problem = f"{self.title}: is open in another window, or still being saved"
+                self.problem = (
+                    f"{self.title}: is open in another window or as a restored layer, or still "
+                    "being saved"
+                )
             self.problem += "; it is shown read-only here until that ends"
         return None
 

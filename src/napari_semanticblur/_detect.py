@@ -27,7 +27,7 @@ from napari_semanticblur._layers import (
     read_source,
     unwrapped,
 )
-from napari_semanticblur._models import METHODS, models
+from napari_semanticblur._models import METHODS, exists, models
 from napari_semanticblur._results import pixels_of, rethreshold
 from napari_semanticblur._settings import preferences
 from semanticblur_core import weights
@@ -327,9 +327,14 @@ class DetectWidget(Dock):
         done = layer is not None and find_result(self._viewer, layer, "labels") is not None
         self.copy_button.enabled = done
 
-    def _models_changed(self, _: str) -> None:
-        if not self._is_closed:
-            self.model.reset_choices()
+    def _models_changed(self, name: str) -> None:
+        """One was made, deleted or renamed; what is chosen follows its new name."""
+        if self._is_closed:
+            return
+        before, self._opened_models = self.model.value, [*filter(exists, self._opened_models)]
+        self.model.reset_choices()
+        if name and before not in self.model.choices:
+            self._model_recommended(name)
 
     def _model_recommended(self, name: str) -> None:
         """Choose it; the newest version goes by the model's name."""
@@ -438,7 +443,7 @@ def _image_meant(viewer: Viewer) -> Any:
     record = layer.metadata.get(METADATA_KEY)
     if isinstance(record, dict) and "source_id" in record:
         meant = [each for each in layers if str(each.unique_id) == record["source_id"]]
-        return meant[0] if meant else layer
+        return meant[0] if meant else None
     return layer
 
 

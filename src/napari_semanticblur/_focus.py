@@ -41,8 +41,10 @@ from napari_semanticblur._layers import (
     show_plane,
     unwrapped,
 )
+from napari_semanticblur._models import models
 from napari_semanticblur._settings import preferences
 from napari_semanticblur._worker import Failure, Run
+from semanticblur_core import weights
 from semanticblur_core.errors import ImageError, SemanticBlurError
 from semanticblur_core.focus import calibration
 from semanticblur_core.focus.calibration import Gate
@@ -88,7 +90,7 @@ class FocusWidget(Dock):
         self._changed: set[Any] = set()
         self._rows = PlaneRows()
         self._channels: list[Any] = ["each"]
-        self._limit_for = ""
+        self._limit_for, self._left_out = "", ""
         self._is_closed = False
         chosen = preferences()
         self.layer = ComboBox(choices=self._images, label="image")
@@ -155,7 +157,10 @@ class FocusWidget(Dock):
         self.html_button.changed.connect(self._guarded(lambda: self._ask_and_save("html")))
         self._viewer.dims.events.current_step.connect(self._refresh_soon)
         self._viewer.layers.events.removed.connect(self._layer_removed)
+        models.changed.connect(self._models_changed)
+        models.recommended.connect(self._model_recommended)
         self.native.destroyed.connect(self._closed)
+        self.on_taken_out(self._closed)
         self._layer_chosen(self.layer.value)
 
     @property
@@ -210,16 +215,21 @@ class FocusWidget(Dock):
         if None in layers or not layers:
             self._say("Open an image first.")
             return
-        self._guarded(lambda: self._start([self._job(unwrapped(layer)) for layer in layers]))()
+        self._guarded(lambda: self._start_on(layers))()
 
     def check_anew(self) -> None:
         """Forget the chosen layer's scores and measure them again."""
-        session = self.session()
         if self.is_running:
             return
-        if session is not None:
-            session.forget()
-        self.check()
+
+        def anew() -> None:
+            self._job(unwrapped(self.layer.value))  # or they would be forgotten for nothing
+            session = self.session()
+            if session is not None:
+                session.forget()
+            self.check()
+
+        self._guarded(anew)()
 
     def cancel(self) -> None:
         """Stop at the next plane; what is done is kept."""
@@ -332,9 +342,23 @@ class FocusWidget(Dock):
         return [EVERYWHERE, CONTENT, *(each for each in layers if isinstance(each, Labels))]
 
     def _models(self, _: Any) -> list[str]:
-        from semanticblur_core import weights
-
         return [*weights.PACKAGED, *weights.own_models()]
+
+    def _models_changed(self, name: str) -> None:
+        """One was made, deleted or renamed; what is chosen follows its new name."""
+        if self._is_closed:
+            return
+        before = self.model.value
+        self.model.reset_choices()
+        if name and before not in self.model.choices:
+            self._model_recommended(name)
+
+    def _model_recommended(self, name: str) -> None:
+        """Choose it, the newest version of its name."""
+        stem = name.partition("@")[0]
+        if not self._is_closed and stem in self._models(None):
+            self.model.reset_choices()
+            self.model.value = stem
 
     def _gates(self, _: Any) -> list[str]:
         return [NO_GATE, LIMIT, *calibration.stored_names()]
@@ -357,6 +381,7 @@ class FocusWidget(Dock):
             path = layer.source.path
             self._sessions[layer] = ArrayFocus(layer.name, path=Path(path) if path else None)
             layer.events.data.connect(self._data_changed)
+            layer.events.name.connect(self._refresh_soon)
         session = self._sessions[layer]
         session.adopt(source.array, source.axes, self._channels_of(layer), self.settings.key)
         return session
@@ -388,12 +413,27 @@ class FocusWidget(Dock):
 
     # Runs
 
+    def _start_on(self, layers: list[Any]) -> None:
+        """Check layers; of several, those that cannot be checked now are left out."""
+        jobs, problems = [], list[str]()
+        for layer in layers:
+            try:
+                jobs.append(self._job(unwrapped(layer)))
+            except SemanticBlurError as error:
+                if len(layers) == 1:
+                    raise
+                problems.append(str(error))
+        self._left_out = f"; {len(problems)} left out: {problems[0]}" if problems else ""
+        if not jobs:
+            raise ImageError(problems[0])
+        self._start(jobs)
+
     def _start(self, jobs: list[Job]) -> None:
         if self.is_running:
             return
         jobs = [job for job in jobs if job.indices]
         if not jobs:
-            self._say("These planes are checked already.")
+            self._say(f"These planes are checked already{self._left_out}")
             self._refresh()
             return
         self._checking = Checking(
@@ -407,7 +447,7 @@ class FocusWidget(Dock):
     def _plane_done(self, n_done: int) -> None:
         if self._checking is not None and not self._is_closed:
             self._progressed(n_done, self._checking.n_planes)
-            self._say(f"{n_done} of {self._checking.n_planes} planes checked")
+            self._say(f"{n_done} of {self._checking.n_planes} planes checked{self._left_out}")
             self._refresh_soon()
 
     def _ended(self, outcome: str | Failure) -> None:
@@ -475,6 +515,7 @@ class FocusWidget(Dock):
             self.cancel()
         del self._sessions[layer]
         layer.events.data.disconnect(self._data_changed)
+        layer.events.name.disconnect(self._refresh_soon)
         self._refresh_soon()
 
     # What is shown

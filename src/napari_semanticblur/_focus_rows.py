@@ -59,7 +59,7 @@ class PlaneRows:
             for index, image in list(session.images.items()):
                 key = (id(layer), index)
                 known = self._made.get(key)
-                if known is None or known[0] is not image:
+                if known is None or known[0] is not image or known[1].cells[0] != layer.name:
                     known = self._made[key] = image, self._row(layer, session, index, image)
                 rows.append(known[1])
         return rows
@@ -67,12 +67,14 @@ class PlaneRows:
     def _row(
         self, layer: Any, session: ArrayFocus, index: tuple[int, ...], image: ImageFocus
     ) -> Row:
-        judged = judge(image, self._gates)
-        verdict = judged.passed if self._gates else None
+        values = image.scores.to_dict() if image.scores else {}
+        # A score that was not measured, as of a plane checked by another method, judges nothing.
+        gates = [each for each in self._gates if math.isfinite(values.get(each.score, math.nan))]
+        judged = judge(image, gates)
+        verdict = judged.passed if gates else None
         if judged.error:
             verdict = False
         places = zip(session.walked_axes.lower(), index, strict=True)
-        values = judged.scores.to_dict() if judged.scores else {}
         return Row(
             cells=(
                 layer.name,

@@ -89,6 +89,14 @@ def identity(model: str) -> tuple[str, int]:
     return name, path.stat().st_mtime_ns
 
 
+def exists(model: str) -> bool:
+    """Whether there is a model of this name or file."""
+    with suppress(SemanticBlurError):
+        weights.resolve(model)
+        return True
+    return False
+
+
 def is_loaded(model: str, device: str) -> bool:
     """Whether `detector` will answer at once."""
     if model in METHODS:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from magicgui.widgets import ComboBox, Container, PushButton
 
 from napari_semanticblur._dialogs import ask, ask_file, ask_text
-from napari_semanticblur._models import models, recommend
+from napari_semanticblur._models import exists, models, recommend
 from napari_semanticblur._settings import preferences, set_default_model
 from semanticblur_core import io, weights
 from semanticblur_core.errors import SemanticBlurError
@@ -168,7 +168,7 @@ class ModelActions:
             models.changed.emit("")
             note = ""
             default = preferences().model
-            if default.partition("@")[0] == name.partition("@")[0] and not _exists(default):
+            if default.partition("@")[0] == name.partition("@")[0] and not exists(default):
                 set_default_model("default")
                 note = " Detect starts with the packaged model again."
             self._say(f"{name} was deleted.{note}")
@@ -202,11 +202,3 @@ class ModelActions:
                 show_error(f"{error.filename or name}: {error.strerror}")
 
         return run
-
-
-def _exists(model: str) -> bool:
-    try:
-        weights.resolve(model)
-    except SemanticBlurError:
-        return False
-    return True

@@ -45,6 +45,10 @@ def guarded(make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         yield Failure(f"{type(error).__name__}: {error}")
 
 
+def _each(steps: Iterator[Any]) -> Iterator[Any]:
+    yield from steps
+
+
 class Run:
     """One run in the background.
 
@@ -80,7 +84,8 @@ class Run:
         self._on_update, self._on_end = on_update, on_end
         self._outcome: str | Failure = "cancelled"
         self._progress = None if title is None else _progress_bar(title, n_steps, on_cancel)
-        self._worker = create_worker(guarded, make, _start_thread=False)
+        self._steps: Any = guarded(make)
+        self._worker = create_worker(_each, self._steps, _start_thread=False)
         self._worker.yielded.connect(self._yielded)
         self._worker.returned.connect(self._returned)
         self._worker.finished.connect(self._finished)
@@ -124,6 +129,10 @@ class Run:
         if self._progress is not None:
             self._progress.close()
         self._on_end(self._outcome)
+        # Qt keeps workers, but not with them what they were to tell: a dock that was closed.
+        self._steps.close()
+        self._progress = None
+        del self._on_update, self._on_end
 
 
 def _progress_bar(title: str, n_steps: int, on_cancel: Callable[[], None] | None) -> Any:

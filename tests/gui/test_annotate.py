@@ -813,6 +813,20 @@ def test_the_dock_can_be_closed_and_opened_again(
     assert len(layer.mouse_drag_callbacks) == len(set(layer.mouse_drag_callbacks))
 
 
+def test_a_folder_stays_open_when_the_dock_was_closed(
+    qtbot: Any, viewer: Any, folder: Path, open_widget: Any
+) -> None:
+    dock, first = viewer.window.add_plugin_dock_widget("napari-semanticblur", "Annotate blur")
+    first.folder.value = folder
+    qtbot.waitUntil(lambda: first.current is not None, timeout=5000)
+    dock.destroyOnClose()
+    second = open_widget()
+    assert second.folder.value == folder
+    second.step(1)
+    assert second.current.title == "photo1"
+    assert [layer.name for layer in viewer.layers] == ["photo1", "photo1 annotation"]
+
+
 def test_strokes_come_without_their_image_if_its_file_has_changed(
     viewer: Any, open_widget: Any, folder: Path
 ) -> None:

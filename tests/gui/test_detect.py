@@ -17,8 +17,9 @@ from skimage.data import chelsea
 
 from napari_semanticblur import _detect, _detection
 from napari_semanticblur._layers import find_result
+from napari_semanticblur._models import models
 from napari_semanticblur._settings import Preferences, preferences
-from semanticblur_core import Detector
+from semanticblur_core import Detector, weights
 from semanticblur_core.focus.classical import ClassicalDetector
 
 ANGLE_DEG = 25
@@ -704,6 +705,33 @@ def test_one_click_on_a_result_analyses_its_image(qtbot: Any, viewer: Any) -> No
         )
 
 
+def test_one_click_on_a_map_whose_image_is_gone_analyses_nothing(qtbot: Any, viewer: Any) -> None:
+    layer = viewer.add_image(photo(), rgb=True, name="photo")
+    _detect.detect_now(viewer)
+    qtbot.waitUntil(lambda: not _detection._running, timeout=60_000)
+    viewer.layers.remove(layer)
+    viewer.layers.selection.active = viewer.layers["photo blur map"]
+    with pytest.MonkeyPatch.context() as patch:
+        shown: list[str] = []
+        patch.setattr("napari.utils.notifications.show_warning", shown.append)
+        _detect.detect_now(viewer)
+    assert shown == ["Detect defocus blur: select an image layer first."]
+    assert not _detection._running
+
+
+def test_closing_the_dock_ends_the_run(qtbot: Any, viewer: Any) -> None:
+    dock, widget = viewer.window.add_plugin_dock_widget(
+        "napari-semanticblur", "Detect defocus blur"
+    )
+    viewer.add_image(np.zeros((300, 64, 64), np.uint8), name="long")
+    widget.planes.value = _detect.ALL
+    widget.run()
+    qtbot.waitUntil(lambda: widget.progress.value >= 1, timeout=60_000)
+    dock.destroyOnClose()
+    qtbot.waitUntil(lambda: not _detection._running, timeout=20_000)
+    assert np.isnan(find_result(viewer, viewer.layers["long"], "map").data).any()
+
+
 def test_the_bar_in_the_activity_dock_cancels(qtbot: Any, viewer: Any) -> None:
     layer = viewer.add_image(np.zeros((200, 64, 64), np.uint8), name="long")
     detection = _detection.Detection(viewer, layer, _detection.Settings(scope="all"))
@@ -821,6 +849,11 @@ def test_a_model_of_one_s_own_can_be_chosen(
     np.testing.assert_allclose(
         blur.data, Detector(str(random_weights), device="cpu").detect(layer.data), atol=0.01
     )
+    weights.rename_model("mine", "ours")
+    models.changed.emit("ours@1")
+    assert widget.model.value == "ours"
+    weights.rename_model("ours", "mine")
+    models.changed.emit("mine@1")
     widget.model.value = "default"
     (tmp_path / "models" / "mine@1.safetensors").unlink()
     widget.model.reset_choices()

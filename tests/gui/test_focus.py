@@ -1,9 +1,12 @@
 """The focus widget in a real viewer, driven as a person would."""
 
 import csv
+import gc
+import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,10 @@ import pytest
 from qtpy.QtCore import QPoint, Qt
 from scipy import ndimage
 
-from napari_semanticblur import _focus
+from napari_semanticblur import _focus, _models
 from napari_semanticblur._colors import FAILED_COLOR, PASSED_COLOR
 from napari_semanticblur._layers import find_result
+from semanticblur_core import weights
 from semanticblur_core.focus import calibration
 from semanticblur_core.focus.scores import HIGHER_IS_SHARPER, tenengrad_map, tile_means
 
@@ -447,6 +451,73 @@ def test_closing_the_viewer_ends_a_check(qtbot: Any, viewer: Any, widget: Any) -
     qtbot.waitUntil(lambda: widget.progress.value >= 1, timeout=20_000)
     viewer.close()
     qtbot.waitUntil(lambda: not widget.is_running, timeout=20_000)
+
+
+def test_closing_the_dock_ends_a_check(qtbot: Any, viewer: Any) -> None:
+    dock, widget = viewer.window.add_plugin_dock_widget("napari-semanticblur", "Focus quality")
+    widget.method.value = "classical scores, no map"
+    viewer.add_image(np.zeros((400, 128, 128), np.uint8), name="long")
+    widget.check()
+    qtbot.waitUntil(lambda: widget.progress.value >= 1, timeout=20_000)
+    dock.destroyOnClose()
+    qtbot.waitUntil(lambda: not widget.is_running, timeout=20_000)
+    assert 1 <= len(widget.session(viewer.layers["long"]).images) < 400
+    left = weakref.ref(widget)
+    dock = widget = None
+    qtbot.waitUntil(lambda: gc.collect() >= 0 and left() is None, timeout=5000)
+
+
+def test_a_layer_whose_slider_is_elsewhere_does_not_stop_the_others(
+    qtbot: Any, viewer: Any, widget: Any
+) -> None:
+    viewer.add_image(stack(), name="long")
+    viewer.add_image(stack(3), name="short")
+    viewer.dims.set_point(0, 6)
+    widget.planes.value = _focus.LAYERS
+    check(qtbot, widget)
+    assert [row.cells[:2] for row in widget.table.rows] == [("long", "z 6")]
+    assert "1 of 1 planes checked; 1 left out: " in widget.status.value
+    assert "short" in widget.status.value
+    # Forgotten is only what can be measured again.
+    widget.layer.value = viewer.layers["short"]
+    widget.planes.value = _focus.ALL
+    check(qtbot, widget)
+    widget.planes.value = _focus.CURRENT
+    with pytest.MonkeyPatch.context() as patch:
+        shown = complaints(patch)
+        widget.again_button.native.click()
+        assert len(shown) == 1
+    assert len(widget.session().images) == 3
+
+
+def test_rows_follow_the_name_and_only_what_was_measured_is_judged(
+    qtbot: Any, viewer: Any, widget: Any
+) -> None:
+    layer = viewer.add_image(stack()[PEAK], name="before")
+    check(qtbot, widget)
+    layer.name = "after"
+    qtbot.waitUntil(lambda: widget.table.rows[0].cells[0] == "after", timeout=5000)
+    widget.gate.value = _focus.LIMIT
+    widget.score.value = "in focus"  # of a map, which this method makes none of
+    qtbot.waitUntil(lambda: not widget._refresh_timer.isActive(), timeout=5000)
+    assert verdicts(widget) == [None]
+    assert widget.table.rows[0].cells[2] == ""
+
+
+def test_models_that_are_made_or_renamed_are_followed(
+    viewer: Any, widget: Any, random_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SEMANTICBLUR_HOME", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    for version in (1, 2):
+        shutil.copy(random_weights, tmp_path / "models" / f"mine@{version}.safetensors")
+    _models.models.changed.emit("mine@2")
+    assert widget.model.value == "default"
+    _models.recommend("mine@2")
+    assert widget.model.value == "mine"
+    weights.rename_model("mine", "ours")
+    _models.models.changed.emit("ours@2")
+    assert widget.model.value == "ours"
 
 
 def test_what_cannot_be_done_is_one_line(qtbot: Any, viewer: Any, widget: Any) -> None:
