@@ -724,6 +724,8 @@ def test_closing_the_dock_ends_the_run(qtbot: Any, viewer: Any) -> None:
         "napari-semanticblur", "Detect defocus blur"
     )
     viewer.add_image(np.zeros((300, 64, 64), np.uint8), name="long")
+    finish(qtbot, widget)
+    assert widget.progress.value == widget.progress.max == 1  # the bar ends full
     widget.planes.value = _detect.ALL
     widget.run()
     qtbot.waitUntil(lambda: widget.progress.value >= 1, timeout=60_000)

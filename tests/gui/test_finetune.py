@@ -20,7 +20,7 @@ from qtpy.QtWidgets import QApplication
 from napari_semanticblur import _detect, _finetune
 from napari_semanticblur._layers import find_result
 from napari_semanticblur._painted import annotated_layers
-from napari_semanticblur._settings import preferences
+from napari_semanticblur._settings import Preferences, preferences
 from semanticblur_core import weights
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.data.focal_stack import focal_stack
@@ -53,6 +53,14 @@ def widget(viewer: Any, errors: list[str]) -> Any:
     widget.budget.value = _finetune.CUSTOM_STEPS
     widget.n_steps.value = 2
     return widget
+
+
+def test_a_size_of_the_preferences_beyond_its_limits_is_brought_within(
+    viewer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_finetune, "preferences", lambda: Preferences(size="9999"))
+    _, widget = viewer.window.add_plugin_dock_widget("napari-semanticblur", "Fine-tune blur model")
+    assert (widget.size.value, widget.custom_size.value) == (_detect.CUSTOM, 4096)
 
 
 @pytest.fixture(scope="module")

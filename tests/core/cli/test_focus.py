@@ -192,6 +192,19 @@ def test_tiles_in_micrometres_go_by_each_files_own_pixels(
     assert {name: len(rows) for name, rows in tiles.items()} == {"a.ome.tif": 4, "b.ome.tif": 2}
 
 
+def test_of_many_images_the_worst_are_printed(tmp_path: Path, rng: np.random.Generator) -> None:
+    (tmp_path / "in").mkdir()
+    scene = rng.integers(0, 256, (80, 80)).astype(float)
+    for i in range(24):
+        soft = gaussian_filter(scene, i / 4) if i else scene
+        Image.fromarray(soft.astype(np.uint8)).save(tmp_path / "in" / f"{i:02}.png")
+    done = run("--input=in", "--method=lbp", "--sort=tenengrad", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, *lines, last = done.stdout.splitlines()
+    assert (first, last) == ("the 20 worst:", "24 images, 0 unreadable")
+    assert [line.split(".")[0] for line in lines] == [f"{i:02}" for i in range(23, 3, -1)]
+
+
 def test_planes_of_other_types_are_not_measured_beside_each_other(tmp_path: Path) -> None:
     (tmp_path / "stack").mkdir()
     scene = focal_stack(n_planes=1, size_px=96, largest_radius_px=0.1).images[0]

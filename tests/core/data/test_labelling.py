@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from semanticblur_core.data.labelling import labels_of_map, superpixel, uncertain_places
-from semanticblur_core.errors import ConfigError
+from semanticblur_core.errors import ConfigError, ImageError
 
 
 def test_only_pixels_that_are_sure_enough_are_labelled() -> None:
@@ -39,6 +39,18 @@ def test_superpixels_reach_the_border(point: tuple[int, int]) -> None:
     (rows, columns), mask = superpixel(image, *point, size_px=20)
     assert mask.shape == (rows.stop - rows.start, columns.stop - columns.start)
     assert mask[point[0] - rows.start, point[1] - columns.start]
+
+
+def test_a_superpixel_beside_and_amid_pixels_that_are_no_numbers() -> None:
+    image = np.random.default_rng(0).random((100, 100))
+    image[:, 50:] = np.nan
+    box, mask = superpixel(image, 50, 40, size_px=40)
+    whole = np.zeros(image.shape, np.bool_)
+    whole[box] = mask
+    assert whole[50, 40]
+    assert whole[:, :50].sum() > 200
+    with pytest.raises(ImageError, match="no finite value"):
+        superpixel(np.full((300, 300), np.nan), 150, 150, size_px=16)
 
 
 def test_a_constant_image_and_a_tiny_one_have_superpixels() -> None:

@@ -275,7 +275,7 @@ def test_the_pick_counts_start_up(
 
 
 def test_speeds_are_measured_and_remembered(
-    random_weights: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+    random_weights: Path, exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(choice, "BACKENDS", ("torch", "onnxruntime"))
     monkeypatch.setattr(choice, "ensure_exported", lambda model: exported)
@@ -283,6 +283,9 @@ def test_speeds_are_measured_and_remembered(
     home = choice.exported_file(weights.read_info(random_weights).sha256)
     home.parent.mkdir(parents=True, exist_ok=True)
     home.write_bytes(exported.read_bytes())
+    # What lies in the folder that one happens to be in is not run.
+    (tmp_path / "numpy.py").write_text("raise SystemExit('the wrong numpy')")
+    monkeypatch.chdir(tmp_path)
     found = list(choice.measure_backends(str(random_weights), size_px=64, n_rounds=3))
     assert not [speed for speed in found if isinstance(speed, SemanticBlurError)]
     speeds = choice.remembered(ModelConfig(), "cpu")
