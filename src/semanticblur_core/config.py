@@ -137,6 +137,9 @@ class TrainConfig(_Config):
         Share of the pairs into which a rectangle of the batch's next pair is pasted, mask and all
         (CutMix, Yun et al., ICCV 2019): what is blurred is a local property, so the label is exact,
         while what the scene shows no longer tells it.
+    redefocus_share
+        Share of the pairs that are defocused further, all of it, by depth or but for a region, with
+        masks to match (`semanticblur_core.data.defocus.defocus_photograph`), to the same end.
     ema_decay
         Decay per step of the exponential moving average of the weights that is validated and
         saved; 0 turns it off.
@@ -163,6 +166,7 @@ class TrainConfig(_Config):
     augmentation: Augmentation = "none"
     crop_min_side: float = 0.6
     cutmix_share: float = 0.0
+    redefocus_share: float = 0.0
     ema_decay: float = 0.0
     seed: int = 0
 
@@ -198,8 +202,9 @@ class TrainConfig(_Config):
             )
         if not 0 < self.crop_min_side <= 1:
             raise ConfigError(f"crop_min_side: expected in (0, 1], got {self.crop_min_side}")
-        if not 0 <= self.cutmix_share <= 1:
-            raise ConfigError(f"cutmix_share: expected in [0, 1], got {self.cutmix_share}")
+        for name in ("cutmix_share", "redefocus_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}: expected in [0, 1], got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: expected in [0, 1), got {self.ema_decay}")
 

@@ -356,6 +356,65 @@ def synthesise(
     return Example(image, coc > BLURRED_RADIUS_PX, labelled, coc)
 
 
+def defocus_photograph(
+    image: Tensor, target: Tensor, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Defocus a photograph further that may be partly blurred already.
+
+    Parameters
+    ----------
+    image
+        ``(3, S, S)`` float32 in 0..1.
+    target
+        ``(1, S, S)``, 1 = blurred; or ``(2, S, S)``, then also what is labelled.
+    rng
+        Source of all randomness.
+
+    Returns
+    -------
+    image, target
+        The target is ``(2, S, S)``: what was blurred stays so, what becomes blurred is, and what
+        was sharp stays so where the radius that is added is too small to blur it.
+
+    Notes
+    -----
+    Of three cases one (35 %) defocuses all of it, one (30 %) by a smooth depth, and one (35 %) all
+    but a smooth region.
+    """
+    size_px = image.shape[-1]
+    nothing = torch.zeros(1, size_px, size_px)
+    kind = rng.random()
+    alpha, radius = nothing, nothing + float(np.exp(rng.uniform(np.log(1.5), np.log(9))))
+    if kind >= 0.35:
+        field = _depth_field(size_px, rng)
+        if kind < 0.65:
+            distance = (field - rng.uniform(0, 1)).abs()
+            radius = (distance * rng.uniform(6, 18) - rng.uniform(0, 2.5)).clamp(0, 10)
+        else:
+            level = float(torch.quantile(field.flatten()[::7], rng.uniform(0.25, 0.75)))
+            alpha = ((field - level) * size_px / 2 + 0.5).clamp(0, 1)
+    boost = float(rng.choice([0.0, 0.0, 1.0, 4.0]))
+    linear = image[None] ** GAMMA * (1 + boost * ((image[None] - 0.85) / 0.15).clamp(0, 1))
+    made, share = defocus(
+        linear,
+        radius[None],
+        front=linear,
+        alpha=alpha[None],
+        hidden=alpha[None],
+        front_radius_px=torch.zeros(1),
+        n_blades=torch.from_numpy(rng.choice([0, 0, 0, 5, 6, 7, 8], 1)),
+        rotation_rad=torch.from_numpy(rng.uniform(0, math.pi, 1)).float(),
+    )
+    coc = torch.where(share[0] > 0.5, nothing, radius)
+    low, high = DOUBTFUL_RADIUS_PX
+    was_blurred, becomes_blurred = target[:1] > 0, coc >= high
+    labelled = (coc <= low) | becomes_blurred | was_blurred
+    if len(target) == 2:
+        labelled &= (target[1:] > 0) | becomes_blurred
+    blurred = was_blurred | (coc > BLURRED_RADIUS_PX)
+    return _develop(made, GAMMA, "photograph", rng)[0], torch.cat([blurred, labelled]).float()
+
+
 @dataclass(frozen=True)
 class _Scene:
     back: Tensor

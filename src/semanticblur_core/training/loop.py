@@ -25,7 +25,7 @@ from torch import Tensor
 from semanticblur_core import io
 from semanticblur_core.config import TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs
-from semanticblur_core.data.defocus import SharpImages, synthesise
+from semanticblur_core.data.defocus import SharpImages, defocus_photograph, synthesise
 from semanticblur_core.data.transforms import augment, cutmix, normalise
 from semanticblur_core.device import DeviceChoice
 from semanticblur_core.errors import TrainingError
@@ -449,6 +449,10 @@ def make_batches(
             augment(*pairs[i], config, np.random.default_rng((config.seed, epoch, i)))
             for i in indices
         ]
+        for place, i in enumerate(indices if config.redefocus_share else ()):
+            rng = np.random.default_rng((config.seed, epoch, i, 3))
+            if rng.random() < config.redefocus_share:
+                examples[place] = defocus_photograph(*examples[place], rng)
         images = torch.stack([image for image, _ in examples])
         partial = any(len(target) == 2 for _, target in examples)
         if partial:

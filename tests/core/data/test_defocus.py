@@ -14,6 +14,7 @@ from semanticblur_core.data.defocus import (
     aperture_kernels,
     blur_levels,
     defocus,
+    defocus_photograph,
     is_held_out,
     synthesise,
 )
@@ -150,6 +151,34 @@ def test_no_images_and_masks_of_another_size_are_refused(sharp_folder: Path) -> 
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(sharp_folder / "masks" / "2.png")
     with pytest.raises(DataError, match=r"2.png: not of the size"):
         SharpImages(sorted((sharp_folder / "images").iterdir()), masks=sharp_folder / "masks")
+
+
+def test_a_photograph_that_is_defocused_further_keeps_true_labels() -> None:
+    """The left half was blurred; the right is texture, whose detail tells what became of it."""
+    rng = np.random.default_rng(0)
+    texture = torch.from_numpy(rng.random((1, 96, 96))).float().expand(3, -1, -1)
+    target = torch.zeros(1, 96, 96)
+    target[..., :48] = 1
+    n_mixed = n_whole = 0
+    for seed in range(40):
+        made, labels = defocus_photograph(texture, target, np.random.default_rng(seed))
+        assert made.shape == (3, 96, 96)
+        assert labels.shape == (2, 96, 96)
+        assert 0 <= float(made.min()) <= float(made.max()) <= 1
+        blurred, labelled = labels > 0
+        assert (blurred & labelled)[:, :48].all()
+        detail = made.mean(0).diff(dim=0)[:, 60:].abs()
+        there = labels[:, 1:, 60:] > 0
+        n_whole += bool(there.all())
+        becomes, stays = (detail[part] for part in (there[0] & there[1], ~there[0] & there[1]))
+        if len(becomes) > 200 and len(stays) > 200:
+            assert becomes.mean() < 0.7 * stays.mean()
+            n_mixed += 1
+        # Where nothing was labelled, only what has become blurred is known.
+        none = torch.cat([target, torch.zeros_like(target)])
+        _, partial = defocus_photograph(texture, none, np.random.default_rng(seed))
+        assert not (partial[1] > 0)[~(partial[0] > 0)].any()
+    assert min(n_mixed, n_whole) >= 5
 
 
 def test_about_one_in_eight_is_held_out() -> None:

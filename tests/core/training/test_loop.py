@@ -323,6 +323,25 @@ def test_cutmix_keeps_label_and_pixel_together(
         assert torch.equal(mixed, images)
 
 
+def test_pairs_that_are_defocused_further_bring_labels_of_their_own(pairs: DecodedPairs) -> None:
+    config = replace(CONFIG, redefocus_share=0.5)
+    plain = list(make_batches(pairs, [], CONFIG, 0))
+    batches = list(make_batches(pairs, [], config, 0))
+    again = list(make_batches(pairs, [], config, 0))
+    n_changed = 0
+    for before, after, same in zip(plain, batches, again, strict=True):
+        assert torch.equal(after[0], same[0])
+        for i in range(len(after[0])):
+            if torch.equal(before[0][i], after[0][i]):
+                continue
+            n_changed += 1
+            assert after[2] is not None
+            assert (after[1][i] >= before[1][i]).all()  # what was blurred stays so
+    assert 0 < n_changed < sum(len(batch[0]) for batch in plain)
+    with pytest.raises(ConfigError, match=r"redefocus_share: expected in \[0, 1\], got 2"):
+        replace(CONFIG, redefocus_share=2)
+
+
 def test_cosine_schedule_is_half_a_cosine() -> None:
     config = TrainConfig(schedule="cosine", warmup_steps=9)
     assert learning_rate(500, 1000, config) == pytest.approx(0.5e-4)
