@@ -746,7 +746,7 @@ class AnnotateWidget(Dock):
         """End analyses; what is painted goes on being kept, also while no dock shows this."""
         if self._detection is not None:
             self._detection.cancel()
-        self.where_next.cancel()
+        self.where_next.cancel(silently=True)
 
     def _layer_chosen(self, *_: Any) -> None:
         if self.is_closed:

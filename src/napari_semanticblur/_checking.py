@@ -55,7 +55,7 @@ class Settings:
     @property
     def key(self) -> tuple[Any, ...]:
         """What the scores depend on."""
-        of_network = (self.model,) if self.method == NETWORK else ()
+        of_network = (_sha256(self.model),) if self.method == NETWORK else ()
         labels = str(self.labels.unique_id) if self.labels is not None else ""
         return (self.method, *of_network, self.tile_size_px, self.region, labels)
 
@@ -73,9 +73,7 @@ class Settings:
         options = self.options
         protocol: dict[str, Any] = {"method": self.method}
         if self.method == NETWORK:
-            from semanticblur_core import weights
-
-            sha256 = weights.read_info(weights.resolve(self.model)).sha256
+            sha256 = _sha256(self.model)
             protocol |= {"model": self.model, "model_sha256": sha256, "size": options.size}
         return protocol | {
             "threshold": options.threshold,
@@ -83,6 +81,12 @@ class Settings:
             "subject": options.subject,
             "value_range": None,
         }
+
+
+def _sha256(model: str) -> str:
+    from semanticblur_core import weights
+
+    return weights.read_info(weights.resolve(model)).sha256
 
 
 @dataclass(frozen=True, eq=False)

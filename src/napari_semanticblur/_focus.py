@@ -158,7 +158,6 @@ class FocusWidget(Dock):
         self._viewer.dims.events.current_step.connect(self._refresh_soon)
         self._viewer.layers.events.removed.connect(self._layer_removed)
         models.changed.connect(self._models_changed)
-        models.recommended.connect(self._model_recommended)
         self.native.destroyed.connect(self._closed)
         self.on_taken_out(self._closed)
         self._layer_chosen(self.layer.value)
@@ -348,16 +347,9 @@ class FocusWidget(Dock):
         """One was made, deleted or renamed; what is chosen follows its new name."""
         if self._is_closed:
             return
-        before = self.model.value
+        before, stem = self.model.value, name.partition("@")[0]
         self.model.reset_choices()
-        if name and before not in self.model.choices:
-            self._model_recommended(name)
-
-    def _model_recommended(self, name: str) -> None:
-        """Choose it, the newest version of its name."""
-        stem = name.partition("@")[0]
-        if not self._is_closed and stem in self._models(None):
-            self.model.reset_choices()
+        if before not in self.model.choices and stem in self.model.choices:
             self.model.value = stem
 
     def _gates(self, _: Any) -> list[str]:
@@ -381,7 +373,7 @@ class FocusWidget(Dock):
             path = layer.source.path
             self._sessions[layer] = ArrayFocus(layer.name, path=Path(path) if path else None)
             layer.events.data.connect(self._data_changed)
-            layer.events.name.connect(self._refresh_soon)
+            layer.events.name.connect(self._renamed)
         session = self._sessions[layer]
         session.adopt(source.array, source.axes, self._channels_of(layer), self.settings.key)
         return session
@@ -423,14 +415,14 @@ class FocusWidget(Dock):
                 if len(layers) == 1:
                     raise
                 problems.append(str(error))
-        self._left_out = f"; {len(problems)} left out: {problems[0]}" if problems else ""
         if not jobs:
             raise ImageError(problems[0])
-        self._start(jobs)
+        self._start(jobs, f"; {len(problems)} left out: {problems[0]}" if problems else "")
 
-    def _start(self, jobs: list[Job]) -> None:
+    def _start(self, jobs: list[Job], left_out: str = "") -> None:
         if self.is_running:
             return
+        self._left_out = left_out
         jobs = [job for job in jobs if job.indices]
         if not jobs:
             self._say(f"These planes are checked already{self._left_out}")
@@ -505,6 +497,12 @@ class FocusWidget(Dock):
         if new and follow and self.follow.value and not self.is_running:
             self._start([Job(source, session, new, channels)])
 
+    def _renamed(self, event: Any) -> None:
+        layer = unwrapped(event.source)
+        if layer in self._sessions:
+            self._sessions[layer].rename(layer.name)
+            self._refresh_soon()
+
     def _layer_removed(self, event: Any) -> None:
         layer = unwrapped(event.value)
         if self._is_closed or layer not in self._sessions:
@@ -515,7 +513,7 @@ class FocusWidget(Dock):
             self.cancel()
         del self._sessions[layer]
         layer.events.data.disconnect(self._data_changed)
-        layer.events.name.disconnect(self._refresh_soon)
+        layer.events.name.disconnect(self._renamed)
         self._refresh_soon()
 
     # What is shown

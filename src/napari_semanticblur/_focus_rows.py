@@ -11,6 +11,7 @@ import numpy as np
 from napari_semanticblur._focus_table import Row
 from semanticblur_core.focus.calibration import Gate
 from semanticblur_core.focus.check import ImageFocus, judge
+from semanticblur_core.focus.scores import MAP_SCORES
 from semanticblur_core.focus.session import ArrayFocus
 
 SCORE_NAMES = {
@@ -68,10 +69,12 @@ class PlaneRows:
         self, layer: Any, session: ArrayFocus, index: tuple[int, ...], image: ImageFocus
     ) -> Row:
         values = image.scores.to_dict() if image.scores else {}
-        # A score that was not measured, as of a plane checked by another method, judges nothing.
-        gates = [each for each in self._gates if math.isfinite(values.get(each.score, math.nan))]
-        judged = judge(image, gates)
-        verdict = judged.passed if gates else None
+        judged = judge(image, self._gates)
+        verdict = judged.passed if self._gates else None
+        # Without a map there is nothing to judge.
+        lacks_map = image.tiles is None and any(g.score in MAP_SCORES for g in self._gates)
+        if lacks_map:
+            verdict = None
         if judged.error:
             verdict = False
         places = zip(session.walked_axes.lower(), index, strict=True)
@@ -79,7 +82,7 @@ class PlaneRows:
             cells=(
                 layer.name,
                 ", ".join(f"{axis} {i}" for axis, i in places),
-                "unreadable" if judged.error else _said(verdict),
+                "unreadable" if judged.error else "not measured" if lacks_map else _said(verdict),
                 *(values.get(SCORE_NAMES[name], math.nan) for name in self.headers[3:]),
             ),
             passed=verdict,

@@ -43,8 +43,8 @@ def outcome_text(result: dict[str, Any]) -> tuple[str, str]:
             "Better on these labels, but nothing tells whether it is on others: not chosen in "
             "Detect. With two strokes or more of each class, part of them can be held out."
         )
-    elif result["has_forgotten"]:
-        verdict = "Photographs were FORGOTTEN in part: not chosen in Detect."
+    elif result["has_improved"]:
+        verdict = "Better here, but photographs were FORGOTTEN in part: not chosen in Detect."
     else:
         verdict = (
             "NOT better on the held-out labels, so not chosen in Detect. More strokes may help, or "

@@ -59,6 +59,7 @@ class WhereNext(Container):  # type: ignore[type-arg]
         self._visited: set[tuple[int, ...]] = set()
         self._annotation: Annotation | None = None
         self._run: Run | None = None
+        self._is_silent = False
         self.place_button = PushButton(text="Where next?", tooltip=_PLACE_TIP)
         self.image_button = PushButton(text="Which image next?", tooltip=_IMAGE_TIP)
         self.ranking = ComboBox(choices=self._choices, label="by doubt", nullable=True)
@@ -81,8 +82,9 @@ class WhereNext(Container):  # type: ignore[type-arg]
         """Whether it is ranking."""
         return self._run is not None
 
-    def cancel(self) -> None:
-        """Stop ranking."""
+    def cancel(self, *, silently: bool = False) -> None:
+        """Stop ranking; what was found counts, unless silently."""
+        self._is_silent = silently
         if self._run is not None:
             self._run.cancel()
 
@@ -159,6 +161,7 @@ class WhereNext(Container):  # type: ignore[type-arg]
         on_end: Callable[[], None],
     ) -> None:
         n_done = 0
+        self._is_silent = False
 
         def update(given: Any) -> int:
             nonlocal n_done
@@ -172,7 +175,7 @@ class WhereNext(Container):  # type: ignore[type-arg]
 
         def ended(outcome: str | Failure) -> None:
             self._run = None
-            if self._owner.is_closed:
+            if self._owner.is_closed or self._is_silent:
                 return
             if isinstance(outcome, Failure):
                 self._owner.say(outcome.text)

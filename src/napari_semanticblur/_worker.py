@@ -35,14 +35,20 @@ def guarded(make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
     """
     try:
         yield from make()
-    except SemanticBlurError as error:
-        yield Failure(str(error))
-    except (MemoryError, OSError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        yield Failure(reason)
     except Exception as error:
-        _log.exception("unforeseen error in the background")
-        yield Failure(f"{type(error).__name__}: {error}")
+        if isinstance(error.__context__, GeneratorExit):  # of clearing up: nobody waits for it
+            _log.exception("error at the end of a run")
+            return
+        yield Failure(_reason(error))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, SemanticBlurError):
+        return str(error)
+    if isinstance(error, (MemoryError, OSError, RuntimeError)):
+        return (str(error) or type(error).__name__).splitlines()[0]
+    _log.error("unforeseen error in the background", exc_info=error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _each(steps: Iterator[Any]) -> Iterator[Any]:
@@ -84,8 +90,13 @@ class Run:
         self._on_update, self._on_end = on_update, on_end
         self._outcome: str | Failure = "cancelled"
         self._progress = None if title is None else _progress_bar(title, n_steps, on_cancel)
-        self._steps: Any = guarded(make)
-        self._worker = create_worker(_each, self._steps, _start_thread=False)
+        from qtpy.QtCore import Qt
+
+        steps: Any = guarded(make)
+        self._worker = create_worker(_each, steps, _start_thread=False)
+        # Qt keeps workers, but not with them what they were to tell: a dock that was closed. In
+        # their own thread, since what is under way may take a while to end.
+        self._worker.aborted.connect(steps.close, Qt.ConnectionType.DirectConnection)
         self._worker.yielded.connect(self._yielded)
         self._worker.returned.connect(self._returned)
         self._worker.finished.connect(self._finished)
@@ -128,11 +139,11 @@ class Run:
         self._ended = True
         if self._progress is not None:
             self._progress.close()
-        self._on_end(self._outcome)
-        # Qt keeps workers, but not with them what they were to tell: a dock that was closed.
-        self._steps.close()
-        self._progress = None
-        del self._on_update, self._on_end
+        try:
+            self._on_end(self._outcome)
+        finally:
+            self._progress = None
+            del self._on_update, self._on_end
 
 
 def _progress_bar(title: str, n_steps: int, on_cancel: Callable[[], None] | None) -> Any:

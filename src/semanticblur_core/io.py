@@ -612,23 +612,29 @@ def _read_tiff(path: Path, max_pixels: int) -> NDArray[Any]:
 
 
 def _refuse_channels(path: Path, page: Any, axes: str, samples: int) -> None:
-    """Refuse grey with further samples that are not said to be alpha: one of them is meant."""
+    """Refuse grey with further samples that are not said to be alpha: one of them is meant.
+
+    Three are taken for RGB.
+    """
     from tifffile import EXTRASAMPLE, PHOTOMETRIC
 
     is_grey = page.photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE)
-    if is_grey and samples in (2, 4) and EXTRASAMPLE.UNSPECIFIED in page.extrasamples:
+    alpha = {EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA}
+    if is_grey and samples in (2, 4) and alpha.isdisjoint(page.extrasamples):
         raise ImageError(
-            f"{path}: holds {samples} channels that are not said to be colours; as a stack "
-            f"(--axes={axes.replace('S', 'C')}) each is one image, or save the wanted one"
+            f"{path}: holds {samples} channels that are not said to be colours; detect "
+            f"--axes={axes.replace('S', 'C')} takes each for an image, or save the wanted one"
         )
 
 
 def unreadable(path: Path, error: Exception) -> ImageError:
     """What to raise for a library's error about a file: one line that a person understands."""
     reason = str(error).splitlines()[0] if str(error) else ""
-    if not isinstance(error, (OSError, ValueError, RuntimeError)) or not reason:
-        # Of these the text alone, such as the key that lacks, says nothing.
-        reason = f"{type(error).__name__} {reason}".strip()
+    if isinstance(error, MemoryError):
+        return ImageError(f"{path}: out of memory")
+    if not isinstance(error, (OSError, ValueError, RuntimeError, SyntaxError)) or not reason:
+        # Of others the text alone, such as the key that lacks, says nothing.
+        reason = ": ".join(part for part in (type(error).__name__, reason) if part)
     return ImageError(f"{path}: damaged or unreadable: {reason}")
 
 

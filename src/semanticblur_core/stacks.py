@@ -33,8 +33,10 @@ _MICROMETRES = {
 }
 _SECONDS = {
     **{"ns": 1e-9, "nanosecond": 1e-9, "µs": 1e-6, "us": 1e-6, "microsecond": 1e-6},
-    **{"ms": 1e-3, "millisecond": 1e-3, "s": 1.0, "sec": 1.0, "second": 1.0},
-    **{"min": 60.0, "minute": 60.0, "h": 3600.0, "hour": 3600.0, "d": 86400.0, "day": 86400.0},
+    **{"ms": 1e-3, "msec": 1e-3, "millisecond": 1e-3, "milliseconds": 1e-3},
+    **{"s": 1.0, "sec": 1.0, "second": 1.0, "seconds": 1.0, "usec": 1e-6, "µsec": 1e-6},
+    **{"min": 60.0, "minute": 60.0, "minutes": 60.0, "h": 3600.0, "hr": 3600.0, "hour": 3600.0},
+    **{"hours": 3600.0, "d": 86400.0, "day": 86400.0, "days": 86400.0},
 }
 
 
@@ -508,8 +510,11 @@ def _tiff_axes(series: Any) -> str:
 
 def _tiff_steps(tiff: Any) -> dict[str, float]:
     """Micrometres a step, along T seconds; none where what the file says makes no sense."""
+    sizes: dict[str, float] = {}
     with suppress(ElementTree.ParseError, ValueError, TypeError):  # that spoils no image
-        sizes = _stated_steps(tiff)
+        sizes |= _stated_steps(tiff)
+        with suppress(ValueError, TypeError):
+            sizes |= _stated_time_step(tiff)
         return {axis: size for axis, size in sizes.items() if 0 < size < math.inf}
     return {}
 
@@ -525,14 +530,8 @@ def _stated_steps(tiff: Any) -> dict[str, float]:
             factor = _factor(pixels.get(f"PhysicalSize{axis}Unit", "µm"), _MICROMETRES)
             if size is not None and factor is not None:
                 sizes[axis] = float(size) * factor
-        if pixels is not None and "TimeIncrement" in pixels.attrib:
-            factor = _factor(pixels.get("TimeIncrementUnit", "s"), _SECONDS)
-            if factor is not None:
-                sizes["T"] = float(pixels.attrib["TimeIncrement"]) * factor
     elif tiff.imagej_metadata:
         information = tiff.imagej_metadata
-        if "finterval" in information:
-            sizes["T"] = float(information["finterval"])
         factor = _factor(information.get("unit", ""), _MICROMETRES)
         if factor is not None:
             if "spacing" in information:
@@ -542,6 +541,21 @@ def _stated_steps(tiff: Any) -> dict[str, float]:
                 if tag is not None and tag.value[0]:
                     sizes[axis] = tag.value[1] / tag.value[0] * factor
     return sizes
+
+
+def _stated_time_step(tiff: Any) -> dict[str, float]:
+    """Seconds a step along T."""
+    value, unit = None, "s"
+    if tiff.ome_metadata:
+        root = ElementTree.fromstring(tiff.ome_metadata)
+        pixels = next((e for e in root.iter() if e.tag.endswith("Pixels")), None)
+        if pixels is not None:
+            value, unit = pixels.get("TimeIncrement"), pixels.get("TimeIncrementUnit", "s")
+    elif tiff.imagej_metadata:
+        information = tiff.imagej_metadata
+        value, unit = information.get("finterval"), information.get("tunit", "sec")
+    factor = _factor(unit, _SECONDS)
+    return {} if value is None or factor is None else {"T": float(value) * factor}
 
 
 def _factor(unit: object, known: Mapping[str, float]) -> float | None:

@@ -266,7 +266,9 @@ def save(
     Raises
     ------
     WeightsError
-        If a tensor is not finite or leaves float16's range, or the file cannot be written.
+        If a tensor is not finite or leaves float16's range.
+    ImageError
+        If the file cannot be written.
     """
     import torch
     from safetensors.torch import save as serialised

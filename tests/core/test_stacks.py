@@ -533,6 +533,15 @@ def test_time_steps_of_other_writers_are_seconds(tmp_path: Path) -> None:
     tifffile.imwrite(path, frames, imagej=True, metadata={"axes": "TYX", "finterval": 2.5})
     with stacks.open_stack(path) as stack:
         assert (stack.axes, stack.time_step_s) == ("TYX", 2.5)
+    metadata = {"axes": "TYX", "finterval": 250, "tunit": "ms"}
+    tifffile.imwrite(path, frames, imagej=True, metadata=metadata)
+    with stacks.open_stack(path) as stack:
+        assert stack.time_step_s == 0.25
+    # A step that is no number spoils nothing else.
+    metadata = {"axes": "TYX", "TimeIncrement": "0,5", "PhysicalSizeX": 0.5}
+    tifffile.imwrite(path, frames, ome=True, metadata=metadata)
+    with stacks.open_stack(path) as stack:
+        assert (stack.pixel_size_um, stack.time_step_s) == ({"X": 0.5}, None)
     group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2)
     group.create_array("0", shape=(2, 4, 4), dtype="uint8")
     axes: list[dict[str, str]] = [{"name": "t", "type": "time", "unit": "minute"}]

@@ -1,6 +1,7 @@
 """Files of weights: round trip, refusal of anything else, the packaged default."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,17 @@ def test_round_trip_keeps_the_function(random_weights: Path) -> None:
         images = torch.randn(1, 3, 64, 64)
         a, b = original(images), loaded(images)
     assert float((a - b).abs().max()) < 0.02 * float(a.max() - a.min())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="other permissions")
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    model = SemanticBlur(ModelConfig(backbone="resnet34"))
+    before = os.umask(0o022)
+    try:
+        weights.save(tmp_path / "m.safetensors", model, provenance={}, metrics={}, licence="x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "m.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_vectors_stay_float32_and_matrices_are_halved(random_weights: Path) -> None:

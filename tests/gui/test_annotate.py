@@ -1,5 +1,6 @@
 """The annotate widget in a real viewer, driven as a person would."""
 
+import errno
 import json
 import os
 import signal
@@ -7,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
-from napari_semanticblur import _annotate
+from napari_semanticblur import _annotate, _where_next
 from napari_semanticblur._layers import METADATA_KEY, find_result
 from napari_semanticblur._models import recommend
 from semanticblur_core import io, weights
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.data.autosave import Autosave
-from semanticblur_core.data.journal import find_leftovers, read_leftover, replay
+from semanticblur_core.data.journal import JournalWriter, find_leftovers, read_leftover, replay
 from semanticblur_core.data.store import AnnotationStore, read_store
 from semanticblur_core.network import SemanticBlur
 
@@ -541,6 +543,29 @@ def test_the_images_of_a_folder_are_ranked(
     assert widget.current.title == "photo2"
 
 
+def test_a_ranking_that_ends_with_its_dock_opens_nothing(
+    qtbot: Any, viewer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(paths: list[Path], *_: Any) -> Iterator[Any]:
+        yield _where_next.Place(paths[-1], 1.0)
+        while True:
+            time.sleep(0.01)
+            yield _where_next.Announcement("looking")
+
+    monkeypatch.setattr(_where_next, "doubts_of", slowly)
+    dock, widget = viewer.window.add_plugin_dock_widget("napari-semanticblur", "Annotate blur")
+    widget.folder.value = folder
+    qtbot.waitUntil(lambda: bool(widget._files), timeout=5000)
+    widget.where_next.image_button.native.click()
+    qtbot.waitUntil(lambda: widget.status.value == "looking", timeout=5000)
+    before = [layer.name for layer in viewer.layers]
+    dock.destroyOnClose()
+    qtbot.waitUntil(lambda: not widget.where_next.is_running, timeout=5000)
+    assert [layer.name for layer in viewer.layers] == before
+    _, again = viewer.window.add_plugin_dock_widget("napari-semanticblur", "Annotate blur")
+    assert again.current.title == "photo0"
+
+
 def test_the_command_line_reads_what_the_widget_wrote(
     qtbot: Any, viewer: Any, widget: Any, tmp_path: Path
 ) -> None:
@@ -934,10 +959,24 @@ def test_without_its_image_the_labels_still_come_back(viewer: Any, open_widget: 
     np.testing.assert_allclose(recovered.scale, (3, 3))
 
 
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No journal can be written.
+
+    A limit on the size of files would do it too, but Mesa, which draws the window, crashes on one.
+    """
+
+    def no_room(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JournalWriter, "_write", no_room)
+        yield
+
+
 def test_a_full_disk_is_said_once_and_painting_goes_on(
     qtbot: Any, viewer: Any, widget: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resource = pytest.importorskip("resource", reason="this system limits no file sizes")
     viewer.add_image(photo(400, 500), rgb=True, name="photo")
     widget.annotate()
     layer = widget.current.layer
@@ -945,19 +984,13 @@ def test_a_full_disk_is_said_once_and_painting_goes_on(
     journaled(widget)
     shown: list[str] = []
     monkeypatch.setattr("napari.utils.notifications.show_warning", shown.append)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    with full_disk():
         for i in range(12):
             stroke(layer, (50 + 20 * i, 20 + i), (60 + 20 * i, 300), 1 + i % 2)
             qtbot.wait(50)
             widget._tick()
         qtbot.waitUntil(lambda: bool(shown), timeout=5000)
         qtbot.wait(1200)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
     assert len(shown) == 1
     assert "Autosave cannot write to" in shown[0]
     assert "tries again" in shown[0]
@@ -969,7 +1002,6 @@ def test_a_full_disk_is_said_once_and_painting_goes_on(
 def test_on_a_full_disk_no_image_is_left_with_its_strokes_in_memory_only(
     qtbot: Any, viewer: Any, widget: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resource = pytest.importorskip("resource", reason="this system limits no file sizes")
     widget.folder.value = folder
     qtbot.waitUntil(lambda: widget.current is not None, timeout=5000)
     layer = widget.current.layer
@@ -979,10 +1011,7 @@ def test_on_a_full_disk_no_image_is_left_with_its_strokes_in_memory_only(
     warnings: list[str] = []
     monkeypatch.setattr("napari.utils.notifications.show_error", errors.append)
     monkeypatch.setattr("napari.utils.notifications.show_warning", warnings.append)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    with full_disk():
         for i in range(4):
             stroke(layer, (25 + 6 * i, 10), (30 + 6 * i, 70), 1 + i % 2)
         painted = layer.data.copy()
@@ -992,9 +1021,6 @@ def test_on_a_full_disk_no_image_is_left_with_its_strokes_in_memory_only(
         viewer.layers.remove(layer)  # by hand nobody can be stopped
         qtbot.waitUntil(lambda: bool(warnings), timeout=5000)
         assert "are in memory" in warnings[-1]
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
     qtbot.waitUntil(lambda: not widget._closing, timeout=5000)
     [plane] = read_store(folder.parent / "images annotations")
     np.testing.assert_array_equal(plane.labels, painted)

@@ -501,7 +501,8 @@ def test_rows_follow_the_name_and_only_what_was_measured_is_judged(
     widget.score.value = "in focus"  # of a map, which this method makes none of
     qtbot.waitUntil(lambda: not widget._refresh_timer.isActive(), timeout=5000)
     assert verdicts(widget) == [None]
-    assert widget.table.rows[0].cells[2] == ""
+    assert widget.table.rows[0].cells[2] == "not measured"
+    assert widget.session().images[()].name == "after"
 
 
 def test_models_that_are_made_or_renamed_are_followed(
@@ -513,11 +514,14 @@ def test_models_that_are_made_or_renamed_are_followed(
         shutil.copy(random_weights, tmp_path / "models" / f"mine@{version}.safetensors")
     _models.models.changed.emit("mine@2")
     assert widget.model.value == "default"
-    _models.recommend("mine@2")
-    assert widget.model.value == "mine"
+    widget.method.value, widget.model.value = "network", "mine"
+    before = widget.settings.key
     weights.rename_model("mine", "ours")
     _models.models.changed.emit("ours@2")
     assert widget.model.value == "ours"
+    assert widget.settings.key == before  # so that no score is forgotten
+    widget.model.value = "default"
+    assert widget.settings.key != before
 
 
 def test_what_cannot_be_done_is_one_line(qtbot: Any, viewer: Any, widget: Any) -> None:

@@ -12,6 +12,9 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import click
 
@@ -32,6 +35,16 @@ _COMMANDS = {
 }
 
 
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """What click would exit with is 1, which says that a gate failed."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
 class _LazyGroup(click.Group):
     """A group that imports ``cli.<command>`` when the command is called."""
 
@@ -45,12 +58,13 @@ class _LazyGroup(click.Group):
         command: click.Command = module.command
         return command
 
+    def make_context(self, *arguments: Any, **how: Any) -> click.Context:
+        with _reader_may_leave():  # of --help and --version
+            return super().make_context(*arguments, **how)
+
     def invoke(self, ctx: click.Context) -> object:
-        try:
+        with _reader_may_leave():
             return super().invoke(ctx)
-        except BrokenPipeError:  # click would exit with 1, which says that a gate failed
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -261,6 +261,7 @@ def refuse_flags(why: str, *names: str) -> None:
         Naming the first of them.
     """
     context = click.get_current_context()
+    assert {option.name for option in context.command.params} >= set(names)
     for option in context.command.params:
         if option.name in names and (
             context.get_parameter_source(option.name) == click.core.ParameterSource.COMMANDLINE

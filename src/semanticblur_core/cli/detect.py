@@ -213,6 +213,7 @@ def command(
     video a table <name>_blur.csv of its frames. A file that cannot be read is reported, the rest
     is done, and the exit code is 2.
     """
+    from semanticblur_core.errors import SemanticBlurError
     from semanticblur_core.inference.backends import is_exported
     from semanticblur_core.inference.batch import (
         DetectOptions,
@@ -285,7 +286,7 @@ def command(
         if table_path is not None:
             table = resources.enter_context(summary_table(table_path, resume=resume))
         task = progress.add_task("Detecting", total=len(jobs))
-        cluster = None
+        cluster, is_begun = None, True
         try:
             if alone:
                 remove_stale_parts(jobs, options)
@@ -302,11 +303,14 @@ def command(
                     results.append(result)
                 progress.advance(task)
                 _report(result, progress, quiet=progress.console.is_terminal and len(jobs) > 1)
+        except SemanticBlurError:
+            is_begun = alone or cluster is not None
+            raise
         finally:
             if cluster is not None and cluster.detector is not None and method == "network":
                 detector = cluster.detector
             # Written after an interruption too: it tells what was done.
-            if json_path is not None:
+            if json_path is not None and is_begun:
                 _write_json(json_path, results, detector, options)
     if len(jobs) > 1:
         kept = f", {n_skipped} of them before" if n_skipped else ""

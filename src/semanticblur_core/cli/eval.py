@@ -147,7 +147,7 @@ def command(
     if method != "network" and images is None:
         raise click.UsageError("--method goes with --images")
     if data is not None:
-        refuse_flags("--data scores with a protocol of its own, without it", *_OF_FOLDERS)
+        refuse_flags("is not of --data, which has one protocol and one table", *_OF_FOLDERS)
         _eval_store(data, model or "default", device, precision, flip, json_file)
         return
     if (images is None) == (maps is None):

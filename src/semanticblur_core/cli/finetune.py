@@ -190,8 +190,8 @@ def _print(result: FinetuneResult, protocol: str) -> None:
         f"  {'MAE, generated photos':<24}{result.forgetting_before:8.4f}"
         f"{result.forgetting_after:8.4f}"
     )
-    if result.has_forgotten:
+    if not result.has_improved:
+        click.echo("NOT better than before on these labels, by 0.002 or more; keep the base model")
+    elif result.has_forgotten:
         click.echo("photographs were FORGOTTEN in part; use it for images like yours only")
-    elif not result.is_better:
-        click.echo("NOT better than before on these labels; keep the base model")
     click.echo(f"{result.path}: use it as --model={result.model}")

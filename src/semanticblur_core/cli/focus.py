@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -642,11 +643,11 @@ def _open_stack(
     path = Path(text).expanduser()
     if path.suffix.lower() in stacks.STACK_SUFFIXES or stacks.is_zarr(path):
         with stacks.open_stack(path, axes=axes) as opened:
-            yield _open_file(path, opened, channels, along, options.value_range)
+            yield _open_file(path, opened, channels, along, options)
         return
     files = {source.path: source for source in _sources((text,), recursive)}
     ordered = in_stack_order(list(files))
-    files_stack = FileStack(ordered)
+    files_stack = FileStack(ordered, max_pixels=options.max_pixels)
     yield _StackInput(
         sources=[
             replace(files[file], index=(i,), read=functools.partial(files_stack.read, i))
@@ -665,22 +666,27 @@ def _open_file(
     opened: Any,
     channels: Any,
     along: str,
-    value_range: tuple[float, float] | None,
+    options: FocusOptions,
 ) -> _StackInput:
+    from semanticblur_core import io
     from semanticblur_core.errors import ImageError
     from semanticblur_core.focus.session import plane_sources, unit_range
     from semanticblur_core.focus.stack import StackFocus
     from semanticblur_core.inference.planes import Planes
 
     planes = Planes(opened.array, opened.axes, channels)
+    io.refuse_bomb(path, math.prod(planes.plane_shape), options.max_pixels)
     if not planes.walked_axes:
-        raise ImageError(f"{path}: holds one plane and is no stack; check it without --stack")
+        is_read_as_image = path.suffix.lower() in io.TIFF_SUFFIXES
+        what = "check it without --stack" if is_read_as_image else "save it as tif or png"
+        raise ImageError(f"{path}: holds one plane and is no stack; {what}")
     if along not in planes.walked_axes:
         raise ImageError(
             f"{path}: no axis {along} to find focus along; --along takes one of "
             f"{planes.walked_axes}, --axes names them anew"
         )
-    limits = planes.as_limits(value_range) if value_range else planes.estimate_range()
+    given = options.value_range
+    limits = planes.as_limits(given) if given else planes.estimate_range()
 
     sources = plane_sources(planes, planes.indices(), name=path.name, path=path, limits=limits)
     return _StackInput(

@@ -153,7 +153,6 @@ def command(
         raise ConfigError("--init, --backbone-weights and --resume: give one of them")
     if not resume and (output / "last.ckpt").exists():
         raise TrainingError(f"{output}: holds a run already; --resume goes on with it")
-    io.require_writable(output / BEST)
     if sharp_masks and not sharp:
         raise ConfigError("--sharp-masks: goes with --sharp")
     for flag, given, count in (
@@ -177,6 +176,8 @@ def command(
 
     keep_freed_memory()
     say = click.echo if is_first_process() else _say_nothing
+    if is_first_process():
+        io.require_writable(output / BEST)
     state = load_checkpoint(output / "last.ckpt") if resume else None
     if state is not None and precision == "auto":
         precision = precision_of(state)

@@ -114,6 +114,13 @@ class ArrayFocus:
         self.along, self.channels = focus_axis(self.walked_axes), channels
         return len(self.images)
 
+    def rename(self, name: str) -> None:
+        """Take another name, and give it to the planes that are known."""
+        for index, image in self.images.items():
+            named = name + image.name.removeprefix(self.name)
+            self.images[index] = replace(image, name=named)
+        self.name = name
+
     def forget(self) -> None:
         """Forget all planes, and the range of intensities."""
         self.images.clear()

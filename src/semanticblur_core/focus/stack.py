@@ -133,6 +133,8 @@ class FileStack:
     ----------
     paths
         One plane each.
+    max_pixels
+        Larger files are not read.
 
     Attributes
     ----------
@@ -146,9 +148,10 @@ class FileStack:
         If none can be read.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], *, max_pixels: int = io.MAX_PIXELS) -> None:
         self.paths = list(paths)
-        self._first, first = _first_readable(self.paths)
+        self._max_pixels = max_pixels
+        self._first, first = _first_readable(self.paths, max_pixels)
         self.shape = (len(paths), *first.shape)
         self.dtype = first.dtype.newbyteorder("=")
         self.axes = "ZYX" if first.ndim == 2 else "ZYXS"
@@ -169,7 +172,7 @@ class FileStack:
         ImageError
             If it cannot be read or is of another type.
         """
-        image = io.read_image(self.paths[z])
+        image = io.read_image(self.paths[z], max_pixels=self._max_pixels)
         if image.dtype.newbyteorder("=") != self.dtype:
             raise self._unlike(z, image)
         return image
@@ -201,11 +204,11 @@ class FileStack:
         return limits[0] if limits else None
 
 
-def _first_readable(paths: Sequence[Path]) -> tuple[Path, NDArray[Any]]:
+def _first_readable(paths: Sequence[Path], max_pixels: int) -> tuple[Path, NDArray[Any]]:
     failure: ImageError | None = None
     for path in paths:
         try:
-            return path, io.read_image(path)
+            return path, io.read_image(path, max_pixels=max_pixels)
         except ImageError as error:
             failure = failure or error
     raise failure or ImageError("a stack of no files")

@@ -767,7 +767,7 @@ def expand_input(
         matches = [
             match
             for match in matches
-            if match.is_file() or (arrays and stacks.is_zarr(match))
+            if match.is_file() or not match.exists() or (arrays and stacks.is_zarr(match))
             if not any(stacks.is_zarr(root / part) for part in match.relative_to(root).parents)
         ]
         if not matches:

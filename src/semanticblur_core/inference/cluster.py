@@ -406,21 +406,25 @@ def _deaf_to_interrupts(make: Callable[[], Any]) -> Any:
     From their first moment: a process that is interrupted while it imports prints its traceback.
     """
     made: Future[Any] = Future()
+    before = set(multiprocessing.active_children())
 
     def run() -> None:
-        if hasattr(signal, "pthread_sigmask"):  # inherited by its threads and their processes
-            resource_tracker.ensure_running()  # which would unblock it
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
+            if hasattr(signal, "pthread_sigmask"):  # inherited by its threads and their processes
+                resource_tracker.ensure_running()  # which would unblock it
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             made.set_result(make())
         except BaseException as error:
             made.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
     try:
+        while not made.done():  # on Windows a wait without an end cannot be interrupted
+            with suppress(TimeoutError):
+                made.exception(timeout=0.5)
         return made.result()
     except KeyboardInterrupt:
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()) - before:
             if process.name.startswith("Dask Worker"):
                 process.kill()
         with suppress(Exception):  # it sees that they died, and closes

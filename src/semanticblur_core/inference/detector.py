@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -128,12 +129,10 @@ class Detector:
             raise ConfigError(
                 f"model: expected a name, a file or a SemanticBlur network, got {model!r}"
             )
-        if not isinstance(batch_size, int) or batch_size < 0:
-            raise ConfigError(f"batch_size: expected 1 or more, or 0 to choose, got {batch_size}")
-        is_sequence = isinstance(scales, Sequence) and len(scales) > 0
-        if not is_sequence or not all(0.2 <= scale <= 10 for scale in scales):
-            raise ConfigError(f"scales: expected numbers of 0.2 to 10, got {scales}")
-        self.flip, self.upsampling, self.scales = flip, upsampling, tuple(scales)
+        if not isinstance(batch_size, (int, np.integer)) or batch_size < 0:
+            raise ConfigError(f"batch_size: expected 1 or more, or 0 to choose, got {batch_size!r}")
+        self.flip, self.upsampling = flip, upsampling
+        self.scales = _as_scales(scales)
         self.name = model if isinstance(model, str) else "network"
         self.info: weights.WeightsInfo | None = None
         self.sha256: str | None = None
@@ -482,10 +481,15 @@ def _batched(items: Sequence[_Item], n: int) -> Iterator[Sequence[_Item]]:
 def _prepare(image: Any, value_range: tuple[float, float] | None) -> NDArray[Any]:
     """``(H, W, 3)`` uint8, or float32 in 0..1."""
     if image is None or isinstance(image, (str, bytes, Path)):
+        what = type(image).__name__
         raise ImageError(
-            f"expected an array (H, W) or (H, W, 3), got {image!r}; `detect_files` reads files"
+            f"expected an array (H, W) or (H, W, 3), got {what}; `detect_files` reads files"
         )
-    image = io.without_alpha(np.asanyarray(image))
+    try:
+        image = io.without_alpha(np.asanyarray(image))
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, tensors with gradients
+        reason = str(error).splitlines()[0]
+        raise ImageError(f"expected an array (H, W) or (H, W, 3): {reason}") from error
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
         raise ImageError(f"expected an image (H, W) or (H, W, 3), got shape {image.shape}")
     if 0 in image.shape:
@@ -500,8 +504,17 @@ def _as_unit_float(pixels: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _require_size(size: object) -> None:
-    if not isinstance(size, (int, np.integer)) or size < MIN_SIZE_PX:
-        raise ConfigError(f"size: expected at least {MIN_SIZE_PX} px or native, got {size!r}")
+    if not isinstance(size, (int, np.integer)):
+        raise ConfigError(f"size: expected a whole number of pixels or native, got {size!r}")
+    if size < MIN_SIZE_PX:
+        raise ConfigError(f"size: expected at least {MIN_SIZE_PX} px or native, got {size}")
+
+
+def _as_scales(scales: object) -> tuple[float, ...]:
+    numbers = tuple(scales) if isinstance(scales, Iterable) else ()
+    if not numbers or not all(isinstance(n, Real) and 0.2 <= float(n) <= 10 for n in numbers):
+        raise ConfigError(f"scales: expected numbers of 0.2 to 10, got {scales!r}")
+    return tuple(float(number) for number in numbers)
 
 
 def _require_upsampling(upsampling: str) -> None:

@@ -136,7 +136,7 @@ def test_each_kind_is_one_line_and_the_rest_is_done(
         "cut_ome.ome.tif": "truncated: ends after 1 images",
         "ring.tif": "damaged: its chain of images leads back to an earlier one",
         "five.tif": "expected one grey or RGB image, got an array of shape (48, 64, 5)",
-        "two.tif": "2 channels that are not said to be colours; as a stack (--axes=YXC) each",
+        "two.tif": "2 channels that are not said to be colours; detect --axes=YXC takes each",
         "lost.png": "a link to a file that is not there",
         "channels.tif": "does not say the axes of an array of shape (48, 64, 5); --axes names them",
         "nan.tif": "no finite value (all NaN or infinite)",

@@ -230,6 +230,10 @@ def test_max_pixels_is_the_limit(tmp_path: Path, folder: Path) -> None:
     done = run(f"--input={folder}", "--method=lbp", "--max-pixels=40", cwd=tmp_path)
     assert done.returncode == 2
     assert "more than the limit of 4e-05 million; --max-pixels of detect and focus" in done.stderr
+    for source in (str(folder), "stack.tif"):
+        tifffile.imwrite(tmp_path / "stack.tif", np.zeros((2, 40, 40), np.uint8), imagej=True)
+        done = run(f"--input={source}", "--stack", "--method=lbp", "--max-pixels=40", cwd=tmp_path)
+        assert (done.returncode, "more than the limit" in done.stderr) == (2, True)
 
 
 def test_a_bad_plane_of_a_16_bit_stack_spoils_no_other(

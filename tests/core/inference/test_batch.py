@@ -75,6 +75,16 @@ def arrays(tmp_path: Path) -> Path:
     return root
 
 
+def test_links_to_nothing_are_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "lost.png").symlink_to("nowhere.png")
+    for text in (str(tmp_path / "in"), str(tmp_path / "in" / "*.png")):
+        jobs, _ = find_jobs([text], tmp_path / "out")
+        assert [Path(job.source).name for job in jobs] == ["lost.png"]
+    with pytest.raises(ImageError, match="a link to a file that is not there"):
+        batch.load(jobs[0].source)
+
+
 def test_folders_and_globs_give_zarr_and_npy_too(arrays: Path) -> None:
     out = arrays.parent / "out"
     for text, recursive, expected in (

@@ -99,7 +99,8 @@ def test_grey_is_repeated_and_range_is_honoured(
         (np.zeros((0, 40), np.uint8), "no pixels"),
         (np.full((40, 40), np.nan), "no finite value"),
         (None, "expected an array"),
-        ("photo.jpg", "got 'photo.jpg'; `detect_files` reads files"),
+        ([[1, 2], [3]], "expected an array"),
+        ("photo.jpg", "got str; `detect_files` reads files"),
     ],
 )
 def test_what_is_no_image_is_refused(detector: Detector, image: Any, message: str) -> None:
@@ -119,12 +120,14 @@ def test_wrong_settings_are_refused(network: SemanticBlur, detector: Detector) -
         Detector(network, precision="float8")
     wrong: Any
     for wrong in (320.5, "320", None):
-        with pytest.raises(ConfigError, match="expected at least 33 px or native"):
+        with pytest.raises(ConfigError, match="expected a whole number of pixels or native"):
             detector.detect(np.zeros((40, 40), np.uint8), size=wrong)
     for wrong, message in (
         ({"batch_size": -1}, "batch_size: expected 1 or more"),
         ({"upsampling": "cubic"}, "upsampling 'cubic': expected one of guided"),
         ({"scales": 1}, "scales: expected numbers"),
+        ({"scales": "12"}, "scales: expected numbers"),
+        ({"scales": [None]}, "scales: expected numbers"),
         ({"model": None}, "expected a name, a file or a SemanticBlur network"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -140,6 +143,8 @@ def test_lists_and_paths_are_taken(random_weights: Path) -> None:
     assert detector.name == str(random_weights)
     image = np.arange(1600, dtype=np.uint8).reshape(40, 40)
     assert detector.detect_batch([]) == []
+    assert Detector(random_weights, device="cpu", batch_size=np.int64(4)).batch_size == 4
+    assert Detector(random_weights, device="cpu", scales=np.array([1.0])).scales == (1.0,)
     expected = detector.detect(image.astype(np.int64), size=64)
     np.testing.assert_array_equal(
         detector.detect(image.astype(np.int64).tolist(), size=64), expected
