@@ -264,6 +264,9 @@ class Leftover:
 def read_leftover(folder: Path) -> Leftover | None:
     """Unsaved changes in the folder of an image, or None.
 
+    Without the lock on the folder it may be that they are being saved: journals that go while
+    they are read are none any more.
+
     Raises
     ------
     DataError
@@ -273,10 +276,15 @@ def read_leftover(folder: Path) -> Leftover | None:
     changes: list[Change] = []
     last = 0.0
     for path in journal_files(folder):
-        journal = read_journal(path)
+        try:
+            journal, time = read_journal(path), path.stat().st_mtime
+        except (DataError, FileNotFoundError):
+            if path.exists():
+                raise
+            continue
         changes += journal.changes
         facts = journal.facts or facts
-        last = max(last, path.stat().st_mtime)
+        last = max(last, time)
     if not changes:
         return None
     name = str(facts.get("name", folder.name))

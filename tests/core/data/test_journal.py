@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from semanticblur_core.data import journal
 from semanticblur_core.data.journal import (
     Change,
     JournalWriter,
@@ -191,6 +192,32 @@ for _ in range(30):
     n_written += 1
 print(n_written)
 """
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_journal_that_is_saved_while_it_is_read_is_none(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    changes = random_changes(rng, 6)
+    write(tmp_path / "photo", changes[:3])
+    saved = write(tmp_path / "photo", changes[3:])
+
+    def read(path: Path) -> journal.Journal:
+        if path == saved and when == "before":
+            path.unlink()
+        found = read_journal(path)
+        if path == saved:
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(journal, "read_journal", read)
+    leftover = journal.read_leftover(tmp_path / "photo")
+    assert leftover is not None
+    assert len(leftover.changes) == 3
+    saved.write_bytes(b"no journal")
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="not a journal"):
+        journal.read_leftover(tmp_path / "photo")
 
 
 def test_leftovers_are_found_but_not_those_in_use(tmp_path: Path, rng: np.random.Generator) -> None:
