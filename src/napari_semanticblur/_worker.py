@@ -86,12 +86,11 @@ class Run:
         on_cancel: Callable[[], None] | None = None,
     ) -> None:
         from napari.qt.threading import create_worker
+        from qtpy.QtCore import Qt
 
         self._on_update, self._on_end = on_update, on_end
         self._outcome: str | Failure = "cancelled"
         self._progress = None if title is None else _progress_bar(title, n_steps, on_cancel)
-        from qtpy.QtCore import Qt
-
         steps: Any = guarded(make)
         self._worker = create_worker(_each, steps, _start_thread=False)
         # Qt keeps workers, but not with them what they were to tell: a dock that was closed. In

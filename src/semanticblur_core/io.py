@@ -346,13 +346,17 @@ def write_image(
         )
 
 
-def ome_metadata(axes: str, pixel_size_um: Mapping[str, float]) -> dict[str, Any]:
-    """Axes and, as far as it is known, the pixel size in micrometres, as tifffile takes them."""
+def ome_metadata(
+    axes: str, pixel_size_um: Mapping[str, float], time_step_s: float | None = None
+) -> dict[str, Any]:
+    """Axes and, as far as they are known, pixel size and time step, as tifffile takes them."""
     metadata: dict[str, Any] = {"axes": axes}
     for axis in "XYZ":
         if axis in axes and axis in pixel_size_um:
             metadata[f"PhysicalSize{axis}"] = pixel_size_um[axis]
             metadata[f"PhysicalSize{axis}Unit"] = "µm"
+    if time_step_s is not None and "T" in axes:
+        metadata |= {"TimeIncrement": time_step_s, "TimeIncrementUnit": "s"}
     return metadata
 
 

@@ -265,7 +265,7 @@ def write_tiff(
             compressionargs={"level": 1},
             photometric="minisblack",
             tile=(BLOCK_PX, BLOCK_PX) if tiled else None,
-            metadata=io.ome_metadata(axes, pixel_size_um) | _time_increment(axes, time_step_s),
+            metadata=io.ome_metadata(axes, pixel_size_um, time_step_s),
         )
 
 
@@ -334,12 +334,6 @@ def write_zarr(
     finally:
         resources.close()
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _time_increment(axes: str, time_step_s: float | None) -> dict[str, Any]:
-    if time_step_s is None or "T" not in axes:
-        return {}
-    return {"TimeIncrement": time_step_s, "TimeIncrementUnit": "s"}
 
 
 def _take_place(temporary: Path, path: Path) -> None:
@@ -512,25 +506,25 @@ def _tiff_steps(tiff: Any) -> dict[str, float]:
     """Micrometres a step, along T seconds; none where what the file says makes no sense."""
     sizes: dict[str, float] = {}
     with suppress(ElementTree.ParseError, ValueError, TypeError):  # that spoils no image
-        sizes |= _stated_steps(tiff)
+        root = ElementTree.fromstring(tiff.ome_metadata or "<OME/>")
+        pixels = next((e for e in root.iter() if e.tag.endswith("Pixels")), None)
+        sizes |= _stated_pixel_size(tiff, pixels)
         with suppress(ValueError, TypeError):
-            sizes |= _stated_time_step(tiff)
+            sizes |= _stated_time_step(tiff, pixels)
         return {axis: size for axis, size in sizes.items() if 0 < size < math.inf}
     return {}
 
 
-def _stated_steps(tiff: Any) -> dict[str, float]:
+def _stated_pixel_size(tiff: Any, pixels: ElementTree.Element | None) -> dict[str, float]:
+    """Micrometres a step; ``pixels`` is what OME metadata say, where there are any."""
     sizes: dict[str, float] = {}
-    if tiff.ome_metadata:
-        root = ElementTree.fromstring(tiff.ome_metadata)
-        pixels = next((e for e in root.iter() if e.tag.endswith("Pixels")), None)
-        for axis in "XYZ" if pixels is not None else "":
-            assert pixels is not None
+    if pixels is not None:
+        for axis in "XYZ":
             size = pixels.get(f"PhysicalSize{axis}")
             factor = _factor(pixels.get(f"PhysicalSize{axis}Unit", "µm"), _MICROMETRES)
             if size is not None and factor is not None:
                 sizes[axis] = float(size) * factor
-    elif tiff.imagej_metadata:
+    elif tiff.imagej_metadata and not tiff.ome_metadata:
         information = tiff.imagej_metadata
         factor = _factor(information.get("unit", ""), _MICROMETRES)
         if factor is not None:
@@ -543,15 +537,12 @@ def _stated_steps(tiff: Any) -> dict[str, float]:
     return sizes
 
 
-def _stated_time_step(tiff: Any) -> dict[str, float]:
-    """Seconds a step along T."""
+def _stated_time_step(tiff: Any, pixels: ElementTree.Element | None) -> dict[str, float]:
+    """Seconds a step along T, as `_stated_pixel_size`."""
     value, unit = None, "s"
-    if tiff.ome_metadata:
-        root = ElementTree.fromstring(tiff.ome_metadata)
-        pixels = next((e for e in root.iter() if e.tag.endswith("Pixels")), None)
-        if pixels is not None:
-            value, unit = pixels.get("TimeIncrement"), pixels.get("TimeIncrementUnit", "s")
-    elif tiff.imagej_metadata:
+    if pixels is not None:
+        value, unit = pixels.get("TimeIncrement"), pixels.get("TimeIncrementUnit", "s")
+    elif tiff.imagej_metadata and not tiff.ome_metadata:
         information = tiff.imagej_metadata
         value, unit = information.get("finterval"), information.get("tunit", "sec")
     factor = _factor(unit, _SECONDS)

@@ -767,7 +767,7 @@ def expand_input(
         matches = [
             match
             for match in matches
-            if match.is_file() or not match.exists() or (arrays and stacks.is_zarr(match))
+            if _is_file_or_lost(match) or (arrays and stacks.is_zarr(match))
             if not any(stacks.is_zarr(root / part) for part in match.relative_to(root).parents)
         ]
         if not matches:
@@ -821,9 +821,13 @@ def _is_image(path: Path, arrays: bool) -> bool:
     if path.name.startswith("."):
         return False
     known = (*io.IMAGE_SUFFIXES, *io.RAW_SUFFIXES, *([".npy"] if arrays else []))
-    # A broken link is reported by the reader.
-    is_file = path.suffix.lower() in known and (path.is_file() or not path.exists())
+    is_file = path.suffix.lower() in known and _is_file_or_lost(path)
     return is_file or (arrays and stacks.is_zarr(path))
+
+
+def _is_file_or_lost(path: Path) -> bool:
+    """A file, or a link that leads to none, which the reader reports."""
+    return path.is_file() or not path.exists()
 
 
 def _is_result(source: str, output: Path) -> bool:

@@ -35,6 +35,18 @@ def detect(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    """In a group of its own, which can be interrupted as a terminal does."""
+    return subprocess.Popen(
+        [*COMMAND, *arguments],
+        cwd=cwd,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
 @pytest.fixture
 def folder(tmp_path: Path, rng: np.random.Generator) -> Path:
     root = tmp_path / "in"
@@ -68,15 +80,8 @@ def test_stopping_keeps_the_table_and_resume_does_the_rest(
 ) -> None:
     if workers > 1:
         pytest.importorskip("distributed")
-    arguments = [*COMMAND, *COMMON, f"--workers={workers}", "--table=t.csv", "--json=j.json"]
-    process = subprocess.Popen(
-        arguments,
-        cwd=tmp_path,
-        text=True,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    arguments = (*COMMON, f"--workers={workers}", "--table=t.csv", "--json=j.json")
+    process = start(*arguments, cwd=tmp_path)
     deadline = time.monotonic() + 90
     while len(list((tmp_path / "out").glob("*_blur.png"))) < 8 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -120,14 +125,7 @@ def test_stopping_while_workers_start_prints_nothing_of_theirs(
 ) -> None:
     pytest.importorskip("distributed")
     psutil = pytest.importorskip("psutil")
-    process = subprocess.Popen(
-        [*COMMAND, *COMMON, "--workers=2", "--json=j.json"],
-        cwd=tmp_path,
-        text=True,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = start(*COMMON, "--workers=2", "--json=j.json", cwd=tmp_path)
     deadline = time.monotonic() + 90
     # multiprocessing's tracker and two workers
     while process.poll() is None and time.monotonic() < deadline:
