@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from magicgui.widgets import Container
-from qtpy.QtCore import QEvent, QObject
+from magicgui.widgets import Container, Widget
+from qtpy.QtCore import QEvent, QObject, Qt
+from qtpy.QtWidgets import QComboBox
+
+# Of a choice in letters. Layers have long names, and a dock is at least as wide as its widest line.
+_SHORTEST_CHOICE = 12
 
 
 class Dock(Container):  # type: ignore[type-arg]
     """A column of widgets that scrolls where the window is too low for it.
 
+    Long names of layers do not widen it: they are shortened.
+
     napari docks ``native``, which of magicgui's scrollable containers is what lies inside the
     scroll area; here it is the area.
     """
 
-    def __init__(self, **how: Any) -> None:
-        super().__init__(scrollable=True, **how)
+    def __init__(self, *, widgets: Sequence[Widget], **how: Any) -> None:
+        for widget in widgets:
+            for box in (widget.native, *widget.native.findChildren(QComboBox)):
+                if isinstance(box, QComboBox):
+                    _shorten(box)
+        super().__init__(widgets=widgets, scrollable=True, **how)
         # As high as all it holds where there is room, as low as need be where there is none.
         self.native.setSizeAdjustPolicy(type(self.native).SizeAdjustPolicy.AdjustToContents)
         self.native.setMinimumHeight(120)
@@ -36,6 +46,14 @@ class Dock(Container):  # type: ignore[type-arg]
     def column(self) -> Any:
         """Layout of what it holds."""
         return super().native.layout()
+
+
+def _shorten(box: QComboBox) -> None:
+    box.setSizeAdjustPolicy(QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon)
+    box.setMinimumContentsLength(_SHORTEST_CHOICE)
+    view = box.view()
+    if view is not None:  # never so, but the bindings' types allow it
+        view.setTextElideMode(Qt.TextElideMode.ElideMiddle)
 
 
 class _Watch(QObject):  # type: ignore[misc,unused-ignore]

@@ -68,7 +68,8 @@ class FinetuneWidget(Dock):
         self._saving: Run | None = None
         self._is_closed = False
         self._opened: list[str] = []
-        self._known: set[str] = set()
+        self._known: set[Any] = set()  # ids of annotation layers, chosen when they first appear
+        self._names: dict[Any, str] = {}  # by id, as the choice says them
         chosen = preferences()
         self.layers = Select(choices=self._annotated_names, label="painted on", tooltip=_LAYERS_TIP)
         self.store = FileEdit(
@@ -285,11 +286,22 @@ class FinetuneWidget(Dock):
         """Annotation layers are chosen when they first appear."""
         if self._is_closed:
             return
-        self.layers.reset_choices()
-        known = {e.labels.name for e in annotated_layers(self._viewer) if e.is_annotation}
-        chosen = [*list(self.layers.value or []), *sorted(known - self._known)]
-        self._known |= known
-        self.layers.value = [name for name in chosen if name in self.layers.choices]
+        self.reset_choices()
+        annotations = [each for each in annotated_layers(self._viewer) if each.is_annotation]
+        new = [e.labels for e in annotations if e.labels.unique_id not in self._known]
+        self._known |= {labels.unique_id for labels in new}
+        self.layers.value = [*(self.layers.value or []), *(labels.name for labels in new)]
+
+    def reset_choices(self, *_: Any) -> None:
+        """As napari asks after each change of layers: what is chosen stays so by its new name."""
+        chosen = set(self.layers.value or [])
+        before = self._names
+        super().reset_choices()
+        layers = [each.labels for each in annotated_layers(self._viewer)]
+        self._names = {layer.unique_id: layer.name for layer in layers}
+        self.layers.value = [
+            layer.name for layer in layers if before.get(layer.unique_id) in chosen
+        ]
 
     def _bases(self, _: Any) -> list[str]:
         return [*weights.PACKAGED, *weights.own_models(), *self._opened, OTHER_FILE]

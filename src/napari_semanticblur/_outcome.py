@@ -115,7 +115,10 @@ class ModelActions:
         ]  # fmt: skip
         self.widgets = [
             self.own,
-            Container(widgets=self._buttons, layout="horizontal", labels=False, label=""),
+            *(
+                Container(widgets=pair, layout="horizontal", labels=False, label="")
+                for pair in (self._buttons[:2], self._buttons[2:])
+            ),
         ]
         for button, action in (
             (self.default_button, self.make_default),

@@ -79,11 +79,7 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
         If the file is missing, empty, damaged, of a format that is not read, or not one 2D image.
     """
     suffix = path.suffix.lower()
-    if not path.is_file():
-        what = "a link to a file that is not there" if path.is_symlink() else "no such file"
-        raise ImageError(f"{path}: {what}")
-    if path.stat().st_size == 0:
-        raise ImageError(f"{path}: the file is empty (0 bytes)")
+    require_file(path)
     if suffix in RAW_SUFFIXES:
         raise ImageError(
             f"{path}: camera raw and HEIC files are not read; export it as TIFF or JPEG first"
@@ -631,9 +627,25 @@ def _refuse_channels(path: Path, page: Any, axes: str, samples: int) -> None:
         )
 
 
+def require_file(path: Path) -> None:
+    """Refuse what is no file, or one without a byte.
+
+    Raises
+    ------
+    ImageError
+        If it is so.
+    """
+    if not path.is_file():
+        what = "a link to a file that is not there" if path.is_symlink() else "no such file"
+        raise ImageError(f"{path}: {what}")
+    if path.stat().st_size == 0:
+        raise ImageError(f"{path}: the file is empty (0 bytes)")
+
+
 def unreadable(path: Path, error: Exception) -> ImageError:
     """What to raise for a library's error about a file: one line that a person understands."""
-    reason = str(error).splitlines()[0] if str(error) else ""
+    text = getattr(error, "strerror", None) or str(error)
+    reason = text.splitlines()[0] if text else ""
     if isinstance(error, MemoryError):
         return ImageError(f"{path}: out of memory")
     if not isinstance(error, (OSError, ValueError, RuntimeError, SyntaxError)) or not reason:

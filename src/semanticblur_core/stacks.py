@@ -81,10 +81,8 @@ def open_stack(path: Path, *, axes: str | None = None, level: int = 0) -> Iterat
         If it is missing, damaged, or holds no array with rows and columns.
     """
     suffix = path.suffix.lower()
-    if not path.exists():
-        raise ImageError(f"{path}: no such file")
-    if path.is_file() and path.stat().st_size == 0:
-        raise ImageError(f"{path}: the file is empty (0 bytes)")
+    if not path.is_dir():
+        io.require_file(path)
     with ExitStack() as resources:
         with _explained(path):
             if suffix == ".npy":

@@ -129,6 +129,23 @@ def f_beta(blurred: np.ndarray, truth: np.ndarray) -> float:
     return 1.3 * precision * recall / max(1e-9, 0.3 * precision + recall)
 
 
+def test_a_layer_that_is_renamed_stays_chosen(viewer: Any, widget: Any) -> None:
+    first = painted(viewer)
+    other = viewer.add_labels(np.zeros((64, 64), np.uint8), name="other")
+    first.name = "strokes of mine"
+    assert widget.layers.value == ["strokes of mine"]
+    assert [each.labels for each in widget._chosen()] == [first]
+    other.name = "others"
+    assert widget.layers.value == ["strokes of mine"]
+    widget.layers.value = ["others"]
+    first.name, other.name = "a", "b"
+    assert widget.layers.value == ["b"]
+    viewer.layers.remove(other)
+    assert widget.layers.value == []
+    widget._choose_annotations()  # what was taken back stays so
+    assert widget.layers.value == []
+
+
 def paint_five_strokes(layer: Any) -> list[int]:
     """Down the planes 2 and 4, well inside of what is sharp and what is blurred there.
 

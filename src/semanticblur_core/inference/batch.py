@@ -151,8 +151,9 @@ def find_jobs(
     inputs, output, recursive
         As of ``semanticblur-core detect``.
     on_problem
-        Called with a line for each input that names nothing and each folder that cannot be read,
-        where there are others; without it the first of them is raised.
+        Called with a line for each input that names nothing, each folder that cannot be read, where
+        there are others, and each image that would write the file of one before it; without it the
+        first of them is raised.
 
     Returns
     -------
@@ -195,20 +196,25 @@ def find_jobs(
     if not found:
         raise ImageError(f"{output}: the only images found are results of an earlier run")
     # A raw file is refused later; it must not rename the result of the JPEG beside it.
-    stems = Counter(_stem(relative) for _, relative in found.values() if not _is_raw(relative))
+    places = {relative for _, relative in found.values() if not _is_raw(relative)}
+    stems = Counter(map(_stem, places))
     jobs = []
     for source, relative in found.values():
         stem = _stem(relative)
         shared = stems[stem] > 1 or _is_raw(relative)
         jobs.append(Job(source, str(relative) if shared else stem))
-    names = Counter(job.output_stem for job in jobs)
-    clash = next((job for job in jobs if names[job.output_stem] > 1), None)
-    if clash is not None:
-        raise ImageError(
-            f"{clash.source}: another input would write the same {clash.output_stem}_blur file; "
-            "detect them into different output folders"
-        )
-    return jobs, left_out
+    writers: dict[str, Job] = {}
+    for job in jobs:
+        first = writers.setdefault(job.output_stem, job)
+        if first is not job:
+            clash = (
+                f"{job.source}: would write the same {job.output_stem}_blur file as "
+                f"{first.source}; detect it into another output folder"
+            )
+            if on_problem is None:
+                raise ImageError(clash)
+            on_problem(clash)
+    return list(writers.values()), left_out
 
 
 def detect_files(

@@ -333,12 +333,14 @@ class Detector:
         Raises
         ------
         ImageError, ConfigError
-            If axes, indices or sizes do not fit.
+            If axes, indices, sizes or the upsampling do not fit.
         """
         if size == "native":
             self._require_one_scale()
         else:
             _require_size(size)
+        if upsampling is not None:
+            _require_upsampling(upsampling)
         planes = Planes(array, axes, channels)
         limits = planes.estimate_range() if value_range is None else planes.as_limits(value_range)
         views = [planes.view(i) for i in (planes.indices() if indices is None else indices)]

@@ -75,10 +75,7 @@ def iter_frames(
         If it is missing, no video, damaged, or ends before the length that it states.
     """
     av = _import_av(path)
-    if not path.is_file():
-        raise ImageError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise ImageError(f"{path}: the file is empty (0 bytes)")
+    io.require_file(path)
     try:
         # Titles and the like need not be UTF-8.
         with av.open(str(path), metadata_errors="replace") as container:
@@ -105,8 +102,7 @@ def iter_frames(
     except ImageError:
         raise
     except Exception as error:  # FFmpeg's own kinds, and what PyAV stumbles over in damaged files
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ImageError(f"{path}: damaged or unreadable: {reason.splitlines()[0]}") from error
+        raise io.unreadable(path, error) from error
 
 
 def count_frames(path: Path) -> tuple[int, tuple[int, int]]:
@@ -125,7 +121,7 @@ def count_frames(path: Path) -> tuple[int, tuple[int, int]]:
             n_frames = stream.frames or round(_stated_length_s(stream) * rate)
             return int(n_frames), (stream.codec_context.height, stream.codec_context.width)
     except Exception as error:  # as in `iter_frames`
-        raise ImageError(f"{path}: damaged or unreadable: {error}") from error
+        raise io.unreadable(path, error) from error
 
 
 def detect_video(job: Job, detector: MapMaker, options: DetectOptions) -> FileResult:

@@ -102,7 +102,8 @@ def test_each_kind_is_one_line_and_the_rest_is_done(
     )  # fmt: skip
     two = np.zeros((48, 64, 2), np.uint8)
     tifffile.imwrite(folder / "two.tif", two, photometric="minisblack", planarconfig="contig")
-    (folder / "lost.png").symlink_to("nowhere.png")
+    for name in ("lost.png", "lost.npy"):
+        (folder / name).symlink_to(f"no{name}")
     tifffile.imwrite(folder / "channels.tif", np.zeros((48, 64, 5), np.uint8))
     tifffile.imwrite(folder / "nan.tif", np.full((48, 64), np.nan, np.float32))
     half = rng.normal(size=(48, 64)).astype(np.float32)
@@ -138,6 +139,7 @@ def test_each_kind_is_one_line_and_the_rest_is_done(
         "five.tif": "expected one grey or RGB image, got an array of shape (48, 64, 5)",
         "two.tif": "2 channels that are not said to be colours; detect --axes=YXC takes each",
         "lost.png": "a link to a file that is not there",
+        "lost.npy": "a link to a file that is not there",
         "channels.tif": "does not say the axes of an array of shape (48, 64, 5); --axes names them",
         "nan.tif": "no finite value (all NaN or infinite)",
         "five.npy": "does not say the axes of an array of shape (48, 64, 5); --axes names them",
@@ -152,7 +154,7 @@ def test_each_kind_is_one_line_and_the_rest_is_done(
         assert message in line
     written = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert written == ["good_blur.png", "half_nan_blur.png", "t.csv"]
-    assert "2 of 22 images done" in done.stdout
+    assert "2 of 23 images done" in done.stdout
     assert (tmp_path / "out" / "t.csv").read_text().count(",failed,") == len(expected)
 
 

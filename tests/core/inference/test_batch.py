@@ -124,6 +124,19 @@ def test_an_input_named_twice_is_done_once(folder: Path) -> None:
     assert stems(jobs) == ["a", "cat"]
 
 
+def test_two_inputs_of_one_name_do_not_stop_the_rest(folder: Path) -> None:
+    (folder / "other").mkdir()
+    Image.new("RGB", (50, 40)).save(folder / "other" / "a.png")
+    inputs = [f"{folder}/a.png", f"{folder}/other", f"{folder}/b.jpg"]
+    told: list[str] = []
+    jobs, _ = find_jobs(inputs, folder.parent / "out", on_problem=told.append)
+    assert [job.source for job in jobs] == [inputs[0], inputs[2]]
+    assert told == [
+        f"{folder}/other/a.png: would write the same a_blur file as {folder}/a.png; detect it into "
+        "another output folder"
+    ]
+
+
 def test_a_raw_file_does_not_rename_the_result_of_its_jpeg(folder: Path) -> None:
     (folder / "a.nef").write_bytes(b"raw")
     jobs, _ = find_jobs([str(folder)], folder.parent / "out")
@@ -166,7 +179,7 @@ def test_inputs_that_name_nothing_are_refused(tmp_path: Path, name: str, message
 
 
 def test_inputs_that_would_overwrite_each_other_are_refused(folder: Path) -> None:
-    with pytest.raises(ImageError, match=r"same a\.png_blur file"):
+    with pytest.raises(ImageError, match=r"same a_blur file"):
         find_jobs([f"{folder}/a.png", f"{folder}/sub/a.png"], folder.parent / "out")
 
 
