@@ -3,6 +3,7 @@
 $ xvfb-run -a -s "-screen 0 1600x1000x24" python docs/make_focus_guide.py
 """
 
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -78,6 +79,9 @@ def photos(viewer: Any, widget: Any) -> None:
     check(widget)
     widget.show_heat_map()
     viewer.reset_view()
+    if shutil.which("chromium") is None:
+        print("no chromium: the picture of the report stays as it is", flush=True)
+        return
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
         widget.export(page)

@@ -33,7 +33,7 @@ from napari_semanticblur._annotation_source import (
 from napari_semanticblur._colors import BLURRED, SHARP, UNLABELLED
 from napari_semanticblur._detection import Detection, Settings
 from napari_semanticblur._dialogs import ask
-from napari_semanticblur._dock import Dock
+from napari_semanticblur._dock import Dock, wrap
 from napari_semanticblur._layers import METADATA_KEY, find_result, is_image, unwrapped
 from napari_semanticblur._models import recommended
 from napari_semanticblur._recovery import Offer, find_offers, image_of, offer, strokes
@@ -150,7 +150,7 @@ class AnnotateWidget(Dock):
         )  # fmt: skip
         self.native.setObjectName("semanticblur-annotate")
         for line in (self.progress, self.status):
-            line.native.setWordWrap(True)
+            wrap(line)
         self._tools = Tools(self)
         self._adopt()
         self._typing = _pause(self.native, self.guarded(self._folder_chosen))

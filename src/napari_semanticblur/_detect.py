@@ -18,7 +18,7 @@ from magicgui.widgets import (
 )
 
 from napari_semanticblur._detection import Detection, Settings
-from napari_semanticblur._dock import Dock
+from napari_semanticblur._dock import Dock, wrap
 from napari_semanticblur._layers import (
     METADATA_KEY,
     coarse_level,
@@ -121,7 +121,7 @@ class DetectWidget(Dock):
             ]
         )  # fmt: skip
         self.native.setObjectName("semanticblur-detect")
-        self.status.native.setWordWrap(True)
+        wrap(self.status)
         self._is_closed = False
         self.layer.changed.connect(self._layer_chosen)
         self.model.changed.connect(self._model_chosen)

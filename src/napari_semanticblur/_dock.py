@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from magicgui.widgets import Container, Widget
+from magicgui.widgets import Container, Label, Widget
 from qtpy.QtCore import QEvent, QObject, Qt
-from qtpy.QtWidgets import QComboBox
+from qtpy.QtWidgets import QComboBox, QSizePolicy
 
 # Of a choice in letters. Layers have long names, and a dock is at least as wide as its widest line.
 _SHORTEST_CHOICE = 12
@@ -32,6 +32,7 @@ class Dock(Container):  # type: ignore[type-arg]
         self.native.setSizeAdjustPolicy(type(self.native).SizeAdjustPolicy.AdjustToContents)
         self.native.setMinimumHeight(120)
         self.native.setFrameShape(type(self.native).Shape.NoFrame)
+        self._fit = _Fit(self.native)
 
     def on_taken_out(self, then: Callable[[], None]) -> None:
         """Call it when the dock is closed: napari takes this out of it, and deletes nothing."""
@@ -48,12 +49,42 @@ class Dock(Container):  # type: ignore[type-arg]
         return super().native.layout()
 
 
+def wrap(label: Label) -> None:
+    """Let lines break where the dock ends, however narrow it is."""
+    label.native.setWordWrap(True)
+    policy = label.native.sizePolicy()
+    policy.setHorizontalPolicy(QSizePolicy.Policy.Ignored)
+    label.native.setSizePolicy(policy)
+
+
 def _shorten(box: QComboBox) -> None:
     box.setSizeAdjustPolicy(QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon)
     box.setMinimumContentsLength(_SHORTEST_CHOICE)
     view = box.view()
     if view is not None:  # never so, but the bindings' types allow it
         view.setTextElideMode(Qt.TextElideMode.ElideMiddle)
+
+
+class _Fit(QObject):  # type: ignore[misc,unused-ignore]
+    """Keeps a scroll area as wide as what it holds, and that at the top where nothing fills it."""
+
+    def __init__(self, area: Any) -> None:
+        super().__init__(area)
+        self._area, self._is_new = area, True
+        area.widget().installEventFilter(self)
+
+    def eventFilter(self, column: Any, event: Any) -> bool:  # noqa: N802
+        layout = column.layout()
+        if event.type() == QEvent.Type.Show and self._is_new:
+            self._is_new = False
+            fills = QSizePolicy.Policy.Expanding
+            inside = (layout.itemAt(i).widget() for i in range(layout.count()))
+            if all(widget.sizePolicy().verticalPolicy() != fills for widget in inside):
+                layout.addStretch(1)
+        elif event.type() == QEvent.Type.LayoutRequest:
+            bar = self._area.verticalScrollBar().sizeHint().width()
+            self._area.setMinimumWidth(layout.totalMinimumSize().width() + bar)
+        return False
 
 
 class _Watch(QObject):  # type: ignore[misc,unused-ignore]

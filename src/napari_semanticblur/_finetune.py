@@ -28,7 +28,7 @@ from napari_semanticblur._detect import (
     SMALLEST_PX,
     preferred_size,
 )
-from napari_semanticblur._dock import Dock
+from napari_semanticblur._dock import Dock, wrap
 from napari_semanticblur._layers import METADATA_KEY, is_image, unwrapped
 from napari_semanticblur._models import models, recommend
 from napari_semanticblur._outcome import ModelActions, cancelled_text, outcome_text
@@ -130,7 +130,7 @@ class FinetuneWidget(Dock):
         self.column.insertWidget(place, self.plot)
         self.layers.native.setMaximumHeight(70)
         for label in (self.status, self.table):
-            label.native.setWordWrap(True)
+            wrap(label)
         self._clock = Clock()
         self.budget.changed.connect(self._show_what_applies)
         self.size.changed.connect(self._show_what_applies)

@@ -21,7 +21,7 @@ from magicgui.widgets import (
 )
 
 from napari_semanticblur._checking import CLASSICAL, NETWORK, Checking, Job, Settings, compose
-from napari_semanticblur._dock import Dock
+from napari_semanticblur._dock import Dock, wrap
 from napari_semanticblur._focus_layers import look_at_tile, show_composite, show_heat_map
 from napari_semanticblur._focus_plot import FocusPlot
 from napari_semanticblur._focus_rows import (
@@ -30,7 +30,7 @@ from napari_semanticblur._focus_rows import (
     PlaneRows,
     tile_rows,
 )
-from napari_semanticblur._focus_table import FocusTable, Row, widen
+from napari_semanticblur._focus_table import FocusTable, Row
 from napari_semanticblur._layers import (
     METADATA_KEY,
     Source,
@@ -132,8 +132,7 @@ class FocusWidget(Dock):
         )  # fmt: skip
         self.native.setObjectName("semanticblur-focus")
         self.progress.visible = False
-        self.status.native.setWordWrap(True)
-        widen(self.status.native)
+        wrap(self.status)
         self.plot, self.table = FocusPlot(), FocusTable()
         layout = self.column
         layout.insertWidget(layout.count() - 2, self.plot)

@@ -10,12 +10,13 @@ from typing import Any
 from qtpy.QtCore import (  # type: ignore[attr-defined]
     QAbstractTableModel,
     QModelIndex,
+    QSize,
     QSortFilterProxyModel,
     Qt,
     Signal,
 )
 from qtpy.QtGui import QColor
-from qtpy.QtWidgets import QAbstractItemView, QSizePolicy, QTableView, QWidget
+from qtpy.QtWidgets import QAbstractItemView, QTableView, QWidget
 
 from napari_semanticblur._colors import FAILED_COLOR, PASSED_COLOR
 
@@ -145,6 +146,10 @@ class FocusTable(QTableView):
         self.clicked.connect(self._clicked)
         self.activated.connect(self._clicked)
 
+    def sizeHint(self) -> QSize:  # noqa: N802
+        """No more than its least height: it takes what the rest of the dock leaves."""
+        return QSize(super().sizeHint().width(), self.minimumHeight())
+
     @property
     def rows(self) -> list[Row]:
         """Rows as they are sorted."""
@@ -160,8 +165,3 @@ class FocusTable(QTableView):
 
     def _clicked(self, place: QModelIndex) -> None:
         self.row_chosen.emit(self._model.rows[self._sorted.mapToSource(place).row()].target)
-
-
-def widen(widget: QWidget) -> None:
-    """Let a widget take the width that its neighbours leave."""
-    widget.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Preferred)

@@ -1,5 +1,6 @@
 """The docks in a real window."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -17,3 +18,23 @@ def test_long_names_do_not_widen_a_dock(viewer: Any, name: str) -> None:
     widget.reset_choices()
     assert dock.minimumSizeHint().width() == narrow
     assert widget.native.widget().minimumSizeHint().width() <= narrow
+
+
+@pytest.mark.parametrize("name", WIDGETS)
+def test_a_high_dock_keeps_its_rows_together_and_nothing_is_cut_off(
+    qtbot: Any, viewer: Any, name: str
+) -> None:
+    viewer.window.resize(1100, 1000)
+    _, widget = viewer.window.add_plugin_dock_widget("napari-semanticblur", name)
+    widget.status.value = "a long line of many words " * 5
+    column = widget.native.widget()
+    qtbot.waitUntil(lambda: column.isVisible() and column.height() > 500)
+    qtbot.wait(50)
+    assert column.width() == widget.native.viewport().width()
+    assert widget.native.horizontalScrollBar().maximum() == 0
+    items = [column.layout().itemAt(i) for i in range(column.layout().count())]
+    rows = [item.geometry() for item in items if item.widget() and item.widget().isVisible()]
+    assert all(row.right() <= column.width() for row in rows)
+    assert all(b.top() - a.bottom() < 20 for a, b in itertools.pairwise(rows))
+    if name != "Focus quality":  # whose table takes what is left
+        assert max(row.height() for row in rows) <= 150
