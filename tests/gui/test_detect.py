@@ -32,7 +32,7 @@ def widget(viewer: Any) -> Any:
     return widget
 
 
-def finish(qtbot: Any, widget: Any, timeout_ms: int = 60_000) -> None:
+def finish(qtbot: Any, widget: Any, timeout_ms: int = 180_000) -> None:
     widget.run()
     qtbot.waitUntil(lambda: not widget.is_running, timeout=timeout_ms)
 
@@ -247,13 +247,14 @@ def test_cancelling_a_rerun_brings_the_earlier_result_back(
 ) -> None:
     layer = viewer.add_image(np.zeros((60, 64, 64), np.uint8), name="long")
     widget.planes.value = _detect.ALL
+    widget.size.value = _detect.CUSTOM
+    widget.custom_size.value = 64
     finish(qtbot, widget)
     blur, labels = results(viewer, layer)
     before = blur.data.copy(), labels.data.copy(), labels.metadata["semanticblur"]
     if map_is == "removed":
         viewer.layers.remove(blur)
-    widget.size.value = _detect.CUSTOM
-    widget.custom_size.value = 64
+    widget.custom_size.value = 320
     widget.run()
     qtbot.waitUntil(lambda: widget.progress.value >= 3, timeout=60_000)
     assert (labels.data == 0).any()
