@@ -78,7 +78,10 @@ class ModelConfig(_Config):
                 f"backbone: expected one of {', '.join(get_args(BackboneName))}, "
                 f"got {self.backbone!r}"
             )
-        if self.output_stride not in (8, 16, 32):
+        for name in ("channel_attention", "spatial_attention", "semantic_enhancement"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+        if not isinstance(self.output_stride, int) or self.output_stride not in (8, 16, 32):
             raise ConfigError(f"output_stride: expected 8, 16 or 32, got {self.output_stride}")
         if self.output_stride != 32 and self.backbone != "resnet50":
             raise ConfigError(
@@ -175,7 +178,7 @@ class TrainConfig(_Config):
         lowest |= {"synthetic_photographs": 0, "synthetic_microscopy": 0, "accumulate": 1}
         for name, low in lowest.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
+            if not isinstance(value, int) or not low <= value < 2**63:
                 raise ConfigError(f"{name}: expected a whole number of at least {low}, got {value}")
         if self.accumulate > self.batch_size:
             raise ConfigError(
@@ -293,7 +296,7 @@ class FinetuneConfig(_Config):
         lowest |= {"window_px": 16}
         for name, low in lowest.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
+            if not isinstance(value, int) or not low <= value < 2**63:
                 raise ConfigError(f"{name}: expected a whole number of at least {low}, got {value}")
         if self.frozen_stages not in range(5):
             raise ConfigError(f"frozen_stages: expected 0 to 4, got {self.frozen_stages}")

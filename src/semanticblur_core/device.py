@@ -28,6 +28,11 @@ class DeviceChoice(NamedTuple):
     reason: str
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch ran out of memory, a GPU's or the computer's, which is no kind of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def choose_device(device: str = "auto", precision: str = "auto") -> DeviceChoice:
     """Device and precision to compute on.
 

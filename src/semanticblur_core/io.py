@@ -161,7 +161,8 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
     Raises
     ------
     DataError
-        If it is not grey, or its maximum is 1: then 0/255 and 0/1 cannot be told apart.
+        If it is not grey, or none of its values is white and not all are 0: such as 0 and 1, or the
+        labels 1 = sharp and 2 = blurred.
     """
     array = read_image(path)
     if array.ndim == 3:
@@ -172,10 +173,10 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
         return array
     if array.dtype != np.uint8:
         raise DataError(f"{path}: expected an 8-bit or 1-bit mask, got {array.dtype}")
-    if array.max() == 1:
+    if 0 < array.max() <= 127:
         raise DataError(
-            f"{path}: its largest value is 1, but a mask is 0 = sharp and 255 = blurred; "
-            "multiply it by 255"
+            f"{path}: its largest value is {array.max()}, but a mask is 0 = sharp and 255 = "
+            "blurred; a mask of 0 and 1 is to be multiplied by 255, labels are read from a store"
         )
     return array > 127
 
@@ -245,7 +246,7 @@ def to_unit_range(
     Raises
     ------
     ImageError
-        If the dtype is not real, no value is finite, or limits are not increasing.
+        If the dtype is not real, no value is finite, or limits are not finite and increasing.
     """
     if isinstance(array, np.ma.MaskedArray):
         # What is masked counts as NaN does.
@@ -259,8 +260,9 @@ def to_unit_range(
         return array.astype(np.float32)
     if not (np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)):
         raise ImageError(f"{name}: expected real numbers, got {array.dtype}")
-    wide = np.float64 if array.dtype.itemsize > 4 else np.float32
-    values: NDArray[Any] = array.astype(wide)
+    # float32 holds whole numbers up to 2^24 only.
+    is_exact = array.dtype.itemsize < 4 or array.dtype == np.float32
+    values: NDArray[Any] = array.astype(np.float32 if is_exact else np.float64)
     if limits is None:
         finite = values[np.isfinite(values)]
         if finite.size == 0:
@@ -273,15 +275,20 @@ def to_unit_range(
             low, high = (float(value) for value in limits)
         except (TypeError, ValueError):
             raise ImageError(f"range {limits}: expected two numbers, LOW below HIGH") from None
-        if not low < high:
-            raise ImageError(f"range {low:g},{high:g}: expected LOW below HIGH")
+        if not -math.inf < low < high < math.inf:
+            raise ImageError(f"range {low:g},{high:g}: expected finite numbers, LOW below HIGH")
     if high <= low:
         return np.zeros(array.shape, np.float32)
+    if max(-low, high) > float(np.finfo(np.float32).max) / 4:
+        values = values.astype(np.float64)
+    values = np.nan_to_num(values, copy=False, nan=low, posinf=low, neginf=low)
+    np.clip(values, low, high, out=values)
     if math.isinf(high - low):
         values, low, high = values / 2, low / 2, high / 2
-    values = np.nan_to_num(values, nan=low, posinf=low, neginf=low)
-    unit: NDArray[np.float32] = np.clip((values - low) / (high - low), 0, 1).astype(np.float32)
-    return unit
+    values -= low
+    values /= high - low
+    # Rounded, the limits of float32 values may lie beyond those given.
+    return np.clip(values, 0, 1, out=values).astype(np.float32, copy=False)
 
 
 def without_alpha(array: NDArray[Any]) -> NDArray[Any]:
@@ -368,7 +375,8 @@ def write_npy(path: Path, array: NDArray[np.float32]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # Names of files that are not UTF-8 keep their bytes.
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def require_writable(path: Path) -> None:
@@ -627,6 +635,13 @@ def _refuse_channels(path: Path, page: Any, axes: str, samples: int) -> None:
         )
 
 
+def expand_home(path: str | Path) -> Path:
+    """With the home folder for a leading ``~``; as it is where there is no such user."""
+    with suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
+
+
 def require_file(path: Path) -> None:
     """Refuse what is no file, or one without a byte.
 
@@ -698,8 +713,8 @@ def whole_series(path: Path, tiff: Any) -> Any:
     whole = [series for series in tiff.series if not series.keyframe.is_reduced]
     if len(whole) > 1:
         raise ImageError(
-            f"{path}: holds {len(whole)} images of different sizes or kinds; save the wanted one "
-            "as a file of its own"
+            f"{path}: holds {len(whole)} images, not one image or stack; save the wanted one as a "
+            "file of its own"
         )
     return whole[0] if whole else tiff.series[0]
 

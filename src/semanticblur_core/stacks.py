@@ -89,6 +89,7 @@ def open_stack(path: Path, *, axes: str | None = None, level: int = 0) -> Iterat
                 array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
                 if not isinstance(array, np.ndarray):
                     raise ImageError(f"{path}: expected one array, got an archive of several")
+                _refuse_level(path, level)
                 found = _guess_axes(array.shape)
                 sizes: dict[str, float] = {}
             elif is_zarr(path) or suffix == ".zarr":
@@ -553,11 +554,17 @@ def _factor(unit: object, known: Mapping[str, float]) -> float | None:
     return known.get(name)
 
 
+def _refuse_level(path: Path, level: int) -> None:
+    if level:
+        raise ImageError(f"{path}: has no resolution levels, so none is {level}")
+
+
 def _open_zarr(path: Path, level: int) -> tuple[Any, str, dict[str, float]]:
     import zarr
 
     opened: Any = zarr.open(path, mode="r")
     if isinstance(opened, zarr.Array):
+        _refuse_level(path, level)
         return opened, _dimension_axes(opened) or _guess_axes(opened.shape), {}
     attributes = _ome_attributes(opened)
     if "bioformats2raw.layout" in attributes and "multiscales" not in attributes and "0" in opened:

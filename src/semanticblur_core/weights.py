@@ -195,7 +195,9 @@ def read_info(path: Path) -> WeightsInfo:
             sha256=str(values["sha256"]),
             size_bytes=path.stat().st_size,
         )
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+    except (
+        KeyError, TypeError, ValueError, AttributeError, RecursionError, ConfigError
+    ) as error:  # fmt: skip
         raise WeightsError(f"{path}: damaged metadata: {error}") from error
 
 
@@ -217,8 +219,13 @@ def _build(info: WeightsInfo, tensors: dict[str, Tensor]) -> SemanticBlur:
 
     from semanticblur_core.network import SemanticBlur
 
-    with torch.device("meta"):
-        model = SemanticBlur(info.architecture)
+    try:
+        with torch.device("meta"):
+            model = SemanticBlur(info.architecture)
+    except (RuntimeError, ValueError) as error:  # sizes that no memory holds
+        raise WeightsError(
+            f"{info.path}: damaged metadata: {str(error).splitlines()[0]}"
+        ) from error
     foreign = sorted(set(tensors) - set(model.state_dict()))
     if foreign:
         raise WeightsError(
@@ -234,6 +241,11 @@ def _build(info: WeightsInfo, tensors: dict[str, Tensor]) -> SemanticBlur:
         ) from error
     counters = {k: torch.zeros((), dtype=torch.long) for k in model.state_dict() if _is_counter(k)}
     model.load_state_dict(counters, strict=False, assign=True)
+    for key, tensor in tensors.items():
+        if not (tensor.is_floating_point() and bool(torch.isfinite(tensor).all())):
+            raise WeightsError(f"{info.path}: {key} holds values that are no finite numbers")
+        if key.endswith("running_var") and bool((tensor < 0).any()):
+            raise WeightsError(f"{info.path}: {key} holds negative variances")
     missing = [k for k, t in model.state_dict().items() if t.is_meta]
     if missing:
         raise WeightsError(f"{info.path}: {len(missing)} tensors are missing, first {missing[0]}")

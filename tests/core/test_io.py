@@ -187,7 +187,7 @@ def test_a_tiff_of_several_images_is_refused_but_not_for_its_thumbnail(
     with tifffile.TiffWriter(tmp_path / "two.tif") as tiff:
         tiff.write(photo, photometric="rgb")
         tiff.write(photo[:10, :10], photometric="rgb")
-    with pytest.raises(ImageError, match="holds 2 images of different sizes"):
+    with pytest.raises(ImageError, match="holds 2 images, not one"):
         io.read_image(tmp_path / "two.tif")
     with tifffile.TiffWriter(tmp_path / "thumbnail.tif") as tiff:
         tiff.write(photo, photometric="rgb")
@@ -294,3 +294,31 @@ def test_masked_and_very_wide_images_have_no_nan() -> None:
     eight = io.to_unit_range(np.ma.masked_equal(np.full((2, 2), 7, np.uint8), 7))
     assert not np.ma.isMaskedArray(eight)
     assert not eight.any()
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint32", "int64", "float64"])
+def test_whole_numbers_beyond_those_of_float32_keep_their_steps(dtype: str) -> None:
+    offset = 2_000_000_000
+    image = (offset + np.arange(600).reshape(20, 30)).astype(dtype)
+    unit = io.to_unit_range(image, limits=(offset, offset + 599))
+    np.testing.assert_allclose(unit, np.arange(600).reshape(20, 30) / 599, atol=1e-6)
+
+
+def test_floats_near_the_end_of_their_type_are_no_nan() -> None:
+    ramp = np.linspace(-0.9, 0.9, 400).reshape(20, 20)
+    for dtype in (np.float32, np.float64):
+        image = (ramp * float(np.finfo(dtype).max)).astype(dtype)
+        unit = io.to_unit_range(image)
+        np.testing.assert_allclose(unit, io.to_unit_range(ramp), atol=1e-3)
+
+
+@pytest.mark.parametrize("limits", [(-np.inf, np.inf), (0, np.inf), (np.nan, 1), (1, 1)])
+def test_limits_are_finite_and_rise(limits: tuple[float, float]) -> None:
+    with pytest.raises(ImageError, match="expected finite numbers, LOW below HIGH"):
+        io.to_unit_range(np.zeros((4, 4)), limits=limits)
+
+
+def test_labels_are_no_masks(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 1], [2, 2]], np.uint8)).save(tmp_path / "labels.png")
+    with pytest.raises(DataError, match="largest value is 2, but a mask is"):
+        io.read_mask(tmp_path / "labels.png")

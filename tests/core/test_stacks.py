@@ -571,3 +571,15 @@ def test_a_zarr_that_names_its_dimensions_is_believed(tmp_path: Path) -> None:
     )
     with stacks.open_stack(path) as stack:
         assert stack.axes == "CZYX"
+
+
+def test_levels_are_of_pyramids(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((3, 40, 40), np.uint8))
+    array = zarr.create_array(tmp_path / "a.zarr", shape=(3, 40, 40), dtype="u1")
+    array[...] = 1
+    for name in ("a.npy", "a.zarr"):
+        with (
+            pytest.raises(ImageError, match="has no resolution levels, so none is 3"),
+            stacks.open_stack(tmp_path / name, level=3),
+        ):
+            pass

@@ -145,3 +145,25 @@ def test_a_network_made_for_inference_is_not_saved(tmp_path: Path) -> None:
     model = SemanticBlur(ModelConfig(backbone="resnet34")).for_inference()
     with pytest.raises(WeightsError, match="made for inference cannot be saved"):
         weights.save(tmp_path / "x.safetensors", model, provenance={}, metrics={}, licence="")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("decoder.head.weight", float("nan"), "no finite numbers"),
+        ("running_var", -1.0, "negative variances"),
+    ],
+)
+def test_weights_that_compute_nothing_are_refused(
+    tmp_path: Path, random_weights: Path, key: str, value: float, message: str
+) -> None:
+    info = weights.read_info(random_weights)
+    tensors = load_file(random_weights)
+    name = next((k for k in tensors if k.endswith(key)), "") or next(iter(tensors))
+    tensors[name] = torch.full_like(tensors[name], value)
+    with safe_open(random_weights, "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, tmp_path / "odd.safetensors", metadata=metadata)
+    with pytest.raises(WeightsError, match=message):
+        weights.load(str(tmp_path / "odd.safetensors"))
+    assert info.sha256

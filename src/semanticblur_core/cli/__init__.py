@@ -113,6 +113,9 @@ def main() -> None:
         click.echo(f"semanticblur-core: {where}{error.strerror or error}", err=True)
         sys.exit(2)
     except Exception as error:  # of a kind nobody foresaw; 1 would say that a gate failed
+        if "can't allocate memory" in str(error):  # torch's, of no kind of its own
+            click.echo("semanticblur-core: out of memory; a smaller size takes less", err=True)
+            sys.exit(2)
         traceback.print_exc()
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         click.echo(f"semanticblur-core: unexpected {reason}", err=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,9 +82,9 @@ class PathType(click.Path):
         self.writes = writes
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path = Path(value)
-        with suppress(RuntimeError):  # no such user
-            path = path.expanduser()
+        from semanticblur_core.io import expand_home
+
+        path = expand_home(value)
         super().convert(path, param, ctx)
         if self.writes:
             from semanticblur_core.io import require_writable
@@ -148,8 +149,8 @@ class RangesType(_ParamType):
             pairs = tuple(zip(numbers[::2], numbers[1::2], strict=True))
         except ValueError:
             self.fail(f"expected numbers LOW,HIGH[,LOW,HIGH...], got {value!r}", param, ctx)
-        if not all(low < high for low, high in pairs):
-            self.fail(f"expected LOW below HIGH, got {value}", param, ctx)
+        if not all(-math.inf < low < high < math.inf for low, high in pairs):
+            self.fail(f"expected finite numbers, LOW below HIGH, got {value}", param, ctx)
         return pairs
 
 
@@ -306,8 +307,10 @@ def say(progress: Progress, text: str, *, err: bool = False) -> None:
         click.echo(text, err=err)
 
 
-def refuse_clashes(outputs: Mapping[str, Path | None], inputs: Iterable[Path]) -> None:
-    """Refuse output files that are inputs, or one another.
+def refuse_clashes(
+    outputs: Mapping[str, Path | None], inputs: Iterable[Path], results: Iterable[Path] = ()
+) -> None:
+    """Refuse output files that are inputs, one another, or other results.
 
     Parameters
     ----------
@@ -315,6 +318,8 @@ def refuse_clashes(outputs: Mapping[str, Path | None], inputs: Iterable[Path]) -
         Files by the flags that name them.
     inputs
         Files that are read.
+    results
+        Files that are written besides.
 
     Raises
     ------
@@ -322,16 +327,22 @@ def refuse_clashes(outputs: Mapping[str, Path | None], inputs: Iterable[Path]) -
         Naming the first.
     """
     named = {flag: path for flag, path in outputs.items() if path is not None}
-    seen: dict[Path, str] = {}
+    seen: dict[str, str] = {}
     names = {path.name for path in named.values()}
     # By the name first: there may be a million inputs, and each look at the disk takes its time.
-    read = {path.resolve() for path in inputs if path.name in names} if named else set()
+    read, written = (
+        {os.path.realpath(path) for path in paths if path.name in names} if named else set()
+        for paths in (inputs, results)
+    )
     for flag, path in named.items():
-        other = seen.setdefault(path.resolve(), flag)
+        place = os.path.realpath(path)
+        other = seen.setdefault(place, flag)
         if other != flag:
             raise click.UsageError(f"{other} and {flag} name the same file, {path}")
-        if path.resolve() in read:
+        if place in read:
             raise click.UsageError(f"{flag}={path}: is an input; give the output another name")
+        if place in written:
+            raise click.UsageError(f"{flag}={path}: is a result, too; give it another name")
 
 
 def override(text: str, config: Any) -> tuple[str, Any]:

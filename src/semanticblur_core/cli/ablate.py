@@ -132,7 +132,7 @@ def _resumed_precision(output: Path, precision: str) -> str:
     """Precision of a run that was interrupted, unless one is asked for."""
     from semanticblur_core.training.checkpoint import load_checkpoint, precision_of
 
-    interrupted = sorted(output.glob("*/last.ckpt"))
+    interrupted = sorted(output.glob("table*-*/last.ckpt"))
     if precision != "auto" or not interrupted:
         return precision
     return precision_of(load_checkpoint(interrupted[0]))

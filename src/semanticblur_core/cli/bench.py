@@ -125,7 +125,13 @@ def bench_backends(
     from semanticblur_core import benchmarks_inference, io, weights
     from semanticblur_core.errors import SemanticBlurError
     from semanticblur_core.inference import choice
+    from semanticblur_core.inference.backends import is_exported
 
+    if is_exported(model):
+        raise click.UsageError(
+            f"--model={model}: weights are compared in every back end, and exported files are made "
+            "of them; name the weights"
+        )
     alone = []
     measuring = choice.measure_backends(model, device=device, size_px=size_px, n_rounds=n_rounds)
     for speed in measuring:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from semanticblur_core.cli._options import (
+    MAX_SIZE_PX,
     ChannelsType,
     ListType,
     PathType,
@@ -218,10 +219,12 @@ def command(
     from semanticblur_core.inference.batch import (
         DetectOptions,
         detect_files,
+        every_output,
         find_jobs,
+        is_result_name,
         remove_stale_parts,
     )
-    from semanticblur_core.inference.table import require_table_format, summary_table
+    from semanticblur_core.inference.table import owners, require_table_format, summary_table
     from semanticblur_core.inference.workload import count_squares
 
     if scheduler is not None and workers > 1:
@@ -231,6 +234,10 @@ def command(
     refuse_network_flags(
         method, "model", "device", "precision", "backend", "flip", "size", "scales", "upsampling"
     )
+    if size != "native" and scales and size * max(scales) > MAX_SIZE_PX:
+        raise click.UsageError(
+            f"--scales: {size} px times {max(scales):g} is more than {MAX_SIZE_PX} px"
+        )
     options = DetectOptions(
         output, size, threshold, formats, overlay, overwrite, resume,
         value_ranges[0] if value_ranges and len(value_ranges) == 1 else None,
@@ -240,7 +247,16 @@ def command(
     problems: list[str] = []
     jobs, left_out = find_jobs(inputs, output, recursive=recursive, on_problem=problems.append)
     reports = {"--table": table_path, "--json": json_path}
-    refuse_clashes(reports, (Path(job.source) for job in jobs))
+    refuse_clashes(
+        reports,
+        (Path(job.source) for job in jobs),
+        (
+            path
+            for job in jobs
+            if any(path and is_result_name(path.name) for path in reports.values())
+            for path in every_output(job, output)
+        ),
+    )
     for flag, path in reports.items():
         if path is not None and path.is_file() and not (overwrite or resume):
             raise click.UsageError(
@@ -285,6 +301,8 @@ def command(
         table = None
         if table_path is not None:
             table = resources.enter_context(summary_table(table_path, resume=resume))
+        earlier = _read_images(json_path) if json_path is not None and resume else {}
+        made_of = owners(earlier) | (owners(table.earlier) if table is not None else {})
         task = progress.add_task("Detecting", total=len(jobs))
         cluster, is_begun = None, True
         try:
@@ -295,6 +313,7 @@ def command(
                 cluster = resources.enter_context(_open_cluster(make, workers, scheduler))
                 coming = resources.enter_context(closing(cluster.detect_files(jobs, options)))
             for result in coming:
+                result = _unless_of_another(result, made_of)
                 n_failed += result.error is not None
                 n_skipped += result.skipped
                 if table is not None:
@@ -311,7 +330,7 @@ def command(
                 detector = cluster.detector
             # Written after an interruption too: it tells what was done.
             if json_path is not None and is_begun:
-                _write_json(json_path, results, detector, options)
+                _write_json(json_path, results, detector, options, earlier)
     if len(jobs) > 1:
         kept = f", {n_skipped} of them before" if n_skipped else ""
         click.echo(f"{len(jobs) - n_failed} of {len(jobs)} images done{kept} ({detector.reason})")
@@ -375,12 +394,28 @@ def _report(result: FileResult, progress: Progress, *, quiet: bool) -> None:
         )
 
 
+def _unless_of_another(result: FileResult, made_of: Mapping[str, str]) -> FileResult:
+    """Where a file is skipped because of results that are another's by name: a failure."""
+    from semanticblur_core.inference.table import place
+
+    for output in result.outputs if result.skipped else ():
+        other = made_of.get(place(output), result.source)
+        if Path(other).exists() and not Path(other).samefile(result.source):
+            error = f"{output} is the result of {other}; detect it into another output folder"
+            return replace(result, error=f"{result.source}: {error}", skipped=False, outputs=[])
+    return result
+
+
 def _write_json(
-    path: Path, results: list[FileResult], detector: Any, options: DetectOptions
+    path: Path,
+    results: list[FileResult],
+    detector: Any,
+    options: DetectOptions,
+    earlier: dict[str, dict[str, Any]],
 ) -> None:
     """What was measured, on resume before too; ``detector`` or what is known of a worker's."""
     from semanticblur_core import __version__, io
-    from semanticblur_core.inference.table import is_of_results
+    from semanticblur_core.inference.table import is_of_results, place
 
     protocol: dict[str, Any] = {
         "blurred_is": f"map > {options.threshold:g}",
@@ -400,13 +435,14 @@ def _write_json(
         "model_sha256": getattr(detector, "sha256", None),
         "protocol": json.loads(json.dumps(protocol)),
     }
-    earlier = _read_images(path) if options.resume else {}
     images, n_other = [], 0
     for result in results:
-        before = earlier.pop(result.source, None)
+        before = earlier.pop(place(result.source), None)
         if result.error is None and not result.skipped:
             images.append(_image(result, detector, options))
         elif result.skipped and before and is_of_results(before["outputs"], result):
+            outputs = [str(output) for output in result.outputs]
+            before |= {"input": result.source, "outputs": outputs}
             images.append(_without(before, settings))
             n_other += not settings.keys().isdisjoint(images[-1])
     # Files that a stopped run did not come to, or that are no inputs of this one.
@@ -452,14 +488,16 @@ def _without(image: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_images(path: Path) -> dict[str, dict[str, Any]]:
-    """Images of the file of an earlier run by input, each with the settings that it was made with.
+    """Images of an earlier run's file by `place`, each with the settings that it was made with.
 
     None where there is no such file.
     """
+    from semanticblur_core.inference.table import place
+
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         images = document["images"]
         common = {name: document.get(name) for name in ("model_sha256", "protocol")}
-        return {image["input"]: common | image for image in images if "outputs" in image}
+        return {place(image["input"]): common | image for image in images if "outputs" in image}
     except (OSError, ValueError, LookupError, TypeError):
         return {}

@@ -106,6 +106,11 @@ def command(
 
     config = finetune_budget(budget)
     values = dict(override(text, config) for text in overrides)
+    for name, flag in (("seed", "--seed"), ("image_size_px", "--size")):
+        if name in values:
+            raise click.UsageError(f"--set={name}: {flag} says it")
+    if size != "native":
+        values["image_size_px"] = size
     config = FinetuneConfig.from_dict(config.to_dict() | values | {"seed": seed})
     labelled = read_labelled(data, images, masks, mask_polarity)
 

@@ -226,8 +226,9 @@ def calibrate_command(
     path = output or calibration.stored_path(name or default_name)
     examples: list[list[dict[str, float]]] = []
     n_failed = 0
+    problems: list[str] = []
     for inputs in (good, bad):
-        sources = _sources(inputs, recursive)
+        sources = _sources(inputs, recursive, problems)
         scores: list[dict[str, float]] = []
         with progress_bar() as progress:
             task = progress.add_task("Measuring", total=len(sources))
@@ -245,7 +246,7 @@ def calibrate_command(
         f"{found.gate.describe()}, from {found.n_good} good and {found.n_bad} bad examples: AUC "
         f"{found.auc:.3f}, {found.accuracy:.1%} right when each is left out in turn -> {path}"
     )
-    if n_failed:
+    if n_failed or problems:
         raise SystemExit(2)
 
 
@@ -321,7 +322,8 @@ def _check(
                 _open_stack(inputs[0], recursive, axes, channels, along, options)
             )
             options = replace(options, value_range=opened.value_range)
-        sources = opened.sources if opened else _sources(inputs, recursive)
+        problems: list[str] = []
+        sources = opened.sources if opened else _sources(inputs, recursive, problems)
         refuse_clashes(outputs, (source.path for source in sources))
         if mask_output:
             _refuse_same_masks(sources, mask_output)
@@ -337,7 +339,7 @@ def _check(
         results.print()
         if opened and (composite or depth):
             _write_composite(opened, channels, along, composite, depth)
-    if results.n_failed:
+    if results.n_failed or problems:
         raise SystemExit(2)
     if not results.passed:
         raise SystemExit(1)
@@ -573,8 +575,7 @@ def _prepare(
         keep_freed_memory()
         network = Detector(model, device=device, precision=precision)
         detector = network
-        sha256 = network.info.sha256 if network.info else None
-        protocol |= {"model": model, "model_sha256": sha256, "size": size}
+        protocol |= {"model": model, "model_sha256": network.sha256, "size": size}
     else:
         from semanticblur_core.focus.classical import ClassicalDetector
 
@@ -607,19 +608,38 @@ def _region(text: str) -> Any:
     return region
 
 
-def _sources(inputs: tuple[str, ...], recursive: bool) -> list[Source]:
+def _sources(
+    inputs: tuple[str, ...], recursive: bool, problems: list[str] | None = None
+) -> list[Source]:
+    """Images of the inputs; what names none or cannot be read is told of where there are others.
+
+    Without ``problems``, which takes those lines, the first is raised.
+    """
     from semanticblur_core.errors import ImageError
     from semanticblur_core.focus.check import Source
     from semanticblur_core.inference.batch import expand_input, load
 
     sources: dict[str, Source] = {}
+    found: list[str] = []
+
+    def unreadable(error: OSError) -> None:
+        found.append(f"{error.filename}: cannot be read: {error.strerror or error}")
+
     for text in inputs:
         try:
-            for path, relative, _ in expand_input(text, recursive):
+            for path, relative, _ in expand_input(text, recursive, on_error=unreadable):
                 read = _loader(load, path) if path.startswith("sample:") else None
                 sources.setdefault(path, Source(relative.as_posix(), Path(path), read))
         except OSError as error:
-            raise ImageError(f"{text}: cannot be read: {error.strerror or error}") from error
+            unreadable(error)
+        except ImageError as error:
+            found.append(str(error))
+    if found and (problems is None or not sources):
+        raise ImageError(found[0])
+    for line in found:
+        click.echo(f"semanticblur-core: {line}", err=True)
+    if problems is not None:
+        problems += found
     return list(sources.values())
 
 
@@ -637,10 +657,10 @@ def _open_stack(
     options: FocusOptions,
 ) -> Iterator[_StackInput]:
     """The planes of a folder, or of a file of any axes."""
-    from semanticblur_core import stacks
+    from semanticblur_core import io, stacks
     from semanticblur_core.focus.stack import FileStack, StackFocus, in_stack_order
 
-    path = Path(text).expanduser()
+    path = io.expand_home(text)
     if path.suffix.lower() in stacks.STACK_SUFFIXES or stacks.is_zarr(path):
         with stacks.open_stack(path, axes=axes) as opened:
             yield _open_file(path, opened, channels, along, options)

@@ -166,6 +166,7 @@ def command(
     import torch
 
     from semanticblur_core import __version__, weights
+    from semanticblur_core.config import ModelConfig
     from semanticblur_core.data.defocus import SharpImages
     from semanticblur_core.device import choose_device, keep_freed_memory
     from semanticblur_core.metrics import Scores
@@ -187,6 +188,8 @@ def command(
     if init:
         model, info = weights.load(init)
         start = {"from": info.path.name, "sha256": info.sha256, "provenance": info.provenance}
+    elif state is not None:
+        model = SemanticBlur(ModelConfig.from_dict(state["identity"]["architecture"]))
     else:
         model = SemanticBlur()
     if backbone_weights:
@@ -214,6 +217,8 @@ def command(
                 f"--sharp-masks={sharp_masks}: no mask there is named as a photograph"
             )
 
+    validated_on = val_split if data is None else f"items marked val of {_name_of_data(data)}"
+
     def save_best(network: SemanticBlur, scores: Scores, epoch: int) -> None:
         provenance = {
             "software": f"napari-semanticblur {__version__}, torch {torch.__version__}",
@@ -222,13 +227,13 @@ def command(
             "epoch": epoch,
             "n_training_images": len(training),
             "data": _name_of_data(data or images),
-            "validation_split": val_split,
+            "validation_split": validated_on,
             "n_sharp_images": {kind: len(source) for kind, source in sources.items()},
             "device": str(chosen.device),
             "precision": str(chosen.dtype).removeprefix("torch."),
             "start": start,
         }
-        metrics = scores.to_dict() | {"data": val_split}
+        metrics = scores.to_dict() | {"data": validated_on}
         weights.save(
             output / BEST, network, provenance=provenance, metrics=metrics, licence=LICENCE
         )
@@ -288,13 +293,16 @@ def read_data(
     data: Path | None, images: Path | None, masks: Path | None, mask_polarity: Any, val_split: str
 ) -> tuple[DecodedPairs, DecodedPairs]:
     """What to train on and what to validate on."""
-    from semanticblur_core.cli._options import read_labelled
+    from semanticblur_core.cli._options import read_labelled, refuse_flags
     from semanticblur_core.data.datasets import DecodedPairs, find_pairs, read_split, select
     from semanticblur_core.errors import DataError
 
     if (data is None) == (images is None) or (images is None) != (masks is None):
         raise click.UsageError("give --data, or both --images and --masks")
     if data is not None:
+        refuse_flags(
+            "of --images and --masks; a store says it itself", "val_split", "mask_polarity"
+        )
         labelled = read_labelled(data, None, None)
         split = [[x for x in labelled if (x.split == "val") == is_val] for is_val in (False, True)]
         if not all(split):
@@ -327,9 +335,16 @@ def _name_of_data(folder: Path | None) -> str:
 def _training_part(folders: Sequence[Path]) -> list[Path]:
     from semanticblur_core.data.datasets import list_images
     from semanticblur_core.data.defocus import is_held_out
+    from semanticblur_core.errors import DataError
 
     found = [path for folder in folders for path in list_images(folder)]
-    return [path for path in found if not is_held_out(path.stem)]
+    kept = [path for path in found if not is_held_out(path.stem)]
+    if found and not kept:
+        raise DataError(
+            f"{folders[0]}: all of its {len(found)} images are among the eighth that is held out; "
+            "give more"
+        )
+    return kept
 
 
 def read_imagenet(path: Path) -> dict[str, Tensor]:

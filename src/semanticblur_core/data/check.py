@@ -150,7 +150,9 @@ def check_data(
     looks: dict[str, list[str]] = {}
     for n_done, stem in enumerate(stems, start=1):
         try:
-            image, mask = io.read_image(by_stem[0][stem][0]), io.read_mask(by_stem[1][stem][0])
+            path = by_stem[0][stem][0]
+            image, mask = io.read_image(path), io.read_mask(by_stem[1][stem][0])
+            look = _look(image, str(path))
         except SemanticBlurError as error:
             report.problems.append(str(error))
         else:
@@ -166,7 +168,7 @@ def check_data(
             report.blurred_fraction[stem] = blurred
             if blurred in (0, 1):
                 report.one_class.append(stem)
-            looks.setdefault(_look(image), []).append(stem)
+            looks.setdefault(look, []).append(stem)
         if n_done < len(stems):
             yield n_done, len(stems), report
     report.duplicates = [group for group in looks.values() if len(group) > 1]
@@ -174,9 +176,9 @@ def check_data(
     yield len(stems), len(stems), report
 
 
-def _look(image: NDArray[Any]) -> str:
+def _look(image: NDArray[Any], name: str) -> str:
     """What an image looks like: a digest of 16 x 16 grey pixels in 16 steps."""
-    unit = io.as_rgb(io.to_unit_range(image))
+    unit = io.as_rgb(io.to_unit_range(image, name=name))
     grey = np.asarray(unit, np.float32).mean(axis=2)
     scale = 255.0 if unit.dtype == np.uint8 else 1.0
     small = Image.fromarray(grey / scale).resize((16, 16), Image.Resampling.BOX)

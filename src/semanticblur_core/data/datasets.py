@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -100,10 +102,10 @@ def read_split(name: str) -> list[str]:
     if not source.is_file():
         raise DataError(f"split {name}: neither a packaged split nor a file")
     try:
-        text = source.read_text(encoding="utf-8")
+        text = source.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"split {name}: not a readable text file: {error}") from error
-    names = [line.strip() for line in text.splitlines() if line.strip()]
+    names = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
     if not names:
         raise DataError(f"split {name}: the list is empty")
     return names
@@ -180,6 +182,14 @@ class DecodedPairs:
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def digest(self) -> str:
+        """sha256 of names, images and labels, in order."""
+        found = hashlib.sha256()
+        for name, tensors in zip(self.names, self._tensors, strict=True):
+            sums = [zlib.crc32(tensor.numpy().tobytes()) for tensor in tensors]
+            found.update(repr((name, sums, [list(tensor.shape) for tensor in tensors])).encode())
+        return found.hexdigest()
 
     @classmethod
     def from_labels(cls, images: Sequence[LabelledImage]) -> Self:

@@ -13,12 +13,12 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,8 @@ N_PREVIOUS = 20
 # A first save of a large stack over a network takes its time.
 _LOCK_WAIT_S = 60.0
 _LOCK_NAME = ".lock"
+# Files of labels that are tried before a folder without dataset.json is taken for a store.
+_N_LOOKED_AT = 5
 _NPY = (".npy",)
 _LABEL_SUFFIXES = (".png", *io.TIFF_SUFFIXES)
 
@@ -136,13 +138,19 @@ class AnnotationStore:
         if not is_store(folder):
             raise DataError(f"{folder}: no annotation store (no labels and images folder in it)")
 
-    def items(self) -> list[Item]:
+    def items(self, on_problem: Callable[[str], None] | None = None) -> list[Item]:
         """Everything that has labels, sorted by name.
+
+        Parameters
+        ----------
+        on_problem
+            Told of each item that cannot be used, which is left out; without it that is raised.
 
         Raises
         ------
         DataError
-            If ``dataset.json`` is damaged or of another version, or labels have no image.
+            If ``dataset.json`` is damaged or of another version, says something else of an item
+            than a store does, or labels have no image.
         """
         known = self._read_index()["items"]
         try:
@@ -151,9 +159,17 @@ class AnnotationStore:
             images = {}
         found = []
         for path in _label_files(self.folder):
-            if path.stem not in images:
-                raise DataError(f"{path}: no image of that name in {self.folder / 'images'}")
             values = known.get(path.stem, {})
+            problem = _problem_of(values)
+            if problem:
+                problem = f"{self.folder / 'dataset.json'}: {path.stem}: {problem}"
+            if path.stem not in images:
+                problem = f"{path}: no image of that name in {self.folder / 'images'}"
+            if problem:
+                if on_problem is None:
+                    raise DataError(problem)
+                on_problem(problem)
+                continue
             plane = values.get("plane")
             found.append(
                 Item(
@@ -447,20 +463,21 @@ class AnnotationStore:
 def is_store(folder: Path) -> bool:
     """Whether a folder holds images and labels as an annotation store does.
 
-    Without ``dataset.json`` the first file of labels decides: a data set's ``labels`` of 0 and 255
-    are masks.
+    Without ``dataset.json`` the first file of labels that can be read decides: a data set's
+    ``labels`` of 0 and 255 are masks.
     """
     if not ((folder / "labels").is_dir() and (folder / "images").is_dir()):
         return False
     if (folder / "dataset.json").exists():
         return True
-    files = _label_files(folder)
-    if not files:
+    for path in _label_files(folder)[:_N_LOOKED_AT]:
+        try:
+            read_labels(path)
+        except DataError:
+            return False
+        except SemanticBlurError:  # damaged, which is told of when it is used
+            continue
         return True
-    try:
-        read_labels(files[0])
-    except SemanticBlurError:
-        return False
     return True
 
 
@@ -541,6 +558,20 @@ def read_store(folder: Path) -> list[LabelledImage]:
     return found
 
 
+def _problem_of(values: Any) -> str:
+    """What is wrong with what ``dataset.json`` says of an item; empty if nothing is."""
+    if not isinstance(values, dict):
+        return f"expected a mapping, got {values!r}"
+    split, plane = values.get("split"), values.get("plane")
+    if split is not None and split not in get_args(Split):
+        return f"split: expected {' or '.join(get_args(Split))}, got {split!r}"
+    if plane is not None and not (
+        isinstance(plane, list) and all(isinstance(i, int) for i in plane)
+    ):
+        return f"plane: expected a list of whole numbers, got {plane!r}"
+    return ""
+
+
 def labelled_pairs(pairs: Sequence[Pair], *, blurred_is_white: bool = True) -> list[LabelledImage]:
     """Photographs with masks as labelled images; every pixel is labelled."""
     return [
@@ -555,9 +586,10 @@ def labelled_pairs(pairs: Sequence[Pair], *, blurred_is_white: bool = True) -> l
 
 def check_store(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """What a store holds, a row an item, and what is wrong with it, a line each."""
-    rows, problems = [], []
+    rows: list[dict[str, Any]] = []
+    problems: list[str] = []
     store = AnnotationStore(folder)
-    for item in store.items():
+    for item in store.items(problems.append):
         try:
             if item.sha256 and _sha256(item.image) != item.sha256:
                 problems.append(f"{item.image}: changed since it was labelled")
@@ -565,6 +597,9 @@ def check_store(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
             labels = read_labels(item.labels)
         except SemanticBlurError as error:
             problems.append(str(error))
+            continue
+        except OSError as error:
+            problems.append(f"{item.image}: cannot be read: {error.strerror or error}")
             continue
         shares = [float((labels == code).mean()) for code in (SHARP, BLURRED)]
         rows.append(

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector
 
 SAMPLES = {"cat": "chelsea", "coffee": "coffee", "astronaut": "astronaut"}
-_RESULT_NAME = re.compile(r"_blur\.(png|tif|npy|zarr|csv|json|mp4)$|_overlay\.png$")
+RESULT_FORMATS = ("png", "tif", "npy", "zarr", "csv", "json", "mp4")
+_RESULT_NAME = re.compile(rf"_blur\.({'|'.join(RESULT_FORMATS)})$|_overlay\.png$")
 _PART = re.compile(r"^\.(.+)\.[0-9a-f]{8}(\.map)?\.part$")
 _SAMPLE_PREFIX = "sample:"
 _IMAGE_FORMATS = ("png", "tif", "npy", "zarr")
@@ -72,10 +73,14 @@ class MapMaker(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """One input, and the stem of its outputs relative to the output folder."""
+    """One input, the stem of its outputs relative to the output folder, and why it is not done.
+
+    ``refusal`` is None of one that is.
+    """
 
     source: str
     output_stem: str
+    refusal: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,9 @@ class DetectOptions:
     every: int = 1
     max_pixels: int = io.MAX_PIXELS
     channel_ranges: tuple[tuple[float, float], ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output", Path(self.output))
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,7 @@ class PlaneResult:
 
 
 def find_jobs(
-    inputs: Iterable[str],
+    inputs: Iterable[str | Path],
     output: Path,
     *,
     recursive: bool = False,
@@ -151,22 +159,22 @@ def find_jobs(
     inputs, output, recursive
         As of ``semanticblur-core detect``.
     on_problem
-        Called with a line for each input that names nothing, each folder that cannot be read, where
-        there are others, and each image that would write the file of one before it; without it the
-        first of them is raised.
+        Called with a line for each input that names nothing and each folder that cannot be read,
+        where there are others; without it the first of them is raised.
 
     Returns
     -------
     tuple
         The jobs, and the files that a folder or a glob named but that lie in the output folder
-        under the name of a result: those are taken for results of an earlier run and left out.
+        under the name of a result: those are taken for results of an earlier run and left out. A
+        job that would write the file of one before it, or the place of an input, is refused.
 
     Raises
     ------
     ImageError
-        If an input names nothing, a folder holds no image or cannot be read, or two inputs would
-        write the same file.
+        If an input names nothing, or a folder holds no image or cannot be read.
     """
+    inputs = [inputs] if isinstance(inputs, (str, Path)) else inputs
     found: dict[str, tuple[str, Path]] = {}
     left_out: list[str] = []
     problems: list[str] = []
@@ -175,7 +183,7 @@ def find_jobs(
         reason = error.strerror or error
         problems.append(f"{name or error.filename}: cannot be read: {reason}")
 
-    for text in inputs:
+    for text in map(str, inputs):
         try:
             for source, relative, named in expand_input(
                 text, recursive, arrays=True, on_error=unreadable
@@ -183,7 +191,8 @@ def find_jobs(
                 if not named and _is_result(source, output):
                     left_out.append(source)
                     continue
-                key = source if source.startswith(_SAMPLE_PREFIX) else str(Path(source).resolve())
+                # Links are not followed: they are inputs of their own.
+                key = source if is_sample(source) else os.path.abspath(source)  # noqa: PTH100
                 found.setdefault(key, (source, relative))
         except OSError as error:
             unreadable(error, text)
@@ -203,18 +212,35 @@ def find_jobs(
         stem = _stem(relative)
         shared = stems[stem] > 1 or _is_raw(relative)
         jobs.append(Job(source, str(relative) if shared else stem))
+    return list(_without_clashes(jobs, output)), left_out
+
+
+def _without_clashes(jobs: Iterable[Job], output: Path) -> Iterator[Job]:
+    """The jobs, those refused that would write the file of another or the place of an input."""
+    jobs = list(jobs)
+    named_as_results = {
+        os.path.realpath(job.source): job.source
+        for job in jobs
+        if is_result_name(Path(job.source).name)
+    }
     writers: dict[str, Job] = {}
     for job in jobs:
         first = writers.setdefault(job.output_stem, job)
         if first is not job:
-            clash = (
-                f"{job.source}: would write the same {job.output_stem}_blur file as "
-                f"{first.source}; detect it into another output folder"
-            )
-            if on_problem is None:
-                raise ImageError(clash)
-            on_problem(clash)
-    return list(writers.values()), left_out
+            if os.path.realpath(first.source) != os.path.realpath(job.source):
+                yield replace(
+                    job,
+                    refusal=f"would write the same {job.output_stem}_blur file as {first.source}; "
+                    "detect it into another output folder",
+                )
+            continue
+        for path in every_output(job, output) if named_as_results else ():
+            taken = named_as_results.get(os.path.realpath(path))
+            if taken is not None:
+                refusal = f"its result would take the place of {taken}, an input; detect it into "
+                job = replace(job, refusal=f"{refusal}another output folder")
+                break
+        yield job
 
 
 def detect_files(
@@ -255,6 +281,8 @@ class _Begun:
 
 def _begin(job: Job, options: DetectOptions) -> _Begun:
     """Read a photograph, unless its results are there."""
+    if job.refusal is not None:
+        return _Begun(job, result=FileResult(job.source, error=f"{job.source}: {job.refusal}"))
     start = time.perf_counter()
     found = _attempt(job, functools.partial(_read_photograph, job, options))
     elapsed_s = time.perf_counter() - start
@@ -633,6 +661,18 @@ def possible_outputs(job: Job, options: DetectOptions) -> list[Path]:
     return [base.with_name(name) for name in names]
 
 
+def every_output(job: Job, output: Path) -> list[Path]:
+    """All files that a job might write, whatever the options are."""
+    base = output / job.output_stem
+    names = [f"{base.name}_blur.{name}" for name in RESULT_FORMATS]
+    return [base.with_name(name) for name in (*names, f"{base.name}_overlay.png")]
+
+
+def is_result_name(name: str) -> bool:
+    """Whether it is a name that results have."""
+    return bool(_RESULT_NAME.search(name))
+
+
 def job_outputs(job: Job, options: DetectOptions) -> list[Path]:
     """The files that a job writes; its source may be looked into.
 
@@ -750,9 +790,9 @@ def expand_input(
         return
     if not text.strip():
         raise ImageError("an input is empty; expected a path, a glob, a folder or sample:NAME")
-    path = Path(text).expanduser()
+    path = io.expand_home(text)
     if stacks.is_zarr(path):
-        yield str(path), Path(path.name), True
+        yield _source(path), Path(path.name), True
         return
     if path.is_dir():
         images = [p for p in _entries(path, recursive, on_error) if _is_image(p, arrays)]
@@ -763,10 +803,10 @@ def expand_input(
                 where = f"; videos are taken by name or by a glob, '{path}/*{video.suffix}'"
             raise ImageError(f"{text}: no images in this folder{where}")
         for image in images:
-            yield str(image), image.relative_to(path), False
+            yield _source(image), image.relative_to(path), False
     elif path.exists() or not glob.has_magic(text):
         # Missing and unknown files are reported by the reader, so that the rest is done.
-        yield str(path), Path(path.name), True
+        yield _source(path), Path(path.name), True
     else:
         root = _fixed_part(path)
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
@@ -779,7 +819,12 @@ def expand_input(
         if not matches:
             raise ImageError(f"{text}: no file matches")
         for match in matches:
-            yield str(match), match.relative_to(root), False
+            yield _source(match), match.relative_to(root), False
+
+
+def _source(path: Path) -> str:
+    """As text that no sample is meant by."""
+    return f".{os.sep}{path}" if is_sample(str(path)) else str(path)
 
 
 def _entries(
@@ -795,13 +840,21 @@ def _entries(
             raise error
         on_error(error)
 
-    for parent, folders, files in os.walk(folder, onerror=failed):
+    root, seen = os.path.realpath(folder), set[str]()
+    for parent, folders, files in os.walk(folder, onerror=failed, followlinks=True):
         found += [Path(parent, name) for name in (*folders, *files)]
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and not stacks.is_zarr(Path(parent, name))
-        ]
+        inside = []
+        for name in folders:
+            path = Path(parent, name)
+            if name.startswith(".") or stacks.is_zarr(path):
+                continue
+            if path.is_symlink():  # links may lead round in circles
+                place = os.path.realpath(path)
+                if place in seen or f"{place}{os.sep}".startswith(f"{root}{os.sep}"):
+                    continue
+                seen.add(place)
+            inside.append(name)
+        folders[:] = inside
     return sorted(found)
 
 
@@ -816,7 +869,8 @@ def _fixed_part(pattern: Path) -> Path:
 
 
 def _stem(relative: Path) -> str:
-    return str(relative.with_suffix(""))
+    has_name = relative.stem.strip(".") != ""
+    return str(relative.with_suffix("") if has_name else relative)
 
 
 def _is_raw(path: Path) -> bool:
@@ -838,5 +892,6 @@ def _is_file_or_lost(path: Path) -> bool:
 
 def _is_result(source: str, output: Path) -> bool:
     """Whether a file lies in the output folder under one of the names given to results."""
-    path = Path(source)
-    return bool(_RESULT_NAME.search(path.name)) and output.resolve() in path.resolve().parents
+    if not is_result_name(Path(source).name):
+        return False
+    return Path(os.path.realpath(output)) in Path(os.path.realpath(source)).parents

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -48,6 +48,7 @@ CHUNK_S = 1.0
 MAX_CHUNK_FILES = 64
 CHUNKS_PER_THREAD = 2
 CENSUS_S = 2.0
+DRAIN_S = 10.0
 CONNECT_S = 10
 # How often a chunk may lose its worker before its files are tried one at a time.
 ALLOWED_DEATHS = 1
@@ -109,6 +110,7 @@ class DetectionCluster:
         self._make = make_detector
         self._resources = ExitStack()
         self._n_threads: int | None = None  # in each worker process of this machine
+        self._is_closed = False
         try:
             if scheduler is not None:
                 self._client = self._connect(scheduler)
@@ -131,6 +133,7 @@ class DetectionCluster:
 
     def close(self) -> None:
         """Let go of the cluster; the processes of this machine end."""
+        self._is_closed = True
         self._resources.close()
 
     def count_threads(self) -> int:
@@ -144,13 +147,17 @@ class DetectionCluster:
 
         Files whose worker process died each time they were tried, even alone, are reported as
         failed. Close the iterator to stop: files that a worker of a running cluster has begun are
-        still finished there.
+        still finished there, and processes of this machine end, so that nothing more can be
+        detected with them. Interrupted (Ctrl+C) it yields what is finished within ten seconds, and
+        then raises.
 
         Raises
         ------
         ConfigError, WeightsError
-            If the workers cannot make the detector, or the scheduler is lost.
+            If the workers cannot make the detector, the scheduler is lost, or the processes ended.
         """
+        if self._is_closed:
+            raise ConfigError("its processes ended when it was closed or stopped; make another")
         jobs = list(jobs)
         remove_stale_parts(jobs, options)
         whole = False
@@ -211,15 +218,38 @@ class DetectionCluster:
                     continue
                 if error is not None:
                     raise _explained(error)
-                self.detector, results = future.result()
-                for task, result in zip(chunk.tasks, results, strict=True):
+                for result in self._results(future, chunk, options, distant):
                     n_done, seconds = n_done + 1, seconds + result.elapsed_s
-                    yield _as_asked(result, task, options, distant)
+                    yield result
             self._census(now=True)
+        except KeyboardInterrupt:
+            # Whose maps are there already, so that no report lacks them.
+            for future in self._drained(running):
+                yield from self._results(future, running.pop(future), options, distant)
+            raise
         finally:
             if running:
                 with suppress(Exception):
                     self._client.cancel(list(running))
+
+    def _results(
+        self, future: Any, chunk: _Chunk, options: DetectOptions, distant: DetectOptions
+    ) -> Iterator[FileResult]:
+        self.detector, results = future.result()
+        for task, result in zip(chunk.tasks, results, strict=True):
+            yield _as_asked(result, task, options, distant)
+
+    def _drained(self, running: Mapping[Any, _Chunk]) -> list[Any]:
+        """Of what is handed out, what was begun and finished well within `DRAIN_S`."""
+        with suppress(Exception):  # the scheduler may be gone, too
+            begun = {key for keys in self._client.processing().values() for key in keys}
+            waited = [future for future in running if future.key in begun or future.done()]
+            self._client.cancel([future for future in running if future not in waited])
+            deadline = time.monotonic() + DRAIN_S
+            while not all(future.done() for future in waited) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            return [future for future in waited if future.status == "finished"]
+        return []
 
     def _census(self, *, now: bool = False) -> None:
         """Look now and then which workers there are; they may come and go."""
@@ -286,7 +316,7 @@ class _Task:
     def of(cls, job: Job, options: DetectOptions) -> _Task:
         existing = {path.name for path in possible_outputs(job, options) if path.exists()}
         source = job.source if is_sample(job.source) else str(Path(job.source).absolute())
-        return cls(job, Job(source, job.output_stem), frozenset(existing))
+        return cls(job, replace(job, source=source), frozenset(existing))
 
     def is_fresh(self, options: DetectOptions) -> bool:
         """Whether it had no result: one that is there now is of a worker that died since."""

@@ -75,6 +75,7 @@ def detect_dask(
     except ImportError:
         raise ConfigError("this needs dask: pip install 'napari-semanticblur[cluster]'") from None
 
+    model = str(model)
     if backend == "auto" and not is_exported(model):
         backend = "torch"
     if Path(model).is_file():

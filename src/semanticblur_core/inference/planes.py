@@ -164,14 +164,19 @@ class Planes:
         Raises
         ------
         ImageError
-            If there are more or fewer than channels.
+            If there are more or fewer than channels, or they are none.
         """
-        pairs: Any = value_range
-        if not isinstance(pairs[0], Sequence):
-            return [(float(pairs[0]), float(pairs[1]))] * self.n_ranges
+        try:
+            pairs = np.asarray(value_range, dtype=np.float64)
+        except (TypeError, ValueError):
+            pairs = np.empty(0)
+        if pairs.shape == (2,):
+            pairs = np.tile(pairs, (self.n_ranges, 1))
+        if pairs.ndim != 2 or pairs.shape[1] != 2:
+            raise ImageError(f"range {value_range}: expected LOW and HIGH, or a pair a channel")
         if len(pairs) != self.n_ranges:
             raise ImageError(f"expected {self.n_ranges} intensity ranges, got {len(pairs)}")
-        return [(float(low), float(high)) for low, high in pairs]
+        return [(low, high) for low, high in pairs.tolist()]
 
     @property
     def n_ranges(self) -> int:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from semanticblur_core import io
 from semanticblur_core.errors import ConfigError
-from semanticblur_core.inference.batch import FileResult
+from semanticblur_core.inference.batch import FileResult, is_sample
 
 TABLE_SUFFIXES = (".csv", ".parquet")
 ROWS_PER_GROUP = 10_000
@@ -29,7 +30,7 @@ _COLUMNS = {
 
 
 class SummaryTable:
-    """What `summary_table` gives; ``earlier`` are the rows of earlier runs by input."""
+    """What `summary_table` gives."""
 
     def __init__(
         self, writer: _CsvWriter | _ParquetWriter, earlier: dict[str, dict[str, Any]]
@@ -37,12 +38,17 @@ class SummaryTable:
         self._writer = writer
         self._earlier = earlier
 
+    @property
+    def earlier(self) -> Mapping[str, dict[str, Any]]:
+        """Rows of earlier runs that are not taken over yet, by the `place` of their input."""
+        return self._earlier
+
     def add(self, result: FileResult) -> None:
         """Add the row of a file; what is known of a skipped one from before is kept."""
         row = _row(result)
-        before = self._earlier.pop(_printable(result.source), None)
+        before = self._earlier.pop(place(result.source), None)
         if result.skipped and before is not None and _is_of(before, row):
-            row = before | {"status": row["status"], "outputs": row["outputs"]}
+            row = before | {name: row[name] for name in ("input", "status", "outputs")}
         self._writer.add(row)
 
     def add_unreached(self) -> None:
@@ -73,7 +79,24 @@ def require_table_format(path: Path) -> None:
 
 def is_of_results(outputs: Iterable[str], result: FileResult) -> bool:
     """Whether what was measured when ``outputs`` were written is of the results that are there."""
-    return {str(path) for path in result.outputs} <= set(outputs)
+    return set(map(place, result.outputs)) <= set(map(place, outputs))
+
+
+def place(path: str | Path) -> str:
+    """One spelling of the path of an input or output, as tables can hold it."""
+    text = str(path)
+    # Links are not followed: they are inputs of their own.
+    return str(_printable(text if is_sample(text) else os.path.abspath(text)))  # noqa: PTH100
+
+
+def owners(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Input by the `place` of each output, of rows of an earlier run."""
+    found = {}
+    for row in rows.values():
+        outputs = row["outputs"]
+        for output in outputs.split(";") if isinstance(outputs, str) else outputs or ():
+            found[place(output)] = row["input"]
+    return found
 
 
 @contextmanager
@@ -128,7 +151,7 @@ def _read_rows(paths: list[Path], is_csv: bool) -> dict[str, dict[str, Any]]:
     for path in existing:
         for row in _csv_rows(path) if is_csv else _parquet_rows(path):
             if row["mean_blur"] not in (None, ""):
-                rows[_printable(row["input"])] = row
+                rows[place(row["input"])] = row
     return rows
 
 
@@ -204,8 +227,8 @@ class _ParquetWriter:
 
 def _is_of(before: dict[str, Any], row: dict[str, Any]) -> bool:
     """As `is_of_results`, of two rows."""
-    wanted, written = (_printable(r["outputs"]).split(";") for r in (row, before))
-    return set(wanted) <= set(written)
+    wanted, written = ({place(p) for p in r["outputs"].split(";")} for r in (row, before))
+    return wanted <= written
 
 
 def _printable(value: Any) -> Any:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from semanticblur_core.data.transforms import normalise
-from semanticblur_core.device import choose_device
+from semanticblur_core.device import choose_device, is_out_of_memory
 from semanticblur_core.errors import SemanticBlurError
 from semanticblur_core.inference.backends import Resizing
 from semanticblur_core.network import SemanticBlur
@@ -63,7 +63,7 @@ class TorchBackend:
         try:
             return self._infer(images)
         except RuntimeError as error:  # torch's out of memory is one
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         if len(images) > 1:
             half = len(images) // 2
@@ -108,10 +108,6 @@ class TorchBackend:
         self.device, self.precision, self.name = "cpu", "float32", "torch"
         self.reason = f"{was} ran out of memory"
         warnings.warn(f"{was} ran out of memory; going on with the CPU", stacklevel=2)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _upsample(blur: torch.Tensor, shape: tuple[int, ...], mode: Resizing) -> torch.Tensor:

@@ -19,6 +19,7 @@ from semanticblur_core.errors import TrainingError
 from semanticblur_core.metrics import Scores
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.network.backbones import load_imagenet_resnet50
+from semanticblur_core.training.checkpoint import load_checkpoint
 from semanticblur_core.training.loop import LAST_CHECKPOINT, SaveBest, TrainUpdate, train
 
 RESULT = "result.json"
@@ -192,7 +193,7 @@ def ablate(
                     f_beta=scores["f_beta"],
                     iou=scores["iou"],
                     best_epoch=epoch,
-                    last_mae=last.scores.mae if last and last.scores else scores["mae"],
+                    last_mae=last.scores.mae if last and last.scores else _last_mae(run_dir),
                     n_parameters=sum(p.numel() for p in model.parameters()),
                     start=start,
                 )
@@ -210,6 +211,11 @@ def _keeper(run_dir: Path) -> SaveBest:
     return keep
 
 
+def _last_mae(run_dir: Path) -> float:
+    """Of a run that was over when it was taken up again."""
+    return float(load_checkpoint(run_dir / LAST_CHECKPOINT)["history"][-1]["val_mae"])
+
+
 def _best_of(run_dir: Path) -> tuple[int, dict[str, Any]]:
     values = json.loads((run_dir / BEST).read_text(encoding="utf-8"))
     return values["epoch"], values["scores"]
@@ -223,10 +229,10 @@ def _key(
     training: DecodedPairs,
     validation: DecodedPairs,
 ) -> str:
-    """Digest of what a variant's result depends on; of the images, their names."""
-    names = [training.names, validation.names]
+    """Digest of what a variant's result depends on."""
+    data = [training.digest(), validation.digest()]
     computed_on = [device.device.type, str(device.dtype)]
-    values = [config.to_dict(), model.to_dict(), initial, computed_on, names]
+    values = [config.to_dict(), model.to_dict(), initial, computed_on, data]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

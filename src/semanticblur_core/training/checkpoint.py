@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from semanticblur_core import io
 from semanticblur_core.errors import TrainingError
 
 FORMAT_VERSION = 1
+_LITTLE_BYTES = 2**20
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -20,6 +22,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             torch.save(state | {"format_version": FORMAT_VERSION}, temporary)
         except RuntimeError as error:  # what a full disk becomes
             reason = str(error).splitlines()[0]
+            if shutil.disk_usage(path.parent).free < _LITTLE_BYTES:
+                reason = "no space left on the disk"
             raise TrainingError(f"{path}: cannot be written: {reason}") from error
 
 

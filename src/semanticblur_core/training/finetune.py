@@ -35,6 +35,7 @@ from semanticblur_core.metrics import BlurScorer, Protocol, Scores
 from semanticblur_core.training import photographs
 from semanticblur_core.training.recipes import finetune_budget
 from semanticblur_core.training.strokes import (
+    MOST_VIEWS,
     HeldOut,
     Size,
     View,
@@ -258,6 +259,7 @@ def finetune(
         plain, config.n_views, crops=size != "native", rng=np.random.default_rng((config.seed, 1))
     )
     looked_at = [view for view in plain if (view.held_out > 0).any()]
+    looked_at = looked_at[:: math.ceil(len(looked_at) / (MOST_VIEWS * config.n_views)) or 1]
     replayed, watched = photographs.replayed(config), photographs.watched(config)
     untouched = photographs.untouched(config)
     spared = range(0, len(replayed), 2) if config.importance_damping else range(0)

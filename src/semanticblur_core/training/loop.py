@@ -27,7 +27,7 @@ from semanticblur_core.config import TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs
 from semanticblur_core.data.defocus import SharpImages, defocus_photograph, synthesise
 from semanticblur_core.data.transforms import augment, cutmix, normalise
-from semanticblur_core.device import DeviceChoice
+from semanticblur_core.device import DeviceChoice, is_out_of_memory
 from semanticblur_core.errors import TrainingError
 from semanticblur_core.inference.detector import Detector
 from semanticblur_core.losses import LabelCounts, blur_loss, label_counts
@@ -134,9 +134,12 @@ def train(
     identity: dict[str, Any] = {
         "config": config.to_dict(),
         "architecture": model.config.to_dict(),
-        "images": _names_digest(training, validation, synthetic),
+        "images": _digest(training, validation, synthetic),
         "computed on": f"{device.device.type}, {device.dtype}",
     }
+    if is_first_process():
+        for part in io.left_behind(run_dir / LAST_CHECKPOINT):  # of a run that was killed
+            io.remove_if_stale(part)
     first_epoch, first_batch, loss_sum, best_mae = 0, 0, 0.0, math.inf
     history: list[dict[str, str]] = []
     if resume:
@@ -332,7 +335,9 @@ def backward(
                     # Gradients are averaged over processes, and are to be summed.
                     fabric.backward(loss * n_processes)
                 total += float(loss.detach())
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             # Other processes would wait for this one's gradients for ever.
             if n_processes > 1 or n_parts >= n_images:
                 raise TrainingError(
@@ -536,13 +541,13 @@ def _average(averaged: SemanticBlur, model: SemanticBlur, decay: float, step: in
     torch._foreach_lerp_([ours[k] for k in floating], [theirs[k] for k in floating], 1 - decay)
 
 
-def _names_digest(
+def _digest(
     training: DecodedPairs,
     validation: DecodedPairs,
     synthetic: Sequence[tuple[SharpImages, int]],
 ) -> str:
-    """sha256 of the names of the images trained on and held out, in order."""
-    names = [list(pairs.names) for pairs in (training, validation)]
+    """sha256 of the images trained on and held out with their labels; of sharp ones, the names."""
+    names = [[pairs.digest()] for pairs in (training, validation)]
     for source, _ in synthetic:
         stems = [path.stem for path in source.paths]
         names += [[source.kind, *stems], [stems[i] for i in source.with_mask]]

@@ -105,8 +105,11 @@ def recipe(name: str) -> TrainConfig:
     return RECIPES[name]
 
 
-def _recipe_from_file(path: Path) -> TrainConfig:
+def _recipe_from_file(path: Path, above: tuple[Path, ...] = ()) -> TrainConfig:
     import yaml
+
+    if path.absolute() in above:
+        raise ConfigError(f"{path}: is a recipe made of itself")
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -116,7 +119,9 @@ def _recipe_from_file(path: Path) -> TrainConfig:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{path}: expected a mapping of settings, such as epochs: 20")
-    base = recipe(str(values.pop("recipe", "paper")))
+    name = str(values.pop("recipe", "paper"))
+    is_file = name.lower().endswith((".yaml", ".yml"))
+    base = _recipe_from_file(Path(name), (*above, path.absolute())) if is_file else recipe(name)
     fields = base.to_dict()
     for key, value in values.items():
         expected = type(fields.get(key))

@@ -91,11 +91,14 @@ def hold_out(images: Sequence[LabelledImage], share: float, rng: np.random.Gener
     counts = []
     for code in (SHARP, BLURRED):
         pieces = [(i, piece) for i in free for piece in _pieces(everything[i] == code)]
+        order = rng.permutation(len(pieces))
         if len(pieces) == 1:
             [(i, piece)] = pieces
             pieces = [(i, part) for part in _ends(piece)]
+            # An end, not a piece between two that are learned from.
+            order = np.arange(len(pieces))[:: -1 if rng.integers(2) else 1]
         n_held_out = min(math.ceil(share * len(pieces)), len(pieces) - 1) if share else 0
-        for k in rng.permutation(len(pieces))[: max(0, n_held_out)]:
+        for k in order[: max(0, n_held_out)]:
             i, piece = pieces[k]
             training[i][piece] = UNLABELLED
             held_out[i][piece] = code

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,6 +177,43 @@ def test_resume_keeps_what_the_json_says_of_images_done_before(
     (tmp_path / "j.json").write_text("[]")
     assert detect("--input=in/photo01.png", *common, "--resume", cwd=tmp_path).returncode == 0
     assert json.loads((tmp_path / "j.json").read_text())["images"] == []
+
+
+def test_resume_takes_no_result_of_another_input_but_other_spellings(
+    tmp_path: Path, folder: Path
+) -> None:
+    (tmp_path / "card2").mkdir()
+    shutil.copy(folder / "photo01.png", tmp_path / "card2" / "photo00.png")
+    common = ("--method=lbp", "--json=j.json", "--table=t.csv")
+    first = detect("--input=in/photo00.png", "--output=out", *common, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    other = ("--input=card2/photo00.png", "--output=out", "--resume")
+    for reports in (common[:2], (common[0], common[2])):
+        done = detect(*other, *reports, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr == (
+            "semanticblur-core: card2/photo00.png: out/photo00_blur.png is the result of "
+            "in/photo00.png; detect it into another output folder\n"
+        )
+    again = (f"--input={folder / 'photo00.png'}", f"--output={tmp_path / 'out'}", "--resume")
+    assert detect(*again, *common, cwd=tmp_path).returncode == 0
+    [row] = [row for row in rows_of(tmp_path / "t.csv") if row["mean_blur"]]
+    assert row["input"] == str(folder / "photo00.png")
+    [image] = json.loads((tmp_path / "j.json").read_text())["images"]
+    assert image["input"] == str(folder / "photo00.png")
+    (folder / "photo00.png").unlink()  # moved elsewhere: its result is not another's now
+    assert detect(*other, *common, cwd=tmp_path).returncode == 0
+
+
+def test_no_report_takes_the_place_of_a_result(tmp_path: Path, folder: Path) -> None:
+    report = "--json=out/photo00_blur.json"
+    done = detect("--input=in", "--output=out", "--method=lbp", report, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"{report}: is a result, too; give it another name" in done.stderr
+    too_large = ("--input=in", "--output=out", "--size=4096", "--scales=1,2")
+    assert "is more than 4096 px" in detect(*too_large, cwd=tmp_path).stderr
+    ranges = detect("--input=in", "--output=out", "--range=0,inf", cwd=tmp_path)
+    assert "expected finite numbers, LOW below HIGH" in ranges.stderr
 
 
 def test_resume_says_which_maps_were_made_with_other_settings(tmp_path: Path, folder: Path) -> None:

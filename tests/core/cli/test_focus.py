@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -261,3 +262,27 @@ def test_complex_numbers_are_refused_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "expected real numbers, got complex64" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_input_that_names_nothing_does_not_stop_the_rest(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = run(
+        f"--input={folder}", "--input=empty", "--input=no*.jpg", "--method=lbp", "--csv=r.csv",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "semanticblur-core: empty: no images in this folder; --recursive looks into its subfolders",
+        "semanticblur-core: no*.jpg: no file matches",
+    ]
+    assert len((tmp_path / "r.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")
+def test_names_that_are_not_utf8_keep_their_bytes(tmp_path: Path, folder: Path) -> None:
+    name = os.fsdecode(b"\xff\xfe.png")
+    (folder / "soft.png").rename(folder / name)
+    done = run(f"--input={folder}", "--method=lbp", "--csv=r.csv", "--json=r.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert b"\xff\xfe.png" in (tmp_path / "r.csv").read_bytes()
+    assert len(json.loads((tmp_path / "r.json").read_text())["images"]) == 2

@@ -123,3 +123,48 @@ def test_wrong_usage_is_one_clear_line(
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_resumed_run_takes_no_other_masks_and_keeps_its_network(
+    pair_folders: tuple[Path, Path], tmp_path: Path, random_weights: Path
+) -> None:
+    (tmp_path / "val.txt").write_text("\ufeffphoto0\nphoto1\nphoto1\n", encoding="utf-8")
+    train = (
+        "train", f"--images={pair_folders[0]}", f"--masks={pair_folders[1]}",
+        f"--val-split={tmp_path / 'val.txt'}", f"--output={tmp_path / 'run'}", "--device=cpu",
+        "--precision=float32", "--set=epochs=1", "--set=batch_size=3", "--set=image_size_px=64",
+    )  # fmt: skip
+    done = run(*train, f"--init={random_weights}")
+    assert done.returncode == 0, done.stderr
+    assert "6 images to train on, 2 to validate" in done.stdout
+    stale = tmp_path / "run" / ".last.ckpt.0123abcd.part"
+    stale.write_bytes(b"killed")
+    again = run(*train, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert "all 1 epochs were done before" in again.stdout
+    assert not stale.exists()
+    other = run(*train, "--resume", "--mask-polarity=sharp")
+    assert other.returncode == 2
+    assert "made with other settings (images)" in other.stderr
+
+
+def test_flags_that_a_run_would_not_heed_are_refused(
+    store: AnnotationStore, tmp_path: Path, pair_folders: tuple[Path, Path]
+) -> None:
+    data = f"--data={store.folder}"
+    for command, message in (
+        (("train", data, "--val-split=mine"), "--val-split: of --images and --masks"),
+        (("train", data, "--mask-polarity=sharp"), "--mask-polarity: of --images and --masks"),
+        (("finetune", data, "--set=seed=5"), "--set=seed: --seed says it"),
+        (("finetune", data, "--set=image_size_px=64"), "--set=image_size_px: --size says it"),
+        (
+            ("train", f"--images={pair_folders[0]}", f"--masks={store.folder / 'labels'}",
+             f"--val-split={tmp_path / 'v.txt'}"),
+            "largest value is 2, but a mask is",
+        ),
+    ):  # fmt: skip
+        (tmp_path / "v.txt").write_text("photo0\n")
+        done = run(*command, f"--output={tmp_path / 'x'}", "--device=cpu")
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr

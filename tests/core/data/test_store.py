@@ -19,7 +19,7 @@ from semanticblur_core.data.store import (
     read_labels,
     read_store,
 )
-from semanticblur_core.errors import DataError
+from semanticblur_core.errors import DataError, SemanticBlurError
 
 
 def photo(value: int = 7) -> np.ndarray:
@@ -276,3 +276,54 @@ def test_an_old_tiff_stack_with_few_columns_is_not_taken_for_colour(tmp_path: Pa
     tifffile.imwrite(tmp_path / "stack.tif", stack, photometric="minisblack")
     store.write("s", labels, image=tmp_path / "stack.tif")
     assert [image.image.shape for image in read_store(tmp_path)] == [(9, 11)]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"split": "validation"}, "split: expected train or val, got 'validation'"),
+        ({"split": ["val"]}, "split: expected train or val"),
+        ({"plane": 3}, "plane: expected a list of whole numbers, got 3"),
+        (None, "expected a mapping, got None"),
+    ],
+)
+def test_what_the_json_says_of_an_item_is_checked(
+    tmp_path: Path, said: object, message: str
+) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    for name in ("a", "b"):
+        store.write(name, strokes(), image=photo())
+    index = json.loads((tmp_path / "dataset.json").read_text())
+    index["items"]["a"] = said
+    (tmp_path / "dataset.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=message):
+        read_store(tmp_path)
+    rows, problems = check_store(tmp_path)
+    assert [row["name"] for row in rows] == ["b"]
+    assert len(problems) == 1
+    assert message in problems[0]
+
+
+def test_a_check_goes_on_past_items_without_their_image(tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    for name in ("a", "b", "c"):
+        store.write(name, strokes(), image=photo())
+    next((tmp_path / "images").glob("a.*")).unlink()
+    lost = next((tmp_path / "images").glob("b.*"))
+    lost.unlink()
+    lost.symlink_to("nowhere")
+    rows, problems = check_store(tmp_path)
+    assert [row["name"] for row in rows] == ["c"]
+    assert len(problems) == 2
+
+
+def test_a_damaged_file_of_labels_makes_no_masks_of_the_others(tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    for name in ("a", "b"):
+        store.write(name, strokes(), image=photo())
+    (tmp_path / "dataset.json").unlink()
+    path = tmp_path / "labels" / "a.png"
+    path.write_bytes(path.read_bytes()[:30])
+    assert is_store(tmp_path)
+    with pytest.raises(SemanticBlurError, match=r"a\.png"):
+        read_store(tmp_path)

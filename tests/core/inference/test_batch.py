@@ -1,6 +1,7 @@
 """Files in, files out: what is found, how results are named, and that one bad file is no end."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -124,17 +125,70 @@ def test_an_input_named_twice_is_done_once(folder: Path) -> None:
     assert stems(jobs) == ["a", "cat"]
 
 
-def test_two_inputs_of_one_name_do_not_stop_the_rest(folder: Path) -> None:
+def test_of_two_inputs_of_one_name_the_second_is_refused(folder: Path, detector: Detector) -> None:
     (folder / "other").mkdir()
     Image.new("RGB", (50, 40)).save(folder / "other" / "a.png")
     inputs = [f"{folder}/a.png", f"{folder}/other", f"{folder}/b.jpg"]
-    told: list[str] = []
-    jobs, _ = find_jobs(inputs, folder.parent / "out", on_problem=told.append)
-    assert [job.source for job in jobs] == [inputs[0], inputs[2]]
-    assert told == [
-        f"{folder}/other/a.png: would write the same a_blur file as {folder}/a.png; detect it into "
-        "another output folder"
+    out = folder.parent / "out"
+    jobs, _ = find_jobs(inputs, out)
+    assert stems(jobs) == ["a", "a", "b"]
+    done = list(detect_files(jobs, detector, DetectOptions(out, size=64)))
+    assert [result.error for result in done] == [
+        None,
+        f"{folder}/other/a.png: would write the same a_blur file as {folder}/a.png; detect it "
+        "into another output folder",
+        None,
     ]
+
+
+def test_no_result_takes_the_place_of_an_input(folder: Path, detector: Detector) -> None:
+    (folder / "b.jpg").rename(folder / "a_blur.png")
+    before = (folder / "a_blur.png").read_bytes()
+    jobs, _ = find_jobs([f"{folder}/a.png", f"{folder}/a_blur.png"], folder)
+    options = DetectOptions(folder, size=64, overwrite=True)
+    errors = [result.error for result in detect_files(jobs, detector, options)]
+    assert errors[1] is None
+    assert f"would take the place of {folder}/a_blur.png, an input" in str(errors[0])
+    assert (folder / "a_blur.png").read_bytes() == before
+    assert (folder / "a_blur_blur.png").is_file()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_links_are_followed_but_not_in_circles(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (50, 40)).save(tmp_path / "elsewhere" / "e.png")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "again").symlink_to(folder / "sub")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    (folder / "best").mkdir()
+    (folder / "best" / "one.png").symlink_to(folder / "a.png")
+    (folder / "loop.png").symlink_to("loop.png")
+    jobs, _ = find_jobs([str(folder)], tmp_path / "out", recursive=True)
+    found = stems(jobs)
+    assert {"link/e", "best/one", "loop", "a"} <= set(found)
+    assert len(found) == len(set(found))
+    assert not [stem for stem in found if stem.startswith(("again", "link/back"))]
+
+
+def test_odd_names_stay_in_the_output_folder(
+    folder: Path, detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    for name in ("..png", "sample:cat.png", "~nobody.png"):
+        shutil.copy("a.png", name)
+    out = folder.parent / "out" / "deep"
+    jobs, _ = find_jobs(["..png", "./sample:cat.png", "~nobody.png"], out)
+    done = list(detect_files(jobs, detector, DetectOptions(out, size=64)))
+    assert [result.error for result in done] == [None, None, None]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "..png_blur.png", "sample:cat_blur.png", "~nobody_blur.png"
+    ]  # fmt: skip
+    assert [path.name for path in out.parent.iterdir()] == ["deep"]
+
+
+def test_what_python_users_give_is_understood(folder: Path) -> None:
+    assert find_jobs(folder, folder.parent)[0] == find_jobs([str(folder)], folder.parent)[0]
+    assert DetectOptions("maps").output == Path("maps")  # type: ignore[arg-type]
 
 
 def test_a_raw_file_does_not_rename_the_result_of_its_jpeg(folder: Path) -> None:
@@ -176,11 +230,6 @@ def test_inputs_that_name_nothing_are_refused(tmp_path: Path, name: str, message
     (tmp_path / "EMPTY").mkdir()
     with pytest.raises(ImageError, match=message):
         find_jobs([str(tmp_path / name) if name == "EMPTY" else name], tmp_path / "out")
-
-
-def test_inputs_that_would_overwrite_each_other_are_refused(folder: Path) -> None:
-    with pytest.raises(ImageError, match=r"same a_blur file"):
-        find_jobs([f"{folder}/a.png", f"{folder}/sub/a.png"], folder.parent / "out")
 
 
 def test_formats_agree_and_have_the_size_of_the_image(folder: Path, detector: Detector) -> None:

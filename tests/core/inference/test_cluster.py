@@ -114,6 +114,22 @@ def test_killing_one_of_two_workers_half_way_loses_no_image(
     assert names == {f"photo{i:02}_blur.npy" for i in range(N_IMAGES)}  # no .part is left
 
 
+def test_interrupted_it_tells_of_every_map_that_is_there(folder: Path, tmp_path: Path) -> None:
+    jobs, _ = find_jobs([str(folder / "photo*.png")], tmp_path)
+    make = functools.partial(ClassicalDetector, "lbp")
+    with DetectionCluster(make, n_workers=2) as cluster:
+        coming = cluster.detect_files(jobs, DetectOptions(tmp_path))
+        results = [next(coming), next(coming)]
+        with pytest.raises(KeyboardInterrupt):
+            results.append(coming.throw(KeyboardInterrupt))
+            results.extend(coming)
+        told = {path.name for result in results for path in result.outputs}
+        assert len(results) < N_IMAGES
+        assert told == {path.name for path in tmp_path.iterdir()}
+        with pytest.raises(ConfigError, match="make another"):
+            next(cluster.detect_files(jobs, DetectOptions(tmp_path)))
+
+
 def test_a_file_that_kills_its_worker_costs_no_other_one(folder: Path, tmp_path: Path) -> None:
     Image.new("RGB", (50, 41)).save(tmp_path / "killer.png")
     jobs, _ = find_jobs([str(folder / "photo0*.png"), str(tmp_path / "killer.png")], tmp_path)

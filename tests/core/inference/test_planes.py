@@ -233,3 +233,14 @@ def test_a_numpy_integer_is_a_channel() -> None:
 def test_numbers_that_are_not_real_are_refused() -> None:
     with pytest.raises(ImageError, match="expected real numbers, got complex128"):
         Planes(np.zeros((8, 8), complex), "YX")
+
+
+def test_ranges_may_be_arrays() -> None:
+    planes = Planes(np.zeros((2, 40, 40), np.uint16), "CYX")
+    ranges: Any
+    for ranges in (np.array([[0, 5], [0, 9]]), [np.array([0, 5]), (0, 9)]):
+        assert planes.as_limits(ranges) == [(0.0, 5.0), (0.0, 9.0)]
+    assert planes.as_limits(np.array([1, 2])) == [(1.0, 2.0)] * 2  # type: ignore[arg-type]
+    for ranges in (3, [1, 2, 3], ["a", "b"], None):
+        with pytest.raises(ImageError, match="expected LOW and HIGH, or a pair a channel"):
+            planes.as_limits(ranges)

@@ -3,9 +3,11 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from semanticblur_core import io
 from semanticblur_core.config import ModelConfig, TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs, find_pairs
 from semanticblur_core.device import DeviceChoice
@@ -106,3 +108,14 @@ def test_the_tables_are_the_papers() -> None:
     switches = ("channel_attention", "spatial_attention", "semantic_enhancement")
     n_on = [sum(getattr(v.model, switch) for switch in switches) for v in TABLES[2]]
     assert n_on == [0, 1, 2, 3]
+
+
+@pytest.mark.usefixtures("small_table")
+def test_other_masks_under_the_same_names_are_other_images(
+    pair_folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run(pair_folders, tmp_path)
+    for path in pair_folders[1].iterdir():
+        io.write_png(path, np.where(io.read_mask(path), np.uint8(0), np.uint8(255)))
+    with pytest.raises(TrainingError, match="made with other settings or images"):
+        run(pair_folders, tmp_path)
