@@ -106,11 +106,10 @@ def command(
 
     config = finetune_budget(budget)
     values = dict(override(text, config) for text in overrides)
-    for name, flag in (("seed", "--seed"), ("image_size_px", "--size")):
-        if name in values:
-            raise click.UsageError(f"--set={name}: {flag} says it")
-    if size != "native":
-        values["image_size_px"] = size
+    if "seed" in values:
+        raise click.UsageError("--set=seed: --seed says it")
+    if size != "native" and values.setdefault("image_size_px", size) != size:
+        raise click.UsageError("--set=image_size_px: --size says it, but for native windows")
     config = FinetuneConfig.from_dict(config.to_dict() | values | {"seed": seed})
     labelled = read_labelled(data, images, masks, mask_polarity)
 

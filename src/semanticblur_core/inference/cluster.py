@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -224,7 +224,7 @@ class DetectionCluster:
             self._census(now=True)
         except KeyboardInterrupt:
             # Whose maps are there already, so that no report lacks them.
-            for future in self._drained(running):
+            for future in self._drained(list(running)):
                 yield from self._results(future, running.pop(future), options, distant)
             raise
         finally:
@@ -239,17 +239,12 @@ class DetectionCluster:
         for task, result in zip(chunk.tasks, results, strict=True):
             yield _as_asked(result, task, options, distant)
 
-    def _drained(self, running: Mapping[Any, _Chunk]) -> list[Any]:
-        """Of what is handed out, what was begun and finished well within `DRAIN_S`."""
-        with suppress(Exception):  # the scheduler may be gone, too
-            begun = {key for keys in self._client.processing().values() for key in keys}
-            waited = [future for future in running if future.key in begun or future.done()]
-            self._client.cancel([future for future in running if future not in waited])
-            deadline = time.monotonic() + DRAIN_S
-            while not all(future.done() for future in waited) and time.monotonic() < deadline:
-                time.sleep(0.02)
-            return [future for future in waited if future.status == "finished"]
-        return []
+    def _drained(self, running: Collection[Any]) -> list[Any]:
+        """Of what was handed out, a few seconds' work, what is finished within `DRAIN_S`."""
+        deadline = time.monotonic() + DRAIN_S
+        while not all(future.done() for future in running) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return [future for future in running if future.status == "finished"]
 
     def _census(self, *, now: bool = False) -> None:
         """Look now and then which workers there are; they may come and go."""

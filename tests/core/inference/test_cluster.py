@@ -120,8 +120,8 @@ def test_interrupted_it_tells_of_every_map_that_is_there(folder: Path, tmp_path:
     with DetectionCluster(make, n_workers=2) as cluster:
         coming = cluster.detect_files(jobs, DetectOptions(tmp_path))
         results = [next(coming), next(coming)]
+        results.append(coming.throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            results.append(coming.throw(KeyboardInterrupt))
             results.extend(coming)
         told = {path.name for result in results for path in result.outputs}
         assert len(results) < N_IMAGES
