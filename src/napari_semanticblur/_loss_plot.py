@@ -41,7 +41,7 @@ class LossPlot(QWidget):
     def __init__(self, parent: QWidget | None = None) -> None:
         super().__init__(parent)
         self.loss = Curve("loss (relative)", "#999999", 1.0)
-        self.held_out = Curve("held-out strokes", BLURRED_COLOR, 2.0)
+        self.held_out = Curve("held out", BLURRED_COLOR, 2.0)
         self.photographs = Curve("photographs", SHARP_COLOR, 2.0)
         self.best_step = 0
         self._n_steps = 1
@@ -130,7 +130,7 @@ class LossPlot(QWidget):
             painter.setPen(QPen(QColor(text), 1, Qt.PenStyle.DashLine))
             x = place((self.best_step, 0)).x()
             painter.drawLine(QPointF(x, area.top()), QPointF(x, area.bottom()))
-        left = area.left()
+        left = 4.0
         for curve in self.curves:
             painter.setPen(QPen(QColor(curve.color), curve.width))
             scale = highest_loss if curve is self.loss else top
