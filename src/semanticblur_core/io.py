@@ -262,7 +262,7 @@ def to_unit_range(
         raise ImageError(f"{name}: expected real numbers, got {array.dtype}")
     # float32 holds whole numbers up to 2^24 only.
     is_exact = array.dtype.itemsize < 4 or array.dtype == np.float32
-    values: NDArray[Any] = array.astype(np.float32 if is_exact else np.float64)
+    values: NDArray[Any] = np.array(array, np.float32 if is_exact else np.float64)
     if limits is None:
         finite = values[np.isfinite(values)]
         if finite.size == 0:
@@ -279,9 +279,10 @@ def to_unit_range(
             raise ImageError(f"range {low:g},{high:g}: expected finite numbers, LOW below HIGH")
     if high <= low:
         return np.zeros(array.shape, np.float32)
-    if max(-low, high) > float(np.finfo(np.float32).max) / 4:
+    single = np.finfo(np.float32)
+    if max(-low, high) > float(single.max) / 4 or high - low < float(single.tiny):
         values = values.astype(np.float64)
-    values = np.nan_to_num(values, copy=False, nan=low, posinf=low, neginf=low)
+    np.nan_to_num(values, copy=False, nan=low, posinf=low, neginf=low)
     np.clip(values, low, high, out=values)
     if math.isinf(high - low):
         values, low, high = values / 2, low / 2, high / 2

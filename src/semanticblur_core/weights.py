@@ -242,7 +242,7 @@ def _build(info: WeightsInfo, tensors: dict[str, Tensor]) -> SemanticBlur:
     counters = {k: torch.zeros((), dtype=torch.long) for k in model.state_dict() if _is_counter(k)}
     model.load_state_dict(counters, strict=False, assign=True)
     for key, tensor in tensors.items():
-        if not (tensor.is_floating_point() and bool(torch.isfinite(tensor).all())):
+        if not (tensor.is_floating_point() and bool(torch.isfinite(tensor.float()).all())):
             raise WeightsError(f"{info.path}: {key} holds values that are no finite numbers")
         if key.endswith("running_var") and bool((tensor < 0).any()):
             raise WeightsError(f"{info.path}: {key} holds negative variances")

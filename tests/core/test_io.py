@@ -322,3 +322,9 @@ def test_labels_are_no_masks(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 1], [2, 2]], np.uint8)).save(tmp_path / "labels.png")
     with pytest.raises(DataError, match="largest value is 2, but a mask is"):
         io.read_mask(tmp_path / "labels.png")
+
+
+def test_one_value_alone_is_brought_to_the_range_too() -> None:
+    assert float(io.to_unit_range(np.float32(3), limits=(0, 10))) == pytest.approx(0.3)  # type: ignore[arg-type]
+    tiny = np.array([[0, 1e-40]], np.float32)
+    np.testing.assert_allclose(io.to_unit_range(tiny, limits=(0, 2e-40)), [[0, 0.5]], atol=1e-3)

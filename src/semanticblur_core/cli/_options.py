@@ -342,7 +342,7 @@ def refuse_clashes(
         if place in read:
             raise click.UsageError(f"{flag}={path}: is an input; give the output another name")
         if place in written:
-            raise click.UsageError(f"{flag}={path}: is a result, too; give it another name")
+            raise click.UsageError(f"{flag}={path}: is the name of a result; give it another")
 
 
 def override(text: str, config: Any) -> tuple[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import signal
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from semanticblur_core.inference.batch import DetectOptions, FileResult
     from semanticblur_core.inference.cluster import DetectionCluster
     from semanticblur_core.inference.detector import Detector
+    from semanticblur_core.inference.table import Owners
 
 
 @click.command(name="detect")
@@ -219,9 +220,9 @@ def command(
     from semanticblur_core.inference.batch import (
         DetectOptions,
         detect_files,
-        every_output,
         find_jobs,
         is_result_name,
+        possible_outputs,
         remove_stale_parts,
     )
     from semanticblur_core.inference.table import owners, require_table_format, summary_table
@@ -254,7 +255,7 @@ def command(
             path
             for job in jobs
             if any(path and is_result_name(path.name) for path in reports.values())
-            for path in every_output(job, output)
+            for path in possible_outputs(job, options)
         ),
     )
     for flag, path in reports.items():
@@ -296,24 +297,27 @@ def command(
     if method != "network" or alone:
         detector = make()
     with ExitStack() as resources:
-        resources.enter_context(_stopped_as_by_ctrl_c())
+        stop = _Stop()
+        resources.enter_context(stop.heeded())
         progress = resources.enter_context(progress_bar())
         table = None
         if table_path is not None:
             table = resources.enter_context(summary_table(table_path, resume=resume))
         earlier = _read_images(json_path) if json_path is not None and resume else {}
-        made_of = owners(earlier) | (owners(table.earlier) if table is not None else {})
+        claims = owners(earlier)
+        for output_place, named in (table.claims if table is not None else {}).items():
+            claims.setdefault(output_place, {}).update(named)
         task = progress.add_task("Detecting", total=len(jobs))
         cluster, is_begun = None, True
         try:
             if alone:
                 remove_stale_parts(jobs, options)
-                coming: Iterator[FileResult] = detect_files(jobs, detector, options)
+                coming = detect_files(jobs, detector, options)
             else:
                 cluster = resources.enter_context(_open_cluster(make, workers, scheduler))
                 coming = resources.enter_context(closing(cluster.detect_files(jobs, options)))
-            for result in coming:
-                result = _unless_of_another(result, made_of)
+            for found in stop.each(coming):
+                result = _unless_of_another(found, claims)
                 n_failed += result.error is not None
                 n_skipped += result.skipped
                 if table is not None:
@@ -336,16 +340,6 @@ def command(
         click.echo(f"{len(jobs) - n_failed} of {len(jobs)} images done{kept} ({detector.reason})")
     if n_failed or problems:
         raise SystemExit(2)
-
-
-@contextmanager
-def _stopped_as_by_ctrl_c() -> Iterator[None]:
-    """What ends a batch job or a container (SIGTERM) stops in order too, tables written."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _open_cluster(
@@ -394,16 +388,52 @@ def _report(result: FileResult, progress: Progress, *, quiet: bool) -> None:
         )
 
 
-def _unless_of_another(result: FileResult, made_of: Mapping[str, str]) -> FileResult:
+def _unless_of_another(result: FileResult, claims: Owners) -> FileResult:
     """Where a file is skipped because of results that are another's by name: a failure."""
-    from semanticblur_core.inference.table import place
+    from semanticblur_core.inference.table import other_owner
 
-    for output in result.outputs if result.skipped else ():
-        other = made_of.get(place(output), result.source)
-        if Path(other).exists() and not Path(other).samefile(result.source):
-            error = f"{output} is the result of {other}; detect it into another output folder"
-            return replace(result, error=f"{result.source}: {error}", skipped=False, outputs=[])
-    return result
+    found = other_owner(result, claims) if result.skipped else None
+    if found is None:
+        return result
+    error = f"{found[0]} is the result of {found[1]}; detect it into another output folder"
+    return replace(result, error=f"{result.source}: {error}", skipped=False, outputs=[])
+
+
+class _Stop:
+    """Ctrl+C, and what ends a batch job or a container (SIGTERM): both stop in order.
+
+    While a result is told of, they wait, so that no report lacks it.
+    """
+
+    def __init__(self) -> None:
+        self._is_busy = self.is_asked_for = False
+
+    def __call__(self, *_: object) -> None:
+        if not self._is_busy:
+            raise KeyboardInterrupt
+        self.is_asked_for = True
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        before = {name: signal.signal(name, self) for name in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    def each(self, coming: Generator[FileResult]) -> Iterator[FileResult]:
+        """The results, and when it is asked to stop, those that are there already."""
+        with suppress(StopIteration):
+            while True:
+                self._is_busy = False
+                if self.is_asked_for:
+                    self.is_asked_for = False
+                    result = coming.throw(KeyboardInterrupt)
+                else:
+                    result = next(coming)
+                self._is_busy = True
+                yield result
 
 
 def _write_json(
@@ -415,7 +445,7 @@ def _write_json(
 ) -> None:
     """What was measured, on resume before too; ``detector`` or what is known of a worker's."""
     from semanticblur_core import __version__, io
-    from semanticblur_core.inference.table import is_of_results, place
+    from semanticblur_core.inference.table import are_there, is_of_results, place
 
     protocol: dict[str, Any] = {
         "blurred_is": f"map > {options.threshold:g}",
@@ -440,13 +470,22 @@ def _write_json(
         before = earlier.pop(place(result.source), None)
         if result.error is None and not result.skipped:
             images.append(_image(result, detector, options))
+        elif result.error is not None and before and are_there(before):
+            images.append(_without(before, settings))
         elif result.skipped and before and is_of_results(before["outputs"], result):
             outputs = [str(output) for output in result.outputs]
             before |= {"input": result.source, "outputs": outputs}
             images.append(_without(before, settings))
             n_other += not settings.keys().isdisjoint(images[-1])
-    # Files that a stopped run did not come to, or that are no inputs of this one.
-    images += [_without(image, settings) for image in earlier.values()]
+    # Files that a stopped run did not come to, or that are no inputs of this one; but for those
+    # whose results are of others now.
+    done = [r for r in results if r.error is None and not r.skipped]
+    written = {place(output) for result in done for output in result.outputs}
+    images += [
+        _without(image, settings)
+        for image in earlier.values()
+        if written.isdisjoint(map(place, image["outputs"]))
+    ]
     if n_other:
         click.echo(
             f"{n_other} of the files done before were made with other settings, which {path} keeps "

@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -178,6 +178,7 @@ def find_jobs(
     found: dict[str, tuple[str, Path]] = {}
     left_out: list[str] = []
     problems: list[str] = []
+    place = _placer()
 
     def unreadable(error: OSError, name: str = "") -> None:
         reason = error.strerror or error
@@ -191,9 +192,10 @@ def find_jobs(
                 if not named and _is_result(source, output):
                     left_out.append(source)
                     continue
-                # Links are not followed: they are inputs of their own.
-                key = source if is_sample(source) else os.path.abspath(source)  # noqa: PTH100
-                found.setdefault(key, (source, relative))
+                key = source if is_sample(source) else place(source)
+                _, before = found.setdefault(key, (source, relative))
+                if len(relative.parts) < len(before.parts):  # not by way of a circle of links
+                    found[key] = (source, relative)
         except OSError as error:
             unreadable(error, text)
         except ImageError as error:
@@ -215,6 +217,17 @@ def find_jobs(
     return list(_without_clashes(jobs, output)), left_out
 
 
+def _placer() -> Callable[[str], str]:
+    """Function that tells files apart: links to folders are followed, those to files are not."""
+    real = functools.cache(os.path.realpath)
+
+    def place(source: str) -> str:
+        folder, name = os.path.split(source)
+        return os.path.join(real(folder or os.curdir), name)  # noqa: PTH118
+
+    return place
+
+
 def _without_clashes(jobs: Iterable[Job], output: Path) -> Iterator[Job]:
     """The jobs, those refused that would write the file of another or the place of an input."""
     jobs = list(jobs)
@@ -223,6 +236,8 @@ def _without_clashes(jobs: Iterable[Job], output: Path) -> Iterator[Job]:
         for job in jobs
         if is_result_name(Path(job.source).name)
     }
+    # By the name first: there may be a million outputs, and each look at the disk takes its time.
+    names = {Path(path).name for path in named_as_results}
     writers: dict[str, Job] = {}
     for job in jobs:
         first = writers.setdefault(job.output_stem, job)
@@ -234,8 +249,8 @@ def _without_clashes(jobs: Iterable[Job], output: Path) -> Iterator[Job]:
                     "detect it into another output folder",
                 )
             continue
-        for path in every_output(job, output) if named_as_results else ():
-            taken = named_as_results.get(os.path.realpath(path))
+        for path in every_output(job, output) if names else ():
+            taken = named_as_results.get(os.path.realpath(path)) if path.name in names else None
             if taken is not None:
                 refusal = f"its result would take the place of {taken}, an input; detect it into "
                 job = replace(job, refusal=f"{refusal}another output folder")
@@ -245,7 +260,7 @@ def _without_clashes(jobs: Iterable[Job], output: Path) -> Iterator[Job]:
 
 def detect_files(
     jobs: Iterable[Job], detector: MapMaker, options: DetectOptions
-) -> Iterator[FileResult]:
+) -> Generator[FileResult]:
     """Detect and write; yields a result per job, failed ones included. Close it to stop.
 
     Where the detector takes several images at once (on a GPU), as many photographs are read ahead.
@@ -848,14 +863,18 @@ def _entries(
             path = Path(parent, name)
             if name.startswith(".") or stacks.is_zarr(path):
                 continue
-            if path.is_symlink():  # links may lead round in circles
+            if path.is_symlink():  # not to what is walked anyway, nor to what that lies in
                 place = os.path.realpath(path)
-                if place in seen or f"{place}{os.sep}".startswith(f"{root}{os.sep}"):
+                if place in seen or _lies_in(place, root) or _lies_in(root, place):
                     continue
                 seen.add(place)
             inside.append(name)
         folders[:] = inside
     return sorted(found)
+
+
+def _lies_in(place: str, folder: str) -> bool:
+    return f"{place}{os.sep}".startswith(f"{folder.rstrip(os.sep)}{os.sep}")
 
 
 def _fixed_part(pattern: Path) -> Path:

@@ -48,7 +48,7 @@ CHUNK_S = 1.0
 MAX_CHUNK_FILES = 64
 CHUNKS_PER_THREAD = 2
 CENSUS_S = 2.0
-DRAIN_S = 10.0
+DRAIN_S = 3.0
 CONNECT_S = 10
 # How often a chunk may lose its worker before its files are tried one at a time.
 ALLOWED_DEATHS = 1
@@ -148,8 +148,8 @@ class DetectionCluster:
         Files whose worker process died each time they were tried, even alone, are reported as
         failed. Close the iterator to stop: files that a worker of a running cluster has begun are
         still finished there, and processes of this machine end, so that nothing more can be
-        detected with them. Interrupted (Ctrl+C) it yields what is finished within ten seconds, and
-        then raises.
+        detected with them. Interrupted (Ctrl+C) it yields what is finished within three seconds,
+        and then raises.
 
         Raises
         ------
@@ -179,6 +179,7 @@ class DetectionCluster:
         make = cloudpickle.dumps(self._make)
         waiting, suspects = deque(jobs), deque[_Task]()
         running: dict[Any, _Chunk] = {}
+        untold = deque[FileResult]()
         completed = as_completed(loop=self._client.loop)
         n_done, seconds = 0, 0.0
         distant = replace(options, output=options.output.absolute())
@@ -205,10 +206,12 @@ class DetectionCluster:
                         taken = [_Task.of(waiting.popleft(), options) for _ in range(n_files)]
                         submit(_Chunk(taken))
                 future = next(completed)
-                chunk = running.pop(future)
+                chunk = running[future]
                 if future.status == "cancelled":
                     raise ConfigError("the connection to the scheduler was lost; --resume goes on")
                 error = future.exception()
+                if error is not None:
+                    del running[future]
                 if isinstance(error, KilledWorker):
                     self._workers_lost = True
                     if chunk.alone:
@@ -218,14 +221,18 @@ class DetectionCluster:
                     continue
                 if error is not None:
                     raise _explained(error)
-                for result in self._results(future, chunk, options, distant):
+                untold.extend(self._results(future, chunk, options, distant))
+                del running[future]
+                while untold:
+                    result = untold.popleft()
                     n_done, seconds = n_done + 1, seconds + result.elapsed_s
                     yield result
             self._census(now=True)
         except KeyboardInterrupt:
             # Whose maps are there already, so that no report lacks them.
             for future in self._drained(list(running)):
-                yield from self._results(future, running.pop(future), options, distant)
+                untold.extend(self._results(future, running.pop(future), options, distant))
+            yield from untold
             raise
         finally:
             if running:
@@ -234,10 +241,12 @@ class DetectionCluster:
 
     def _results(
         self, future: Any, chunk: _Chunk, options: DetectOptions, distant: DetectOptions
-    ) -> Iterator[FileResult]:
+    ) -> list[FileResult]:
         self.detector, results = future.result()
-        for task, result in zip(chunk.tasks, results, strict=True):
-            yield _as_asked(result, task, options, distant)
+        return [
+            _as_asked(result, task, options, distant)
+            for task, result in zip(chunk.tasks, results, strict=True)
+        ]
 
     def _drained(self, running: Collection[Any]) -> list[Any]:
         """Of what was handed out, a few seconds' work, what is finished within `DRAIN_S`."""

@@ -28,20 +28,25 @@ _COLUMNS = {
     "error": "string",
 }
 
+# By the place of an output, the inputs that an earlier run names for it, by theirs.
+Owners = dict[str, dict[str, str]]
+
 
 class SummaryTable:
-    """What `summary_table` gives."""
+    """What `summary_table` gives.
+
+    Attributes
+    ----------
+    claims
+        Of the rows of earlier runs.
+    """
 
     def __init__(
         self, writer: _CsvWriter | _ParquetWriter, earlier: dict[str, dict[str, Any]]
     ) -> None:
         self._writer = writer
         self._earlier = earlier
-
-    @property
-    def earlier(self) -> Mapping[str, dict[str, Any]]:
-        """Rows of earlier runs that are not taken over yet, by the `place` of their input."""
-        return self._earlier
+        self.claims = owners(earlier)
 
     def add(self, result: FileResult) -> None:
         """Add the row of a file; what is known of a skipped one from before is kept."""
@@ -49,7 +54,13 @@ class SummaryTable:
         before = self._earlier.pop(place(result.source), None)
         if result.skipped and before is not None and _is_of(before, row):
             row = before | {name: row[name] for name in ("input", "status", "outputs")}
+        elif result.error is not None and before is not None and are_there(before):
+            row = before | {name: row[name] for name in ("input", "status", "error")}
         self._writer.add(row)
+        if self._earlier and not result.skipped:  # what was another's results is this one's now
+            for output in result.outputs:
+                for other in self.claims.get(place(output), {}):
+                    self._earlier.pop(other, None)
 
     def add_unreached(self) -> None:
         """Add the earlier rows of files that this run did not come to, or was not asked for."""
@@ -89,14 +100,45 @@ def place(path: str | Path) -> str:
     return str(_printable(text if is_sample(text) else os.path.abspath(text)))  # noqa: PTH100
 
 
-def owners(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Input by the `place` of each output, of rows of an earlier run."""
-    found = {}
+def owners(rows: Mapping[str, Mapping[str, Any]]) -> Owners:
+    """Inputs by the `place` of each output, of rows of an earlier run."""
+    found: Owners = {}
     for row in rows.values():
-        outputs = row["outputs"]
-        for output in outputs.split(";") if isinstance(outputs, str) else outputs or ():
-            found[place(output)] = row["input"]
+        for output in _outputs(row):
+            found.setdefault(place(output), {})[place(row["input"])] = row["input"]
     return found
+
+
+def are_there(row: Mapping[str, Any]) -> bool:
+    """Whether all results of a row of an earlier run are there."""
+    return all(Path(output).exists() for output in _outputs(row))
+
+
+def _outputs(row: Mapping[str, Any]) -> Iterable[str]:
+    outputs = row["outputs"] or ()
+    return outputs.split(";") if isinstance(outputs, str) else outputs
+
+
+def other_owner(result: FileResult, claims: Owners) -> tuple[Path, str] | None:
+    """An output that is there before, and the input of which it was made, if that is another.
+
+    An input that is gone may be this one under a former name, so it is not counted.
+    """
+    own = place(result.source)
+    for output in result.outputs:
+        named = claims.get(place(output), {})
+        for other in () if own in named else named.values():
+            if _is_another(other, result.source):
+                return output, other
+    return None
+
+
+def _is_another(one: str, other: str) -> bool:
+    if is_sample(one) or is_sample(other):
+        return True
+    with suppress(OSError):
+        return not Path(one).samefile(other)
+    return False
 
 
 @contextmanager

@@ -259,7 +259,7 @@ def finetune(
         plain, config.n_views, crops=size != "native", rng=np.random.default_rng((config.seed, 1))
     )
     looked_at = [view for view in plain if (view.held_out > 0).any()]
-    looked_at = looked_at[:: math.ceil(len(looked_at) / (MOST_VIEWS * config.n_views)) or 1]
+    looked_at = _some_of_each_class(looked_at, MOST_VIEWS * config.n_views)
     replayed, watched = photographs.replayed(config), photographs.watched(config)
     untouched = photographs.untouched(config)
     spared = range(0, len(replayed), 2) if config.importance_damping else range(0)
@@ -463,6 +463,17 @@ def _require_space(folder: Path, n_bytes: int) -> None:
             f"{folder}: {free / 1e6:.0f} MB free, and a new model takes {n_bytes / 1e6:.0f} MB "
             "while it is made; make room, or set SEMANTICBLUR_HOME to another disk"
         )
+
+
+def _some_of_each_class(views: list[View], most: int) -> list[View]:
+    """At most so many views, evenly from those with held-out labels of either class."""
+    if len(views) <= most:
+        return views
+    kept: set[int] = set()
+    for code in (SHARP, BLURRED):
+        having = [i for i, view in enumerate(views) if (view.held_out == code).any()]
+        kept.update(having[:: math.ceil(2 * len(having) / most) or 1])
+    return [views[i] for i in sorted(kept)]
 
 
 def _target(output: str | Path | None) -> Path | None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -201,15 +201,58 @@ def test_resume_takes_no_result_of_another_input_but_other_spellings(
     assert row["input"] == str(folder / "photo00.png")
     [image] = json.loads((tmp_path / "j.json").read_text())["images"]
     assert image["input"] == str(folder / "photo00.png")
-    (folder / "photo00.png").unlink()  # moved elsewhere: its result is not another's now
-    assert detect(*other, *common, cwd=tmp_path).returncode == 0
+    # Told of beside its owner it costs that nothing, and is told of again.
+    both = detect(other[0], "--input=in/photo00.png", *other[1:], *common, cwd=tmp_path)
+    assert both.returncode == 2
+    assert detect(*other, *common, cwd=tmp_path).returncode == 2
+    # Once the result is its own, it stays so.
+    shutil.rmtree(tmp_path / "out")
+    for _ in range(2):
+        assert detect(*other, *common, cwd=tmp_path).returncode == 0
+    done = detect("--input=in/photo00.png", *other[1:], *common, cwd=tmp_path)
+    assert "is the result of card2/photo00.png" in done.stderr
+    (tmp_path / "card2" / "photo00.png").unlink()  # moved: its result is that of a former name
+    assert detect("--input=in/photo00.png", *other[1:], *common, cwd=tmp_path).returncode == 0
+
+
+def test_a_sample_and_a_file_of_its_name_are_not_each_other(tmp_path: Path, folder: Path) -> None:
+    (folder / "photo00.png").rename(tmp_path / "cat.png")
+    common = ("--output=out", "--method=lbp", "--json=j.json", "--resume")
+    assert detect("--input=cat.png", *common, cwd=tmp_path).returncode == 0
+    inputs = ("--input=sample:cat", f"--input={folder / 'photo01.png'}")
+    done = detect(*inputs, *common, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "sample:cat: out/cat_blur.png is the result of cat.png" in done.stderr
+    assert (tmp_path / "out" / "photo01_blur.png").is_file()
+
+
+def test_asked_to_stop_while_a_result_is_told_of_it_waits_for_those_that_are_there() -> None:
+    def coming() -> Generator[FileResult]:
+        try:
+            yield FileResult("first")
+            yield FileResult("never")
+        except KeyboardInterrupt:
+            yield FileResult("finished by then")
+            raise
+
+    stop, told = detect_module._Stop(), []
+
+    def tell() -> None:
+        for result in stop.each(coming()):
+            os.kill(os.getpid(), signal.SIGTERM)
+            told.append(result.source)
+
+    with stop.heeded(), pytest.raises(KeyboardInterrupt):
+        tell()
+    assert told == ["first", "finished by then"]
+    assert signal.getsignal(signal.SIGTERM) is not stop
 
 
 def test_no_report_takes_the_place_of_a_result(tmp_path: Path, folder: Path) -> None:
-    report = "--json=out/photo00_blur.json"
+    report = "--table=out/photo00_blur.csv"
     done = detect("--input=in", "--output=out", "--method=lbp", report, cwd=tmp_path)
     assert done.returncode == 2
-    assert f"{report}: is a result, too; give it another name" in done.stderr
+    assert f"{report}: is the name of a result; give it another" in done.stderr
     too_large = ("--input=in", "--output=out", "--size=4096", "--scales=1,2")
     assert "is more than 4096 px" in detect(*too_large, cwd=tmp_path).stderr
     ranges = detect("--input=in", "--output=out", "--range=0,inf", cwd=tmp_path)

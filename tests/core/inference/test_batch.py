@@ -168,6 +168,13 @@ def test_links_are_followed_but_not_in_circles(folder: Path, tmp_path: Path) -> 
     assert {"link/e", "best/one", "loop", "a"} <= set(found)
     assert len(found) == len(set(found))
     assert not [stem for stem in found if stem.startswith(("again", "link/back"))]
+    (folder / "up").symlink_to(tmp_path)
+    assert find_jobs([str(folder)], tmp_path / "out", recursive=True)[0] == jobs
+    for name in ("up", "link", "again"):
+        (folder / name).unlink()
+    (folder / "circle").symlink_to(folder)
+    matches, _ = find_jobs([f"{folder}/**/a.png"], tmp_path / "out")
+    assert stems(matches) == ["a", "sub/a"]
 
 
 def test_odd_names_stay_in_the_output_folder(
