@@ -415,7 +415,10 @@ class _Stop:
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
-        before = {name: signal.signal(name, self) for name in (signal.SIGINT, signal.SIGTERM)}
+        names = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not what runs under `&`
+            names.append(signal.SIGINT)
+        before = {name: signal.signal(name, self) for name in names}
         try:
             yield
         finally:
