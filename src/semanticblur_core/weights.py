@@ -232,8 +232,9 @@ def _build(info: WeightsInfo, tensors: dict[str, Tensor]) -> SemanticBlur:
             f"{info.path}: {len(foreign)} tensors do not belong to a "
             f"{info.architecture.backbone} network, first {foreign[0]}"
         )
+    single = {key: tensor.float() for key, tensor in tensors.items()}
     try:
-        model.load_state_dict({k: t.float() for k, t in tensors.items()}, strict=False, assign=True)
+        model.load_state_dict(single, strict=False, assign=True)
     except RuntimeError as error:
         raise WeightsError(
             f"{info.path}: tensors do not fit the architecture in its metadata: "
@@ -241,8 +242,8 @@ def _build(info: WeightsInfo, tensors: dict[str, Tensor]) -> SemanticBlur:
         ) from error
     counters = {k: torch.zeros((), dtype=torch.long) for k in model.state_dict() if _is_counter(k)}
     model.load_state_dict(counters, strict=False, assign=True)
-    for key, tensor in tensors.items():
-        if not (tensor.is_floating_point() and bool(torch.isfinite(tensor.float()).all())):
+    for key, tensor in single.items():
+        if not (tensors[key].is_floating_point() and bool(torch.isfinite(tensor).all())):
             raise WeightsError(f"{info.path}: {key} holds values that are no finite numbers")
         if key.endswith("running_var") and bool((tensor < 0).any()):
             raise WeightsError(f"{info.path}: {key} holds negative variances")

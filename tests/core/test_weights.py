@@ -150,7 +150,7 @@ def test_a_network_made_for_inference_is_not_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("decoder.head.weight", float("nan"), "no finite numbers"),
+        (".weight", float("nan"), "no finite numbers"),
         ("running_var", -1.0, "negative variances"),
     ],
 )
@@ -159,7 +159,7 @@ def test_weights_that_compute_nothing_are_refused(
 ) -> None:
     info = weights.read_info(random_weights)
     tensors = load_file(random_weights)
-    name = next((k for k in tensors if k.endswith(key)), "") or next(iter(tensors))
+    name = next(k for k in tensors if k.endswith(key))
     tensors[name] = torch.full_like(tensors[name], value)
     with safe_open(random_weights, "pt") as file:
         metadata = file.metadata()

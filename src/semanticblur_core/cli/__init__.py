@@ -83,6 +83,14 @@ def cli() -> None:
     """
 
 
+def _is_torch_out_of_memory(error: Exception) -> bool:
+    if not isinstance(error, RuntimeError) or "torch" not in sys.modules:
+        return False
+    from semanticblur_core.device import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
 def main() -> None:
     """Entry point of the console script: errors meant for people become one line, exit code 2."""
     try:
@@ -113,7 +121,7 @@ def main() -> None:
         click.echo(f"semanticblur-core: {where}{error.strerror or error}", err=True)
         sys.exit(2)
     except Exception as error:  # of a kind nobody foresaw; 1 would say that a gate failed
-        if "can't allocate memory" in str(error):  # torch's, of no kind of its own
+        if _is_torch_out_of_memory(error):
             click.echo("semanticblur-core: out of memory; a smaller size takes less", err=True)
             sys.exit(2)
         traceback.print_exc()

@@ -248,15 +248,11 @@ def command(
     problems: list[str] = []
     jobs, left_out = find_jobs(inputs, output, recursive=recursive, on_problem=problems.append)
     reports = {"--table": table_path, "--json": json_path}
+    suspects = any(path and is_result_name(path.name) for path in reports.values())
     refuse_clashes(
         reports,
         (Path(job.source) for job in jobs),
-        (
-            path
-            for job in jobs
-            if any(path and is_result_name(path.name) for path in reports.values())
-            for path in possible_outputs(job, options)
-        ),
+        (path for job in (jobs if suspects else []) for path in possible_outputs(job, options)),
     )
     for flag, path in reports.items():
         if path is not None and path.is_file() and not (overwrite or resume):

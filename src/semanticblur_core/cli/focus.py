@@ -617,23 +617,13 @@ def _sources(
     """
     from semanticblur_core.errors import ImageError
     from semanticblur_core.focus.check import Source
-    from semanticblur_core.inference.batch import expand_input, load
+    from semanticblur_core.inference.batch import expand_inputs, is_sample, load
 
     sources: dict[str, Source] = {}
     found: list[str] = []
-
-    def unreadable(error: OSError) -> None:
-        found.append(f"{error.filename}: cannot be read: {error.strerror or error}")
-
-    for text in inputs:
-        try:
-            for path, relative, _ in expand_input(text, recursive, on_error=unreadable):
-                read = _loader(load, path) if path.startswith("sample:") else None
-                sources.setdefault(path, Source(relative.as_posix(), Path(path), read))
-        except OSError as error:
-            unreadable(error)
-        except ImageError as error:
-            found.append(str(error))
+    for path, relative, _ in expand_inputs(inputs, recursive, found):
+        read = _loader(load, path) if is_sample(path) else None
+        sources.setdefault(path, Source(relative.as_posix(), Path(path), read))
     if found and (problems is None or not sources):
         raise ImageError(found[0])
     for line in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import zlib
 from collections.abc import Sequence
@@ -183,6 +184,7 @@ class DecodedPairs:
     def __len__(self) -> int:
         return len(self._tensors)
 
+    @functools.cached_property
     def digest(self) -> str:
         """sha256 of names, images and labels, in order."""
         found = hashlib.sha256()

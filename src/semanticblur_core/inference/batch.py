@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector
 
 SAMPLES = {"cat": "chelsea", "coffee": "coffee", "astronaut": "astronaut"}
-RESULT_FORMATS = ("png", "tif", "npy", "zarr", "csv", "json", "mp4")
-_RESULT_NAME = re.compile(rf"_blur\.({'|'.join(RESULT_FORMATS)})$|_overlay\.png$")
+_RESULT_FORMATS = ("png", "tif", "npy", "zarr", "csv", "json", "mp4")
+_RESULT_NAME = re.compile(rf"_blur\.({'|'.join(_RESULT_FORMATS)})$|_overlay\.png$")
 _PART = re.compile(r"^\.(.+)\.[0-9a-f]{8}(\.map)?\.part$")
 _SAMPLE_PREFIX = "sample:"
 _IMAGE_FORMATS = ("png", "tif", "npy", "zarr")
@@ -179,27 +179,16 @@ def find_jobs(
     left_out: list[str] = []
     problems: list[str] = []
     place = _placer()
-
-    def unreadable(error: OSError, name: str = "") -> None:
-        reason = error.strerror or error
-        problems.append(f"{name or error.filename}: cannot be read: {reason}")
-
-    for text in map(str, inputs):
-        try:
-            for source, relative, named in expand_input(
-                text, recursive, arrays=True, on_error=unreadable
-            ):
-                if not named and _is_result(source, output):
-                    left_out.append(source)
-                    continue
-                key = source if is_sample(source) else place(source)
-                _, before = found.setdefault(key, (source, relative))
-                if len(relative.parts) < len(before.parts):  # not by way of a circle of links
-                    found[key] = (source, relative)
-        except OSError as error:
-            unreadable(error, text)
-        except ImageError as error:
-            problems.append(str(error))
+    for source, relative, named in expand_inputs(
+        map(str, inputs), recursive, problems, arrays=True
+    ):
+        if not named and _is_result(source, output):
+            left_out.append(source)
+            continue
+        key = source if is_sample(source) else place(source)
+        _, before = found.setdefault(key, (source, relative))
+        if len(relative.parts) < len(before.parts):  # not by way of a circle of links
+            found[key] = (source, relative)
     for problem in problems:
         if on_problem is None or not (found or left_out):
             raise ImageError(problem)
@@ -228,9 +217,8 @@ def _placer() -> Callable[[str], str]:
     return place
 
 
-def _without_clashes(jobs: Iterable[Job], output: Path) -> Iterator[Job]:
+def _without_clashes(jobs: Sequence[Job], output: Path) -> Iterator[Job]:
     """The jobs, those refused that would write the file of another or the place of an input."""
-    jobs = list(jobs)
     named_as_results = {
         os.path.realpath(job.source): job.source
         for job in jobs
@@ -238,6 +226,7 @@ def _without_clashes(jobs: Iterable[Job], output: Path) -> Iterator[Job]:
     }
     # By the name first: there may be a million outputs, and each look at the disk takes its time.
     names = {Path(path).name for path in named_as_results}
+    everything = DetectOptions(output, formats=_RESULT_FORMATS, overlay=True)
     writers: dict[str, Job] = {}
     for job in jobs:
         first = writers.setdefault(job.output_stem, job)
@@ -249,7 +238,7 @@ def _without_clashes(jobs: Iterable[Job], output: Path) -> Iterator[Job]:
                     "detect it into another output folder",
                 )
             continue
-        for path in every_output(job, output) if names else ():
+        for path in possible_outputs(job, everything) if names else ():
             taken = named_as_results.get(os.path.realpath(path)) if path.name in names else None
             if taken is not None:
                 refusal = f"its result would take the place of {taken}, an input; detect it into "
@@ -676,13 +665,6 @@ def possible_outputs(job: Job, options: DetectOptions) -> list[Path]:
     return [base.with_name(name) for name in names]
 
 
-def every_output(job: Job, output: Path) -> list[Path]:
-    """All files that a job might write, whatever the options are."""
-    base = output / job.output_stem
-    names = [f"{base.name}_blur.{name}" for name in RESULT_FORMATS]
-    return [base.with_name(name) for name in (*names, f"{base.name}_overlay.png")]
-
-
 def is_result_name(name: str) -> bool:
     """Whether it is a name that results have."""
     return bool(_RESULT_NAME.search(name))
@@ -835,6 +817,24 @@ def expand_input(
             raise ImageError(f"{text}: no file matches")
         for match in matches:
             yield _source(match), match.relative_to(root), False
+
+
+def expand_inputs(
+    texts: Iterable[str], recursive: bool, problems: list[str], *, arrays: bool = False
+) -> Iterator[tuple[str, Path, bool]]:
+    """`expand_input` of each; what names nothing or cannot be read becomes a line of problems."""
+
+    def unreadable(error: OSError, name: str = "") -> None:
+        reason = error.strerror or error
+        problems.append(f"{name or error.filename}: cannot be read: {reason}")
+
+    for text in texts:
+        try:
+            yield from expand_input(text, recursive, arrays=arrays, on_error=unreadable)
+        except OSError as error:
+            unreadable(error, text)
+        except ImageError as error:
+            problems.append(str(error))
 
 
 def _source(path: Path) -> str:

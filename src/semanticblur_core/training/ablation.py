@@ -230,7 +230,7 @@ def _key(
     validation: DecodedPairs,
 ) -> str:
     """Digest of what a variant's result depends on."""
-    data = [training.digest(), validation.digest()]
+    data = [training.digest, validation.digest]
     computed_on = [device.device.type, str(device.dtype)]
     values = [config.to_dict(), model.to_dict(), initial, computed_on, data]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

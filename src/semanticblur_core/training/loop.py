@@ -547,7 +547,7 @@ def _digest(
     synthetic: Sequence[tuple[SharpImages, int]],
 ) -> str:
     """sha256 of the images trained on and held out with their labels; of sharp ones, the names."""
-    names = [[pairs.digest()] for pairs in (training, validation)]
+    names = [[pairs.digest] for pairs in (training, validation)]
     for source, _ in synthetic:
         stems = [path.stem for path in source.paths]
         names += [[source.kind, *stems], [stems[i] for i in source.with_mask]]

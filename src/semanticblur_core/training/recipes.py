@@ -98,19 +98,23 @@ def recipe(name: str) -> TrainConfig:
     ConfigError
         If there is none, or the file is not such a mapping.
     """
+    return _find(name, ())
+
+
+def _find(name: str, above: tuple[Path, ...]) -> TrainConfig:
+    """A recipe, named in the files ``above``."""
     if name.lower().endswith((".yaml", ".yml")):
-        return _recipe_from_file(Path(name))
+        return _recipe_from_file(Path(name), above)
     if name not in RECIPES:
         raise ConfigError(f"recipe {name!r}: expected one of {', '.join(RECIPES)}, or a YAML file")
     return RECIPES[name]
 
 
-def _recipe_from_file(path: Path, above: tuple[Path, ...] = ()) -> TrainConfig:
+def _recipe_from_file(path: Path, above: tuple[Path, ...]) -> TrainConfig:
     import yaml
 
     if path.absolute() in above:
         raise ConfigError(f"{path}: is a recipe made of itself")
-
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -119,9 +123,7 @@ def _recipe_from_file(path: Path, above: tuple[Path, ...] = ()) -> TrainConfig:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{path}: expected a mapping of settings, such as epochs: 20")
-    name = str(values.pop("recipe", "paper"))
-    is_file = name.lower().endswith((".yaml", ".yml"))
-    base = _recipe_from_file(Path(name), (*above, path.absolute())) if is_file else recipe(name)
+    base = _find(str(values.pop("recipe", "paper")), (*above, path.absolute()))
     fields = base.to_dict()
     for key, value in values.items():
         expected = type(fields.get(key))

@@ -20,7 +20,12 @@ from semanticblur_core.device import choose_device
 from semanticblur_core.errors import ConfigError, DataError, WeightsError
 from semanticblur_core.metrics import Protocol, Scores
 from semanticblur_core.network import SemanticBlur
-from semanticblur_core.training.finetune import FinetuneResult, FinetuneUpdate
+from semanticblur_core.training.finetune import (
+    FinetuneResult,
+    FinetuneUpdate,
+    _some_of_each_class,
+)
+from semanticblur_core.training.strokes import View
 from semanticblur_core.training.tuner import Tuner
 
 TINY = FinetuneConfig(
@@ -411,3 +416,16 @@ def _environment() -> dict[str, str]:
     import os
 
     return dict(os.environ) | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+def test_of_many_held_out_views_some_of_each_class_are_looked_at() -> None:
+    def view(code: int) -> View:
+        labels = torch.full((2, 2), code, dtype=torch.uint8)
+        return View(torch.zeros(3, 2, 2), torch.zeros_like(labels), labels, of=0)
+
+    views = [view(1 + i % 2) for i in range(121)]  # every other one would be of one class
+    kept = _some_of_each_class(views, 60)
+    assert len(kept) <= 60
+    n_sharp = sum(bool((each.held_out == 1).all()) for each in kept)
+    assert 20 <= n_sharp <= len(kept) - 20
+    assert _some_of_each_class(views, 121) == views

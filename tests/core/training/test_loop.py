@@ -385,6 +385,16 @@ def test_recipes_in_yaml_that_make_no_sense_are_one_clear_line(
     assert "\n" not in str(caught.value)
 
 
+def test_recipes_in_yaml_may_stand_on_each_other_but_not_on_themselves(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(f"recipe: {second}\nepochs: 3\n")
+    second.write_text("recipe: best\nbatch_size: 5\n")
+    assert recipe(str(first)) == replace(recipe("best"), epochs=3, batch_size=5)
+    second.write_text(f"recipe: {first}\n")
+    with pytest.raises(ConfigError, match=r"first\.yaml: is a recipe made of itself"):
+        recipe(str(first))
+
+
 def test_a_full_disk_stops_the_run_and_keeps_the_last_state(
     pairs: DecodedPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

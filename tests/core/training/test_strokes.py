@@ -102,6 +102,12 @@ def test_of_a_single_stroke_one_end_is_held_out() -> None:
     sharp = np.flatnonzero((split.held_out[0] == 1).any(axis=0))
     assert 12 <= sharp.size <= 15
     assert np.ptp(sharp) + 1 == sharp.size
+    ends = set()
+    for seed in range(20):
+        split = hold_out(images, 0.25, np.random.default_rng(seed))
+        columns = np.flatnonzero((split.held_out[0] == 1).any(axis=0))
+        ends.add("first" if columns[0] == 5 else "last" if columns[-1] == 59 else "neither")
+    assert ends == {"first", "last"}
 
 
 def test_where_a_class_has_but_a_dot_nothing_is_held_out() -> None:
