@@ -109,6 +109,8 @@ class TrainConfig(_Config):
         How many images of each batch are synthetic defocus, made of sharp photographs and of sharp
         microscopy (`semanticblur_core.data.defocus`); the rest are pairs. An epoch is one pass over
         the pairs.
+    synthetic_sharp_share
+        Share of the synthetic images that are wholly sharp.
     image_size_px
         Side of the square that images are resized (squashed) to.
     learning_rate
@@ -155,6 +157,7 @@ class TrainConfig(_Config):
     accumulate: int = 1
     synthetic_photographs: int = 0
     synthetic_microscopy: int = 0
+    synthetic_sharp_share: float = 0.14
     image_size_px: int = 320
     learning_rate: float = 1e-4
     schedule: Schedule = "polynomial"
@@ -205,7 +208,7 @@ class TrainConfig(_Config):
             )
         if not 0 < self.crop_min_side <= 1:
             raise ConfigError(f"crop_min_side: expected in (0, 1], got {self.crop_min_side}")
-        for name in ("cutmix_share", "redefocus_share"):
+        for name in ("cutmix_share", "redefocus_share", "synthetic_sharp_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: expected in [0, 1], got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:

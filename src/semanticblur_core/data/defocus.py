@@ -37,6 +37,7 @@ BLURRED_RADIUS_PX = 1.0
 DOUBTFUL_RADIUS_PX = (0.6, 1.5)
 MAX_RADIUS_PX = 16.0
 GAMMA = 2.2
+SHARP_SHARE = 0.14
 _LEVELS_PX = (0.6, 1.0, 1.5, 2.2, 3.2, 5.0, 8.0, 12.0, 16.0)
 _CONTENT_CONTRAST = 0.06
 _CONTENT_REACH_PX = 9
@@ -288,6 +289,8 @@ def synthesise(
     size_px: int,
     rng: np.random.Generator,
     device: torch.device | str = "cpu",
+    *,
+    sharp_share: float = SHARP_SHARE,
 ) -> Example:
     """Draw a batch of images of random defocus.
 
@@ -302,6 +305,8 @@ def synthesise(
     device
         Where to compute; only crops, outlines, depth fields and the JPEG step go through the
         processor.
+    sharp_share
+        Share of images that are wholly sharp, in 0..1.
 
     Returns
     -------
@@ -309,15 +314,15 @@ def synthesise(
 
     Notes
     -----
-    Of photographs 14 % are wholly sharp, 12 % wholly blurred, 26 % vary smoothly in depth, and the
-    rest have an object or a random shape before a background at another depth. Radii are
-    log-uniform between 1.5 and 12 pixels.
+    Of what is not wholly sharp 14 % is wholly blurred; of photographs 30 % vary smoothly in depth,
+    and the rest have an object or a random shape before a background at another depth. Microscopy
+    varies in depth instead. Radii are log-uniform between 1.5 and 12 pixels.
     """
     large = sources.at_least(0.8 * size_px)
     if not large:
         raise DataError(f"no sharp image has sides of at least {0.8 * size_px:.0f} px")
     with_mask = sorted(set(large) & set(sources.with_mask))
-    drawn = [_draw(sources, large, with_mask, size_px, rng) for _ in range(n)]
+    drawn = [_draw(sources, large, with_mask, size_px, rng, sharp_share) for _ in range(n)]
     back, front, alpha, hidden, radius = (
         torch.stack([getattr(scene, name) for scene in drawn]).to(device)
         for name in ("back", "front", "alpha", "hidden", "radius_px")
@@ -431,6 +436,7 @@ def _draw(
     with_mask: Sequence[int],
     size_px: int,
     rng: np.random.Generator,
+    sharp_share: float,
 ) -> _Scene:
     """Choose the images (of the given indices), the geometry and the radii of one scene."""
     shape = (1, size_px, size_px)
@@ -444,12 +450,13 @@ def _draw(
 
     kind = rng.random()
     back, _ = pick()
-    if kind < 0.14:
+    if kind < sharp_share:
         slight = float(rng.choice([0.0, 0.0, 0.5]))
         return _Scene(back, back, nothing, nothing, nothing + slight, 0.0)
-    if kind < 0.26:
+    kind = (kind - sharp_share) / (1 - sharp_share)
+    if kind < 0.14:
         return _Scene(back, back, nothing, nothing, nothing + uniform_radius(), 0.0)
-    if kind < 0.52 or sources.kind == "microscopy":
+    if kind < 0.44 or sources.kind == "microscopy":
         field = _depth_field(size_px, rng)
         focus = rng.uniform(0, 1)
         radius = (field - focus).abs() * rng.uniform(6, 20)

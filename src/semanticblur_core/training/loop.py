@@ -477,7 +477,13 @@ def make_batches(
         if not synthetic:
             return images, targets, labelled
         rng = np.random.default_rng((config.seed, epoch, indices[0], 1))
-        made = [synthesise(s, count, config.image_size_px, rng, on) for s, count in synthetic]
+        made = [
+            synthesise(
+                *(sources, count, config.image_size_px, rng, on),
+                sharp_share=config.synthetic_sharp_share,
+            )
+            for sources, count in synthetic
+        ]
         if labelled is None:
             labelled = torch.ones_like(targets, dtype=torch.bool)
         return (
