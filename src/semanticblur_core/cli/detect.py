@@ -444,7 +444,7 @@ def _write_json(
 ) -> None:
     """What was measured, on resume before too; ``detector`` or what is known of a worker's."""
     from semanticblur_core import __version__, io
-    from semanticblur_core.inference.table import are_there, is_of_results, place
+    from semanticblur_core.inference.table import place, still_holds
 
     protocol: dict[str, Any] = {
         "blurred_is": f"map > {options.threshold:g}",
@@ -469,13 +469,12 @@ def _write_json(
         before = earlier.pop(place(result.source), None)
         if result.error is None and not result.skipped:
             images.append(_image(result, detector, options))
-        elif result.error is not None and before and are_there(before):
+        elif before and still_holds(before, result):
+            if result.skipped:
+                outputs = [str(output) for output in result.outputs]
+                before |= {"input": result.source, "outputs": outputs}
             images.append(_without(before, settings))
-        elif result.skipped and before and is_of_results(before["outputs"], result):
-            outputs = [str(output) for output in result.outputs]
-            before |= {"input": result.source, "outputs": outputs}
-            images.append(_without(before, settings))
-            n_other += not settings.keys().isdisjoint(images[-1])
+            n_other += result.skipped and not settings.keys().isdisjoint(images[-1])
     # Files that a stopped run did not come to, or that are no inputs of this one; but for those
     # whose results are of others now.
     done = [r for r in results if r.error is None and not r.skipped]

@@ -52,10 +52,9 @@ class SummaryTable:
         """Add the row of a file; what is known of a skipped one from before is kept."""
         row = _row(result)
         before = self._earlier.pop(place(result.source), None)
-        if result.skipped and before is not None and _is_of(before, row):
-            row = before | {name: row[name] for name in ("input", "status", "outputs")}
-        elif result.error is not None and before is not None and are_there(before):
-            row = before | {name: row[name] for name in ("input", "status", "error")}
+        if before is not None and still_holds(before, result):
+            told = "error" if result.error is not None else "outputs"
+            row = before | {name: row[name] for name in ("input", "status", told)}
         self._writer.add(row)
         if self._earlier and not result.skipped:  # what was another's results is this one's now
             for output in result.outputs:
@@ -88,9 +87,19 @@ def require_table_format(path: Path) -> None:
             ) from None
 
 
-def is_of_results(outputs: Iterable[str], result: FileResult) -> bool:
-    """Whether what was measured when ``outputs`` were written is of the results that are there."""
-    return set(map(place, result.outputs)) <= set(map(place, outputs))
+def still_holds(before: Mapping[str, Any], result: FileResult) -> bool:
+    """Whether what an earlier run tells of an input is still so: the results there are the same.
+
+    Parameters
+    ----------
+    before
+        The earlier run's row or entry of the input.
+    result
+        What this run made of it.
+    """
+    if result.skipped:
+        return set(map(place, result.outputs)) <= set(map(place, _outputs(before)))
+    return result.error is not None and all(Path(output).exists() for output in _outputs(before))
 
 
 def place(path: str | Path) -> str:
@@ -107,11 +116,6 @@ def owners(rows: Mapping[str, Mapping[str, Any]]) -> Owners:
         for output in _outputs(row):
             found.setdefault(place(output), {})[place(row["input"])] = row["input"]
     return found
-
-
-def are_there(row: Mapping[str, Any]) -> bool:
-    """Whether all results of a row of an earlier run are there."""
-    return all(Path(output).exists() for output in _outputs(row))
 
 
 def _outputs(row: Mapping[str, Any]) -> Iterable[str]:
@@ -265,12 +269,6 @@ class _ParquetWriter:
         if self._rows:
             self._writer.write_table(pyarrow.Table.from_pylist(self._rows, schema=self._schema))
             self._rows = []
-
-
-def _is_of(before: dict[str, Any], row: dict[str, Any]) -> bool:
-    """As `is_of_results`, of two rows."""
-    wanted, written = ({place(p) for p in r["outputs"].split(";")} for r in (row, before))
-    return wanted <= written
 
 
 def _printable(value: Any) -> Any:
