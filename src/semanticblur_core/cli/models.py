@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -66,9 +67,13 @@ def delete(name: str) -> None:
 @command.command()
 @click.argument("name", metavar="NAME|FILE")
 def info(name: str) -> None:
-    """Everything a file of weights says of itself, as JSON."""
+    """Everything a file of weights, or an exported .onnx, says of itself, as JSON."""
+    click.echo(json.dumps(_told_by_export(name) or _told_by_weights(name), indent=1))
+
+
+def _told_by_weights(name: str) -> dict[str, Any]:
     found = weights.read_info(weights.resolve(name))
-    document = {
+    return {
         "path": str(found.path),
         "size_bytes": found.size_bytes,
         "architecture": found.architecture.to_dict(),
@@ -77,7 +82,15 @@ def info(name: str) -> None:
         "licence": found.licence,
         "sha256": found.sha256,
     }
-    click.echo(json.dumps(document, indent=1))
+
+
+def _told_by_export(name: str) -> dict[str, Any] | None:
+    from semanticblur_core.inference.backends import is_exported, open_exported
+
+    if not is_exported(name):
+        return None
+    found = open_exported(Path(name)).info
+    return {"path": name, "size_bytes": Path(name).stat().st_size} | found.metadata
 
 
 @command.command()

@@ -64,6 +64,7 @@ class ExportedInfo:
 
     architecture: ModelConfig
     sha256: str
+    metadata: dict[str, Any]
 
 
 class _ExportedBackend:
@@ -255,7 +256,8 @@ def _read_info(path: Path, text: str | None) -> ExportedInfo:
         )
     try:
         values = json.loads(text)
-        return ExportedInfo(ModelConfig.from_dict(values["architecture"]), str(values["sha256"]))
+        architecture = ModelConfig.from_dict(values["architecture"])
+        return ExportedInfo(architecture, str(values["sha256"]), values)
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise WeightsError(f"{path}: damaged metadata: {error}") from error
 

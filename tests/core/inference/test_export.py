@@ -70,6 +70,20 @@ def test_any_size_gives_the_maps_of_torch(
     )
 
 
+def test_models_info_tells_what_an_exported_file_says(
+    exported: Path, random_weights: Path, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(cli, ["models", "info", str(exported)], catch_exceptions=False)
+    told, origin = json.loads(result.output), weights.read_info(random_weights)
+    assert (told["sha256"], told["licence"]) == (origin.sha256, origin.licence)
+    assert told["size_bytes"] == exported.stat().st_size
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(exported.read_bytes()[:1000])
+    result = CliRunner().invoke(cli, ["models", "info", str(damaged)])
+    assert isinstance(result.exception, WeightsError)
+    assert "damaged.onnx: not a readable ONNX network" in str(result.exception)
+
+
 @pytest.mark.parametrize(("offset", "agrees"), [(20.0, True), (20.1, False)])
 def test_a_saturated_map_hides_no_difference(
     exported: Path, random_weights: Path, tmp_path: Path, offset: float, agrees: bool
