@@ -403,8 +403,8 @@ class AnnotateWidget(Dock):
             If no image is open.
         """
         annotation = self.require()
-        if annotation.image is None:
-            raise SemanticBlurError("Open the image first.")
+        if annotation.image is None or annotation.image not in self.viewer.layers:
+            raise SemanticBlurError(f"Open the image of {annotation.layer.name} first.")
         image = annotation.image
         blur_map = find_result(self.viewer, image, "map")
         every = list(np.ndindex(annotation.layer.data.shape[:-2]))

@@ -66,8 +66,12 @@ class Tools:
     def superpixels_switched(self, on: bool) -> None:
         """Clicks label superpixels in napari's mode that moves the view."""
         annotation = self._widget.current
-        if annotation is not None and not annotation.is_read_only:
-            annotation.layer.mode = "pan_zoom" if on else "paint"
+        if annotation is None or annotation.is_read_only:
+            return
+        if on:
+            annotation.layer.mode = "pan_zoom"
+        elif str(annotation.layer.mode) == "pan_zoom":  # not where another tool was taken up
+            annotation.layer.mode = "paint"
 
     def _bind_keys(self, layer: Labels) -> None:
         """Letters that napari leaves free on labels; these hold on this layer only."""

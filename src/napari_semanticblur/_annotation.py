@@ -198,7 +198,7 @@ class Annotation:
         """Share labelled, of each class, of the plane shown and of the stack."""
         if self.autosave is None:
             return ""
-        counts, shape = self.autosave.counts, self.layer.data.shape
+        counts, shape = self.autosave.counts, self.autosave.labels.shape
         n_plane = shape[-2] * shape[-1]
         plane = shown_plane(self.viewer, self.layer)
         parts = []
@@ -231,9 +231,9 @@ class Annotation:
                     "Nothing is saved until it is so again"
                 )
                 return False
-            self.problem = ""
             self.autosave.labels = self.layer.data
             self.autosave.look_everywhere()
+        self.problem = ""
         in_depth = self.layer.n_edit_dimensions > 2
         return self.autosave.poll(None if in_depth else shown_plane(self.viewer, self.layer))
 
@@ -295,7 +295,8 @@ class Annotation:
         """
         if self.store is None:
             raise DataError(f"{self.title}: choose a folder for the store first")
-        if self.autosave is None:
+        self.poll()
+        if self.autosave is None or self.problem:
             raise DataError(self.trouble)
         self._in_background(self.autosave.save(self._write), saves=True)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from napari_semanticblur._layers import Source, labelled_region
 from napari_semanticblur._worker import Announcement, Failure, Run
+from semanticblur_core.errors import ImageError, SemanticBlurError
 from semanticblur_core.focus.check import FocusOptions
 from semanticblur_core.focus.session import ArrayFocus, PlaneChecked
 from semanticblur_core.focus.stack import CompositeUpdate, all_in_focus
@@ -56,8 +60,7 @@ class Settings:
     def key(self) -> tuple[Any, ...]:
         """What the scores depend on."""
         of_network = (_sha256(self.model),) if self.method == NETWORK else ()
-        labels = str(self.labels.unique_id) if self.labels is not None else ""
-        return (self.method, *of_network, self.tile_size_px, self.region, labels)
+        return (self.method, *of_network, self.tile_size_px, self.region, *_print(self.labels))
 
     @property
     def said(self) -> dict[str, Any]:
@@ -81,6 +84,15 @@ class Settings:
             "subject": options.subject,
             "value_range": None,
         }
+
+
+def _print(labels: Any) -> tuple[Any, ...]:
+    """What tells whether labels are still the same; of lazy ones, which layer they are of."""
+    if labels is None:
+        return ()
+    data = labels.data
+    content = zlib.crc32(np.ascontiguousarray(data).data) if isinstance(data, np.ndarray) else 0
+    return str(labels.unique_id), content
 
 
 def _sha256(model: str) -> str:
@@ -119,6 +131,11 @@ class Checking:
         Called in the main thread after every plane, with planes done.
     on_end
         Called once in the main thread with "done", "cancelled" or a `Failure`.
+
+    Attributes
+    ----------
+    problems
+        Of layers that could not be measured, where there are others: these go on.
     """
 
     def __init__(
@@ -134,6 +151,7 @@ class Checking:
         self.n_planes = sum(len(job.indices) for job in jobs)
         self._on_status, self._on_plane = on_status, on_plane
         self._n_done = 0
+        self.problems: list[str] = []
         names = ", ".join(job.source.layer.name for job in jobs[:3])
         self._run = Run(
             self._work,
@@ -168,18 +186,25 @@ class Checking:
 
             detector = ClassicalDetector(settings.method)
         for job in self.jobs:
-            with closing(
-                job.session.check(
-                    job.source.array,
-                    job.source.axes,
-                    detector,
-                    job.options(settings),
-                    indices=job.indices,
-                    channels=job.channels,
-                )
-            ) as running:
-                for update in running:
-                    yield job, update
+            try:
+                with closing(
+                    job.session.check(
+                        job.source.array,
+                        job.source.axes,
+                        detector,
+                        job.options(settings),
+                        indices=job.indices,
+                        channels=job.channels,
+                    )
+                ) as running:
+                    for update in running:
+                        yield job, update
+            except SemanticBlurError as error:
+                name = job.source.layer.name
+                problem = str(error) if name in str(error) else f"{name}: {error}"
+                self.problems.append(problem)
+        if len(self.problems) == len(self.jobs):
+            raise ImageError(self.problems[0])
 
     def _update(self, update: Any) -> int:
         if isinstance(update, Announcement):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,7 +28,7 @@ from napari_semanticblur._layers import (
     unwrapped,
 )
 from napari_semanticblur._models import METHODS, exists, models
-from napari_semanticblur._results import pixels_of, rethreshold
+from napari_semanticblur._results import is_outdated, pixels_of, rethreshold
 from napari_semanticblur._settings import preferences
 from semanticblur_core import weights
 from semanticblur_core.errors import ConfigError, SemanticBlurError
@@ -59,7 +59,7 @@ class DetectWidget(Dock):
     def __init__(self, napari_viewer: Viewer) -> None:
         self._viewer = napari_viewer
         self._detection: Detection | None = None
-        self._rethresholding: dict[Image, Iterator[None]] = {}
+        self._rethresholding: dict[Image, Generator[None, None, float | None]] = {}
         chosen = preferences()
         self.layer = ComboBox(choices=self._images, label="image")
         self._opened_models = []
@@ -332,7 +332,7 @@ class DetectWidget(Dock):
         if self._is_closed:
             return
         before, self._opened_models = self.model.value, [*filter(exists, self._opened_models)]
-        self.model.reset_choices()
+        self._offer_models()
         if name and before not in self.model.choices:
             self._model_recommended(name)
 
@@ -347,8 +347,19 @@ class DetectWidget(Dock):
                 name = stem
             else:
                 self._opened_models.append(name)
-        self.model.reset_choices()
+        self._offer_models()
         self.model.value = name
+
+    def _offer_models(self) -> None:
+        """Bring the choices up to date, in order: magicgui alone puts what is new last."""
+        chosen = self.model.value
+        with self.model.changed.blocked():
+            self.model.choices = self._models(None)[:1]
+            self.model.reset_choices()
+            if chosen in self.model.choices:
+                self.model.value = chosen
+        if self.model.value != chosen:
+            self._model_chosen(self.model.value)
 
     def _model_chosen(self, model: str) -> None:
         if model != OTHER_FILE:
@@ -362,7 +373,9 @@ class DetectWidget(Dock):
         )
         if path and path not in self._opened_models:
             self._opened_models.append(path)
-        self.model.reset_choices()
+        with self.model.changed.blocked():
+            self.model.value = self._last_model
+        self._offer_models()
         self.model.value = path or self._last_model
 
     def _threshold_moved(self, threshold: float) -> None:
@@ -372,11 +385,9 @@ class DetectWidget(Dock):
     def _move_threshold(self, layer: Image, threshold: float) -> None:
         if self._detection is not None and self._detection.layer is layer:
             self._detection.threshold = threshold
-        elif (
-            find_result(self._viewer, layer, "labels") is not None
-            and pixels_of(self._viewer, layer) is None
-        ):
+        elif is_outdated(self._viewer, layer):
             self._say(f"The labels of {layer.name} are of other data now; detect again.")
+            return
         self._rethresholding[layer] = rethreshold(self._viewer, layer, threshold)
         self._timer.start()
 
@@ -389,8 +400,10 @@ class DetectWidget(Dock):
             changed += [layer] if layer not in changed else []
             try:
                 next(work)
-            except StopIteration:
+            except StopIteration as end:
                 del self._rethresholding[layer]
+                if end.value is not None and not self.is_running:
+                    self._say(f"{layer.name}: {end.value:.0%} out of focus at this threshold")
         for layer in changed:
             labels = find_result(self._viewer, layer, "labels")
             if labels is not None:
@@ -405,7 +418,9 @@ def detect_now(viewer: Viewer) -> None:
 
     layer = _image_meant(viewer)
     if layer is None:
-        show_warning("Detect defocus blur: select an image layer first.")
+        several = len(viewer.layers.selection) > 1
+        which = "one image layer, not several" if several else "an image layer first"
+        show_warning(f"Detect defocus blur: select {which}.")
         return
     chosen = preferences()
 

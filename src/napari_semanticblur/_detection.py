@@ -138,8 +138,14 @@ class Detection:
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self.viewer, self.layer, self.settings = viewer, unwrapped(layer), settings
-        if any(other.layer is self.layer for other in _running):
-            raise ImageError(f"{self.layer.name}: is being analysed already; cancel that first")
+        self.is_cancelled = False
+        for other in _running:
+            if other.layer is self.layer:
+                raise ImageError(
+                    f"{self.layer.name}: its last analysis is still stopping; try again in a moment"
+                    if other.is_cancelled
+                    else f"{self.layer.name}: is being analysed already; cancel that first"
+                )
         self._on_status, self._on_progress, self._on_end = on_status, on_progress, on_end
         self.source = read_source(layer, level=settings.level, viewer=viewer)
         self.planes = self.source.planes(settings.channels)
@@ -221,6 +227,7 @@ class Detection:
 
     def cancel(self) -> None:
         """Stop at the next tile or plane; what is done is kept."""
+        self.is_cancelled = True
         self._run.cancel()
         self._are_added.set()
 
@@ -420,6 +427,7 @@ class Detection:
                 **layer.metadata,
                 METADATA_KEY: {**layer.metadata[METADATA_KEY], "kind": f"earlier {kind}"},
             }
+            layer.visible = False  # two results on top of each other have no colours of theirs
             layer = None
         if layer is not None:
             if not np.may_share_memory(layer.data, array):
@@ -549,7 +557,7 @@ class Detection:
                 text += f"; left out {_named(self._unreadable)}"
                 show_warning(f"{self.layer.name}: left out {_named(self._unreadable)}")
         if self._loses_planes and self._layers:
-            text += "; the earlier result, of more planes, has been kept beside it"
+            text += "; the earlier result, of more planes, is kept beside it, hidden"
         self._on_status(text)
         self._on_end()
 

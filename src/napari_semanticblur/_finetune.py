@@ -270,8 +270,13 @@ class FinetuneWidget(Dock):
         value = self.store.value
         return value if isinstance(value, Path) and str(value) != "." else None
 
-    def _annotated_names(self, _: Any) -> list[str]:
-        return [each.labels.name for each in annotated_layers(self._viewer)]
+    def _annotated_names(self, _: Any) -> list[tuple[str, str]]:
+        """What is shown and the name of each layer: with its image where the name is no hint."""
+        return [
+            (name if name.startswith(image) else f"{name} (on {image})", name)
+            for each in annotated_layers(self._viewer)
+            for name, image in [(each.labels.name, each.source.layer.name)]
+        ]
 
     def _chosen(self) -> list[Annotated]:
         names = list(self.layers.value or [])

@@ -442,7 +442,7 @@ class FocusWidget(Dock):
             self._refresh_soon()
 
     def _ended(self, outcome: str | Failure) -> None:
-        self._checking = None
+        checking, self._checking = self._checking, None
         if self._is_closed:
             return
         self._enable()
@@ -453,6 +453,9 @@ class FocusWidget(Dock):
             self._complain(outcome.text)
         elif outcome == "cancelled":
             self._say("Stopped")
+        elif checking is not None and checking.problems:
+            n = len(checking.problems)
+            self._complain(f"All checked but {n} of the layers: {checking.problems[0]}")
         changed, self._changed = self._changed, set()
         for layer in changed:
             self._take_new_data(layer, follow=outcome == "done")
@@ -692,7 +695,7 @@ _METHOD_TIP = (
 )
 _REGION_TIP = (
     "Where the scores of the map look: everywhere, at content without empty background, or where "
-    "a labels layer is not 0. After painting, check anew."
+    "a labels layer is not 0. The classical scores are of the whole plane."
 )
 _SCORE_TIP = (
     "What the plot, the best plane, the gate and the heat map go by. The first four are of the "

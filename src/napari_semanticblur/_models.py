@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, get_args
 from psygnal import Signal
 
 from semanticblur_core import weights
+from semanticblur_core.config import Method
 from semanticblur_core.errors import SemanticBlurError
-from semanticblur_core.focus.classical import ClassicalDetector, Method
+from semanticblur_core.focus.classical import ClassicalDetector
 
 if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector

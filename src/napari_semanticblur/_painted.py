@@ -105,15 +105,15 @@ def _source_of(
             if tuple(source.array.shape[: image.ndim]) == tuple(labels.data.shape):
                 fitting.append(source)
     # Of "img1" and "img10", "img10 - Labels" is of the latter; what is named after neither lies
-    # on the image below it, as far as there is one.
+    # on the image below it, as far as there is one, and sooner on one that is shown.
     by_name = sorted(fitting, key=lambda s: -len(s.layer.name))
-    below = sorted(fitting, key=lambda s: -order.get(s.layer, -1))
+    below = sorted(fitting, key=lambda s: (not s.layer.visible, -order.get(s.layer, -1)))
     ranks: tuple[tuple[list[Source], Callable[[Source], bool]], ...] = (
         (fitting, lambda s: str(s.layer.unique_id) == record.get("source_id")),
         (fitting, lambda s: s.layer.name == record.get("source")),
         (by_name, lambda s: labels.name.startswith(s.layer.name)),
         (below, lambda s: order.get(s.layer, -1) < order.get(labels, math.inf)),
-        (fitting, lambda _: True),
+        (below, lambda _: True),
     )
     return next((source for found, is_it in ranks for source in found if is_it(source)), None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -157,22 +157,41 @@ def label_codes(
     return codes
 
 
-def rethreshold(viewer: ViewerModel, layer: Image, threshold: float) -> Iterator[None]:
+def is_outdated(viewer: ViewerModel, layer: Image) -> bool:
+    """Whether a layer has labels that are not of the data that it has now."""
+    if find_result(viewer, layer, "labels") is None:
+        return False
+    pixels = pixels_of(viewer, layer)
+    return pixels is None or pixels.data() is not layer.data
+
+
+def rethreshold(
+    viewer: ViewerModel, layer: Image, threshold: float
+) -> Generator[None, None, float | None]:
     """Move the threshold of a layer's existing labels, bit by bit; no inference.
 
     Labels that were painted by hand stay as they are.
+
+    Returns
+    -------
+    float or None
+        Share of the labels that are blurred now.
     """
     pixels = pixels_of(viewer, layer)
     if pixels is None:
-        return
+        return None
     pixels.threshold = threshold
+    n_known = n_blurred = 0
     n_rows = max(1, _BLOCK_PX // pixels.blur.shape[-1])
     for index in np.ndindex(pixels.blur.shape[:-2]):
         for top in range(0, pixels.blur.shape[-2], n_rows):
             while not pixels.lock.acquire(blocking=False):  # the window does not wait for a worker
                 yield
             try:
-                pixels.move_threshold((*index, slice(top, top + n_rows)))
+                rows = (*index, slice(top, top + n_rows))
+                pixels.move_threshold(rows)
+                n_known += int(np.count_nonzero(pixels.labels[rows]))
+                n_blurred += int(np.count_nonzero(pixels.labels[rows] == BLURRED))
             finally:
                 pixels.lock.release()
             yield
@@ -185,6 +204,7 @@ def rethreshold(viewer: ViewerModel, layer: Image, threshold: float) -> Iterator
         command = _with_threshold(record["command"], threshold)
         record = {**record, "settings": settings, "command": command}
         result.metadata = {**result.metadata, METADATA_KEY: record}
+    return n_blurred / n_known if n_known else None
 
 
 def _with_threshold(command: str, threshold: float) -> str:

@@ -11,6 +11,8 @@ from semanticblur_core.errors import ConfigError
 
 BackboneName = Literal["vgg16", "resnet34", "resnet50", "efficientnet_b4"]
 Schedule = Literal["polynomial", "cosine"]
+# Hand-crafted methods that stand beside the networks, see `semanticblur_core.focus.classical`.
+Method = Literal["hifst", "lbp", "dbdf"]
 Augmentation = Literal["none", "flip", "crop", "colour"]
 # Five halvings leave more than one pixel.
 MIN_SIZE_PX = 33

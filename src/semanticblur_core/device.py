@@ -69,8 +69,8 @@ def choose_device(device: str = "auto", precision: str = "auto") -> DeviceChoice
     if precision != "auto":
         raise ConfigError(f"precision {precision!r}: expected auto, float32, bfloat16 or float16")
     if bfloat16_pays(chosen.type):
-        return DeviceChoice(chosen, torch.bfloat16, f"{why}; bfloat16 is faster on it")
-    return DeviceChoice(chosen, torch.float32, f"{why}; bfloat16 is not faster on it")
+        return DeviceChoice(chosen, torch.bfloat16, f"{why}; bfloat16 is faster here")
+    return DeviceChoice(chosen, torch.float32, f"{why}; bfloat16 is not faster here")
 
 
 def _named_device(name: str) -> torch.device:

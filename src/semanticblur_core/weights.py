@@ -16,10 +16,10 @@ import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from semanticblur_core import io
-from semanticblur_core.config import ModelConfig
+from semanticblur_core.config import Method, ModelConfig
 from semanticblur_core.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
@@ -97,10 +97,12 @@ def next_version(name: str) -> Path:
     Raises
     ------
     WeightsError
-        If the name is a packaged model's, or cannot be one.
+        If the name is a packaged model's or a method's, or cannot be one.
     """
     if name in PACKAGED:
         raise WeightsError(f"model {name}: is packaged and cannot be replaced; take another name")
+    if name in get_args(Method):
+        raise WeightsError(f"model {name}: is a method without weights; take another name")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._ -]*", name) or name.endswith((".", " ")):
         raise WeightsError(
             f"model {name!r}: a name is of letters, digits, dots, dashes, underscores and spaces, "

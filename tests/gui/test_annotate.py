@@ -399,6 +399,62 @@ def test_a_click_labels_a_superpixel(qtbot: Any, viewer: Any, widget: Any) -> No
     assert not layer.data.any()
 
 
+def test_a_polygon_can_be_begun_while_clicks_label_superpixels(viewer: Any, widget: Any) -> None:
+    viewer.add_image(photo(), rgb=True, name="photo")
+    widget.annotate()
+    widget.superpixels.value = True
+    widget.polygon_button.native.click()
+    assert str(widget.current.layer.mode) == "polygon"
+    assert not widget.superpixels.value
+
+
+def test_without_its_image_there_is_no_map_to_start_from(viewer: Any, widget: Any) -> None:
+    image = viewer.add_image(photo(), rgb=True, name="photo")
+    widget.annotate()
+    layer = widget.current.layer
+    viewer.layers.remove(image)
+    viewer.layers.selection.active = layer
+    widget.map_button.native.click()
+    assert widget.status.value == "Open the image of photo annotation first."
+    assert widget._detection is None
+
+
+def test_data_of_another_shape_are_neither_counted_nor_saved(
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path
+) -> None:
+    viewer.add_image(photo(), rgb=True, name="photo")
+    widget.store.value = tmp_path / "store"
+    widget.annotate()
+    layer = widget.current.layer
+    own = layer.data
+    stroke(layer, (20, 20), (20, 80))
+    share = f"{(own == 1).mean():.1%} sharp"
+    qtbot.waitUntil(lambda: share in widget.progress.value, timeout=5000)
+    layer.data = np.ones((10, 10), np.uint8)
+    qtbot.waitUntil(lambda: "was given data of (10, 10)" in widget.status.value, timeout=5000)
+    assert share in widget.progress.value
+    widget.save_button.native.click()
+    assert "Nothing is saved until it is so again" in widget.status.value
+    layer.data = own
+    saved(qtbot, widget)
+
+
+def test_a_label_of_no_meaning_is_seen_and_told_of(
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path
+) -> None:
+    viewer.add_image(photo(), rgb=True, name="photo")
+    widget.store.value = tmp_path / "store"
+    widget.annotate()
+    layer = widget.current.layer
+    layer.paint((30, 40), 7)
+    assert layer.get_color(7)[3] > 0
+    layer.data[:30] = 0
+    layer.data[30] = 0
+    layer.data[30, 40] = 7
+    widget.save()
+    qtbot.waitUntil(lambda: "label 7 at 30, 40" in widget.status.value, timeout=10_000)
+
+
 def test_masks_are_imported_with_the_meaning_that_is_said(
     viewer: Any, widget: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

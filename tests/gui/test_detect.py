@@ -232,13 +232,59 @@ def test_a_longer_result_of_other_settings_is_kept(qtbot: Any, viewer: Any, widg
     finish(qtbot, widget)
     np.testing.assert_array_equal(earlier[0].data, before)
     assert len(viewer.layers) == 5
+    assert not earlier[1].visible  # two on top of each other have no colours of theirs
+    assert results(viewer, layer)[1].visible
     now = results(viewer, layer)
     assert now[0].data.shape == (1, 60, 80)
-    assert "has been kept beside it" in widget.status.value
+    assert "is kept beside it" in widget.status.value
     widget.custom_size.value = 96
     finish(qtbot, widget)
     assert results(viewer, layer) == now
     assert len(viewer.layers) == 5
+
+
+def test_the_share_follows_the_threshold_until_the_data_are_others(
+    qtbot: Any, viewer: Any, random_model: str, widget: Any
+) -> None:
+    layer = viewer.add_image(photo(), rgb=True, name="photo")
+    finish(qtbot, widget)
+    blur, labels = results(viewer, layer)
+    moved = float(np.quantile(blur.data, 0.25))
+    move_threshold(qtbot, widget, moved)
+    share = f"{(labels.data == 2).mean():.0%}"
+    assert share in ("74%", "75%", "76%")
+    assert widget.status.value == f"photo: {share} out of focus at this threshold"
+    before = labels.data.copy()
+    layer.data = layer.data[::-1].copy()
+    move_threshold(qtbot, widget, 0.0)
+    assert "are of other data now" in widget.status.value
+    np.testing.assert_array_equal(labels.data, before)
+
+
+def test_of_several_layers_selected_none_is_meant(
+    viewer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("napari.utils.notifications.show_warning", shown.append)
+    for name in "ab":
+        viewer.add_image(photo(), rgb=True, name=name)
+    viewer.layers.selection = set(viewer.layers)
+    _detect.detect_now(viewer)
+    assert shown == ["Detect defocus blur: select one image layer, not several."]
+
+
+def test_new_models_stand_before_the_way_to_others(
+    viewer: Any, widget: Any, random_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEMANTICBLUR_HOME", str(tmp_path))
+    made = weights.next_version("mine")
+    made.parent.mkdir(parents=True)
+    shutil.copy(random_weights, made)
+    before = widget.model.value
+    models.changed.emit("mine@1")
+    assert list(widget.model.choices) == widget._models(None)
+    assert widget.model.choices[-1] == _detect.OTHER_FILE
+    assert widget.model.value == before
 
 
 @pytest.mark.parametrize("map_is", ["there", "removed"])

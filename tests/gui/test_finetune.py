@@ -428,6 +428,11 @@ def test_which_labels_can_be_chosen(qtbot: Any, viewer: Any, widget: Any) -> Non
     )
     found = {each.labels.name: each.source.layer.name for each in annotated_layers(viewer)}
     assert found == {"image strokes": "image", "on rgb": "rgb stack"}
+    # Of images of one shape the one that is shown is meant, and the list says which.
+    viewer.add_image(np.zeros((64, 64)), name="other", visible=False)
+    viewer.add_labels(np.zeros((64, 64), np.uint8), name="cells")
+    assert annotated_layers(viewer)[-1].source.layer.name == "image"
+    assert ("cells (on image)", "cells") in widget.layers._widget._mgui_get_choices()
     assert list(widget.layers.value) == ["image strokes"]
     late = viewer.add_labels(np.zeros((64, 64), np.uint8), name="image more")
     late.metadata = ANNOTATION

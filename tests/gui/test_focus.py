@@ -300,6 +300,10 @@ def test_labels_say_where_to_look(qtbot: Any, viewer: Any, widget: Any) -> None:
     assert in_focus[0] > 0.5 > in_focus[1]
     images = widget.session().images
     assert images[(0,)].scores.region_fraction == 48 / 128
+    layer.data[0, :, 32:] = 0
+    layer.refresh()
+    check(qtbot, widget)  # what was painted since counts
+    assert widget.session().images[(0,)].scores.region_fraction == 32 / 128
     with pytest.MonkeyPatch.context() as patch:
         shown = complaints(patch)
         widget.region.value = viewer.layers["other"]
@@ -490,6 +494,23 @@ def test_a_layer_whose_slider_is_elsewhere_does_not_stop_the_others(
     assert len(widget.session().images) == 3
 
 
+def test_a_layer_that_cannot_be_measured_does_not_stop_the_others(
+    qtbot: Any, viewer: Any, widget: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = complaints(monkeypatch)
+    viewer.add_image(np.full((96, 128), np.nan), name="empty", contrast_limits=(0, 1))
+    viewer.add_image(stack()[PEAK], name="good")
+    widget.planes.value = _focus.LAYERS
+    check(qtbot, widget)
+    assert [row.cells[0] for row in widget.table.rows] == ["good"]
+    told = "All checked but 1 of the layers: empty: no finite value (all NaN or infinite)"
+    assert widget.status.value == told
+    assert len(shown) == 1
+    viewer.layers.remove("good")
+    check(qtbot, widget)
+    assert widget.status.value == "empty: no finite value (all NaN or infinite)"
+
+
 def test_rows_follow_the_name_and_only_what_was_measured_is_judged(
     qtbot: Any, viewer: Any, widget: Any
 ) -> None:
@@ -542,7 +563,7 @@ def test_what_cannot_be_done_is_one_line(qtbot: Any, viewer: Any, widget: Any) -
         viewer.add_image(np.full((90, 90), np.nan), name="broken", contrast_limits=(0, 1))
         widget.layer.value = viewer.layers["broken"]
         check(qtbot, widget)
-        assert shown[3] == "no finite value (all NaN or infinite)"
+        assert shown[3] == "broken: no finite value (all NaN or infinite)"
     assert widget.check_button.enabled
 
 

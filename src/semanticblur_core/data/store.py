@@ -234,8 +234,14 @@ class AnnotationStore:
         """
         if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|'):
             raise DataError(f"{name!r}: not a name that a file can have")
-        if labels.dtype != np.uint8 or labels.ndim < 2 or labels.max(initial=0) > BLURRED:
-            raise DataError(f"{name}: expected labels (..., H, W) of uint8 0, 1 or 2")
+        if labels.dtype != np.uint8 or labels.ndim < 2:
+            raise DataError(f"{name}: expected labels (..., H, W) of uint8")
+        if labels.max(initial=0) > BLURRED:
+            where = np.unravel_index(int(labels.argmax()), labels.shape)
+            raise DataError(
+                f"{name}: label {labels.max()} at {', '.join(map(str, where))}; expected "
+                "0 = unlabelled, 1 = sharp, 2 = blurred"
+            )
         letters = (axes or "").removesuffix("S")
         if axes and len(letters) == labels.ndim:
             kept = [a for a, n in zip(letters[:-2], labels.shape, strict=False) if n != 1]

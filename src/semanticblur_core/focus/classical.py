@@ -26,10 +26,10 @@ from PIL import Image
 from scipy import fft, ndimage
 
 from semanticblur_core import io
+from semanticblur_core.config import Method
 from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.inference.planes import ALL, Channels, DetectUpdate, Planes, Region
 
-Method = Literal["hifst", "lbp", "dbdf"]
 Floats = NDArray[np.float32]
 
 MAX_ANALYSIS_PIXELS = 4_000_000

@@ -347,6 +347,8 @@ def test_what_cannot_be_is_refused(small_model: str, tmp_path: Path) -> None:
     blank = LabelledImage("x", np.zeros((64, 64), np.uint8), np.ones((64, 64), np.uint8))
     with pytest.raises(DataError, match=r"nothing is labelled blurred \(2\)"):
         run(small_model, images=[blank])
+    with pytest.raises(WeightsError, match="model hifst: is a method without weights"):
+        weights.next_version("hifst")
     with pytest.raises(WeightsError, match="model default: is packaged"):
         run(small_model, output="default")
     for name in ("../x", "a@b", ""):
