@@ -436,6 +436,7 @@ def test_data_of_another_shape_are_neither_counted_nor_saved(
     widget.save_button.native.click()
     assert "Nothing is saved until it is so again" in widget.status.value
     layer.data = own
+    qtbot.waitUntil(lambda: "works again" in widget.status.value, timeout=5000)
     saved(qtbot, widget)
 
 
