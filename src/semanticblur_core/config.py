@@ -16,6 +16,27 @@ Method = Literal["hifst", "lbp", "dbdf"]
 Augmentation = Literal["none", "flip", "crop", "colour"]
 # Five halvings leave more than one pixel.
 MIN_SIZE_PX = 33
+# What an image squashed to that side takes is several GiB.
+MAX_SIZE_PX = 4096
+
+
+def require_choice(name: str, value: object, choices: Any) -> None:
+    """Refuse what is none of the values of a ``Literal``.
+
+    Raises
+    ------
+    ConfigError
+        Naming the values.
+    """
+    if value not in get_args(choices):
+        named = ", ".join(map(str, get_args(choices)))
+        raise ConfigError(f"{name}: expected one of {named}, got {value!r}")
+
+
+def require_share(name: str, value: float) -> None:
+    """Refuse what is not in 0..1, as a `ConfigError`."""
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name}: expected in [0, 1], got {value}")
 
 
 class _Config:
@@ -189,10 +210,7 @@ class TrainConfig(_Config):
             raise ConfigError(
                 f"accumulate: expected at most batch_size {self.batch_size}, got {self.accumulate}"
             )
-        if self.schedule not in get_args(Schedule):
-            raise ConfigError(
-                f"schedule: expected one of {', '.join(get_args(Schedule))}, got {self.schedule!r}"
-            )
+        require_choice("schedule", self.schedule, Schedule)
         if self.n_pairs_per_batch < 1:
             raise ConfigError("batch_size: leaves no place for pairs beside the synthetic images")
         for name in ("learning_rate", "gradient_clip_norm"):
@@ -203,16 +221,11 @@ class TrainConfig(_Config):
                 raise ConfigError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if self.frozen_stages not in range(5):
             raise ConfigError(f"frozen_stages: expected 0 to 4, got {self.frozen_stages}")
-        if self.augmentation not in get_args(Augmentation):
-            raise ConfigError(
-                f"augmentation: expected one of {', '.join(get_args(Augmentation))}, "
-                f"got {self.augmentation!r}"
-            )
+        require_choice("augmentation", self.augmentation, Augmentation)
         if not 0 < self.crop_min_side <= 1:
             raise ConfigError(f"crop_min_side: expected in (0, 1], got {self.crop_min_side}")
         for name in ("cutmix_share", "redefocus_share", "synthetic_sharp_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}: expected in [0, 1], got {getattr(self, name)}")
+            require_share(name, getattr(self, name))
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: expected in [0, 1), got {self.ema_decay}")
 

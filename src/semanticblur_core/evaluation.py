@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from semanticblur_core import io, measures
+from semanticblur_core.config import require_choice
 from semanticblur_core.data.datasets import Pair, group_by_stem, list_images
 from semanticblur_core.errors import DataError, SemanticBlurError
 from semanticblur_core.metrics import BETA_SQUARED, BlurScorer, ImageScore, Protocol
@@ -103,8 +104,8 @@ class Evaluator:
         positive: Polarity = "blur",
         analysis: str = "maps as given",
     ) -> None:
-        if protocol not in F_BETA_OF:
-            raise ValueError(f"protocol: expected one of {', '.join(F_BETA_OF)}, got {protocol!r}")
+        require_choice("protocol", protocol, ProtocolName)
+        require_choice("positive", positive, Polarity)
         self.name: ProtocolName = protocol
         self.positive: Polarity = positive
         base = Protocol(positive_class=positive, analysis=analysis, f_beta=F_BETA_OF[protocol])
@@ -219,7 +220,11 @@ class _Measured:
 
 
 def match(
-    sources: Path, masks: Path, names: Sequence[str] | None = None, *, maps: bool = True
+    sources: str | Path,
+    masks: str | Path,
+    names: Sequence[str] | None = None,
+    *,
+    maps: bool = True,
 ) -> tuple[list[Pair], list[str]]:
     """Pair the files of two folders by name stem; a line for each without a clear partner.
 
@@ -239,6 +244,7 @@ def match(
     DataError
         If a folder is missing or empty, or no pair is left.
     """
+    sources, masks = Path(sources), Path(masks)
     mine = group_by_stem(list_images(sources, also=(".npy",) if maps else ()))
     theirs = group_by_stem(list_images(masks))
     problems = []
@@ -294,7 +300,30 @@ def evaluate(
     ------
     EvalUpdate
         One for each pair, in order; a pair that cannot be scored has ``problem`` set.
+
+    Raises
+    ------
+    ConfigError
+        If a polarity or the way of resizing is none.
+
+    Examples
+    --------
+    >>> from semanticblur_core import Detector, evaluate, io
+    >>> from semanticblur_core.evaluation import Evaluator, match
+    >>> detector = Detector(precision="float32", upsampling="nearest-exact")
+    >>> pairs, problems = match(Path("photos"), Path("masks"), maps=False)
+    >>> evaluator = Evaluator()
+    >>> for update in evaluate(
+    ...     pairs, evaluator, predict=lambda pair: detector.detect(io.read_image(pair.image))
+    ... ):
+    ...     print(update.name, update.problem or update.score.mae)
+    >>> evaluator.result().mae
     """
+    require_choice("map_polarity", map_polarity, Polarity)
+    require_choice("mask_polarity", mask_polarity, Polarity)
+    require_choice("map_resize", map_resize, MapResize)
+    if isinstance(pairs, (str, Path)):
+        raise DataError(f"{pairs}: expected pairs of files; `match` finds them in two folders")
     pairs = list(pairs)
 
     def score(pair: Pair, blur: NDArray[np.float32] | None) -> tuple[_Measured, bool, str | None]:

@@ -56,7 +56,7 @@ _ROUNDING = 1e-6
 _pillow_limit = threading.Lock()
 
 
-def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
+def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
     """Read one photograph or one plane.
 
     Parameters
@@ -78,6 +78,7 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
     ImageError
         If the file is missing, empty, damaged, of a format that is not read, or not one 2D image.
     """
+    path = Path(path)
     suffix = path.suffix.lower()
     require_file(path)
     if suffix in RAW_SUFFIXES:
@@ -155,7 +156,7 @@ def read_rgb8(path: Path) -> NDArray[np.uint8]:
     return np.round(rgb * 255).astype(np.uint8)
 
 
-def read_mask(path: Path) -> NDArray[np.bool_]:
+def read_mask(path: str | Path) -> NDArray[np.bool_]:
     """Read a mask of 255 (or 1-bit True) = blurred, 0 = sharp: ``(H, W)`` bool.
 
     Raises
@@ -181,7 +182,7 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
     return array > 127
 
 
-def read_map(path: Path) -> NDArray[np.float32]:
+def read_map(path: str | Path) -> NDArray[np.float32]:
     """Read a blur map of any method: ``(H, W)`` float32 in 0..1.
 
     Integers are divided by the largest value of their type, floats (TIFF, npy) must be in 0..1.
@@ -191,6 +192,7 @@ def read_map(path: Path) -> NDArray[np.float32]:
     ImageError
         If it cannot be read, is not one grey image, or its floats leave 0..1.
     """
+    path = Path(path)
     if path.suffix.lower() == ".npy":
         try:
             array = np.load(path, allow_pickle=False)
@@ -240,20 +242,15 @@ def to_unit_range(
     Returns
     -------
     ndarray
-        uint8 as it came, or float32 in 0..1. A constant image becomes 0. NaN and infinite values
-        count as the low limit, and so does what a masked array masks.
+        uint8 as it came, or float32 in 0..1, where a constant image becomes 0. NaN and infinite
+        values count as the low limit, and so does what a masked array masks.
 
     Raises
     ------
     ImageError
         If the dtype is not real, no value is finite, or limits are not finite and increasing.
     """
-    if isinstance(array, np.ma.MaskedArray):
-        # What is masked counts as NaN does.
-        if array.dtype in (np.uint8, np.bool_):
-            array = np.ma.filled(array, 0)
-        elif array.dtype.kind in "iuf":
-            array = np.ma.filled(array.astype(np.float64), np.nan)
+    array = unmasked(array)
     if limits is None and array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
@@ -290,6 +287,15 @@ def to_unit_range(
     values /= high - low
     # Rounded, the limits of float32 values may lie beyond those given.
     return np.clip(values, 0, 1, out=values).astype(np.float32, copy=False)
+
+
+def unmasked(array: Any) -> NDArray[Any]:
+    """An array of what `numpy.asarray` takes; what a masked array masks is NaN, in 8 bits 0."""
+    if not isinstance(array, np.ma.MaskedArray):
+        return np.asarray(array)
+    if array.dtype in (np.uint8, np.bool_):
+        return np.ma.filled(array, 0)
+    return np.ma.filled(array.astype(np.float64), np.nan) if array.dtype.kind in "iuf" else array
 
 
 def without_alpha(array: NDArray[Any]) -> NDArray[Any]:

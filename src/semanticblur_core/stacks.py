@@ -63,7 +63,7 @@ class Stack:
 
 
 @contextmanager
-def open_stack(path: Path, *, axes: str | None = None, level: int = 0) -> Iterator[Stack]:
+def open_stack(path: str | Path, *, axes: str | None = None, level: int = 0) -> Iterator[Stack]:
     """Open a TIFF (OME, ImageJ or plain), a npy file or a Zarr (plain or OME).
 
     Parameters
@@ -80,6 +80,7 @@ def open_stack(path: Path, *, axes: str | None = None, level: int = 0) -> Iterat
     ImageError
         If it is missing, damaged, or holds no array with rows and columns.
     """
+    path = Path(path)
     suffix = path.suffix.lower()
     if not path.is_dir():
         io.require_file(path)

@@ -168,7 +168,7 @@ def _versions_or_error(name: str) -> list[Path]:
     return versions
 
 
-def read_info(path: Path) -> WeightsInfo:
+def read_info(path: str | Path) -> WeightsInfo:
     """Metadata of a file of weights, without reading the tensors.
 
     Raises
@@ -176,6 +176,7 @@ def read_info(path: Path) -> WeightsInfo:
     WeightsError
         If the file is missing, not safetensors, truncated, or not made by this package.
     """
+    path = Path(path)
     with _open(path, framework="np") as handle:
         metadata = handle.metadata() or {}
     if METADATA_KEY not in metadata:

@@ -5,13 +5,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from semanticblur_core import published
-from semanticblur_core.errors import DataError
+from semanticblur_core.errors import ConfigError, DataError
 from semanticblur_core.evaluation import Evaluator, EvalUpdate, evaluate, match
 
 
@@ -123,8 +124,25 @@ def test_protocols_choose_the_f_that_counts(protocol: str, expected: float) -> N
     assert ("but F:" in evaluator.describe()) == (protocol != "dbd")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"map_polarity": "Sharp"}, {"mask_polarity": "inverted"}, {"map_resize": "cubic"}],
+)
+def test_a_misspelt_setting_scores_nothing(wrong: dict[str, Any]) -> None:
+    [name] = wrong
+    with pytest.raises(ConfigError, match=f"{name}: expected one of "):
+        list(evaluate([], Evaluator(), **wrong))
+    with pytest.raises(ConfigError, match="positive: expected one of blur, sharp, got 'Sharp'"):
+        Evaluator(positive="Sharp")  # type: ignore[arg-type]
+
+
+def test_folders_are_not_pairs() -> None:
+    with pytest.raises(DataError, match="maps: expected pairs of files; `match` finds them"):
+        list(evaluate("maps", Evaluator()))  # type: ignore[arg-type]
+
+
 def test_unknown_protocol_and_empty_result() -> None:
-    with pytest.raises(ValueError, match="expected one of dbd"):
+    with pytest.raises(ConfigError, match="protocol: expected one of dbd"):
         Evaluator("best")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no images"):
         Evaluator().result()

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from semanticblur_core.config import MAX_SIZE_PX, MIN_SIZE_PX
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -21,9 +23,6 @@ if TYPE_CHECKING:
     _ParamType = click.ParamType[Any]
 else:
     _ParamType = click.ParamType
-
-# What an image squashed to that side takes is several GiB.
-MAX_SIZE_PX = 4096
 
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda (or cuda:1 ...) or mps."
@@ -122,8 +121,8 @@ class SizeType(_ParamType):
             pixels = int(value)
         except ValueError:
             self.fail(f"expected native or a number of pixels, got {value!r}", param, ctx)
-        if pixels < 33:
-            self.fail(f"expected at least 33 pixels, got {pixels}", param, ctx)
+        if pixels < MIN_SIZE_PX:
+            self.fail(f"expected at least {MIN_SIZE_PX} pixels, got {pixels}", param, ctx)
         if pixels > MAX_SIZE_PX:
             self.fail(
                 f"expected at most {MAX_SIZE_PX} pixels, got {pixels}; native "

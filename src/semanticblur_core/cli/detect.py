@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from semanticblur_core.cli._options import (
-    MAX_SIZE_PX,
     ChannelsType,
     ListType,
     PathType,
@@ -35,6 +34,7 @@ from semanticblur_core.cli._options import (
     refuse_network_flags,
     say,
 )
+from semanticblur_core.config import MAX_SIZE_PX
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -78,6 +78,12 @@ class LabelledImage:
                 f"{self.name}: expected uint8 labels of {self.image.shape[:2]} px, got "
                 f"{self.labels.dtype} {self.labels.shape}"
             )
+        if self.image.ndim not in (2, 3) or self.image.shape[2:] not in ((), (3,), (4,)):
+            raise DataError(
+                f"{self.name}: expected an image (H, W) or (H, W, 3), got {self.image.shape}"
+            )
+        if self.split not in (None, *get_args(Split)):
+            raise DataError(f"{self.name}: split: expected train or val, got {self.split!r}")
         if self.labels.size == 0:
             raise DataError(f"{self.name}: the image has no pixels, shape {self.image.shape}")
         if self.labels.max() > BLURRED:

@@ -7,7 +7,7 @@ import io as streams
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from PIL import Image
 from scipy import ndimage
 
 from semanticblur_core import io, stacks
+from semanticblur_core.config import require_choice, require_share
 from semanticblur_core.errors import ConfigError, ImageError, SemanticBlurError
 from semanticblur_core.focus import scores
 from semanticblur_core.focus.calibration import Gate
@@ -97,6 +98,14 @@ class FocusOptions:
     thumbnails: bool = False
     max_pixels: int = io.MAX_PIXELS
 
+    def __post_init__(self) -> None:
+        require_share("threshold", self.threshold)
+        if not callable(self.region):
+            require_choice("region", self.region, RegionKind)
+        require_choice("subject", self.subject, scores.Subject)
+        if self.mask_folder is not None:
+            object.__setattr__(self, "mask_folder", Path(self.mask_folder))
+
 
 @dataclass(frozen=True)
 class ImageFocus:
@@ -153,16 +162,16 @@ class FocusUpdate:
 
 
 def focus_report(
-    sources: Iterable[Source | str | Path],
+    sources: Iterable[Source | str | Path] | str | Path,
     detector: MapMaker | None,
     options: FocusOptions | None = None,
-) -> Iterator[FocusUpdate]:
+) -> Generator[FocusUpdate]:
     """Check images one after the other, in order and in constant memory; close it to stop.
 
     Parameters
     ----------
     sources
-        Files, or `Source` objects for images from elsewhere.
+        A file, or several, or `Source` objects for images from elsewhere.
     detector
         `semanticblur_core.Detector`, or a method of `semanticblur_core.focus.classical`. None: the
         classical scores alone, which need no map; those of the map are NaN.
@@ -183,13 +192,15 @@ def focus_report(
     --------
     >>> from semanticblur_core import Detector, FocusOptions, focus_report
     >>> for update in focus_report(["a.jpg", "b.jpg"], Detector(), FocusOptions()):
-    ...     print(update.image.name, update.image.scores.in_focus_fraction)
+    ...     image = update.image
+    ...     print(image.name, image.scores.in_focus_fraction if image.scores else image.error)
     """
     options = options or FocusOptions()
     if detector is None and options.mask_folder is not None:
         raise ConfigError("masks need a blur map: choose the network or another method")
     listed = [
-        one if isinstance(one, Source) else Source(Path(one).name, Path(one)) for one in sources
+        one if isinstance(one, Source) else Source(Path(one).name, Path(one))
+        for one in ([sources] if isinstance(sources, (str, Path)) else sources)
     ]
     # Files are read and scored in threads while the network works on the image between.
     with ThreadPoolExecutor(_N_THREADS) as pool:

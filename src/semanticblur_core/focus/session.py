@@ -176,7 +176,7 @@ class ArrayFocus:
             measure=options.measure or "tenengrad",
         )
         sources = plane_sources(planes, wanted, name=self.name, path=self.path, limits=limits)
-        with closing(focus_report(sources, detector, options)) as running:  # type: ignore[type-var]
+        with closing(focus_report(sources, detector, options)) as running:
             for index, update in zip(wanted, running, strict=True):
                 if isinstance(array, np.ndarray):
                     self._prints[index] = _print(planes, index)

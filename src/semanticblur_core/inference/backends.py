@@ -74,6 +74,11 @@ class _ExportedBackend:
     device = "cpu"
     precision = "float32"
     reason: str
+    # What it was opened with: a session cannot be pickled, but opened again elsewhere.
+    _opened: tuple[Path, str, str]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_again, (type(self), *self._opened, self.reason)
 
     def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """``(N, H, W)`` maps of ``(N, H, W, 3)`` images in 0..1."""
@@ -98,6 +103,7 @@ class OnnxRuntimeBackend(_ExportedBackend):
     """An exported file in ONNX Runtime, float32; on a CUDA GPU where its package has one."""
 
     def __init__(self, path: Path, *, device: str = "auto", precision: str = "auto") -> None:
+        self._opened = (path, device, precision)
         onnxruntime = _require("onnxruntime")
         self.name = "onnxruntime"
         if precision not in ("auto", "float32"):
@@ -134,6 +140,7 @@ class OpenVinoBackend(_ExportedBackend):
     """An exported file in OpenVINO, on the CPU; bfloat16 where the processor has it."""
 
     def __init__(self, path: Path, *, device: str = "auto", precision: str = "auto") -> None:
+        self._opened = (path, device, precision)
         openvino = _require("openvino")
         self.name = "openvino"
         if device not in ("auto", "cpu"):
@@ -168,6 +175,14 @@ class OpenVinoBackend(_ExportedBackend):
             except RuntimeError as error:
                 raise SemanticBlurError(f"OpenVINO failed: {_first_line(error)}") from error
             return np.array(found[0], np.float32)
+
+
+def _open_again(
+    kind: type[_ExportedBackend], path: Path, device: str, precision: str, reason: str
+) -> _ExportedBackend:
+    opened: _ExportedBackend = kind(path, device=device, precision=precision)  # type: ignore[call-arg]
+    opened.reason = reason
+    return opened
 
 
 def open_exported(

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semanticblur_core import io, stacks
+from semanticblur_core.config import require_share
 from semanticblur_core.data.squash import squash
-from semanticblur_core.errors import ImageError, SemanticBlurError
+from semanticblur_core.errors import ConfigError, ImageError, SemanticBlurError
 from semanticblur_core.inference.overlay import draw_overlay
 from semanticblur_core.inference.planes import BATCH_PIXELS, Channels, DetectUpdate, Planes
 from semanticblur_core.inference.tiling import TileGrid
@@ -112,23 +113,30 @@ class DetectOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))
+        formats: Any = self.formats
+        if isinstance(formats, str):  # as the command line takes them
+            object.__setattr__(self, "formats", tuple(formats.split(",")))
+        require_share("threshold", self.threshold)
+        if self.every < 1:
+            raise ConfigError(f"every: expected at least 1, got {self.every}")
 
 
 @dataclass(frozen=True)
 class FileResult:
     """What became of one input; ``error`` is None where it was done.
 
-    ``mean_blur`` and ``blurred_fraction`` are in 0..1; ``elapsed_s`` covers reading, analysis (of
-    several at once its share) and writing. ``planes`` are those of a stack, ``n_frames`` the
-    analysed ones of a video. ``skipped`` says that all of it was there before.
+    ``mean_blur`` and ``blurred_fraction`` are in 0..1, NaN where nothing was analysed;
+    ``elapsed_s`` covers reading, analysis (of several at once its share) and writing. ``planes``
+    are those of a stack, ``n_frames`` the analysed ones of a video. ``skipped`` says that all of it
+    was there before.
     """
 
     source: str
     outputs: list[Path] = field(default_factory=list)
     height: int = 0
     width: int = 0
-    blurred_fraction: float = 0.0
-    mean_blur: float = 0.0
+    blurred_fraction: float = math.nan
+    mean_blur: float = math.nan
     elapsed_s: float = 0.0
     error: str | None = None
     planes: list[PlaneResult] = field(default_factory=list)

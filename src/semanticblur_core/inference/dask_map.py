@@ -12,9 +12,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from semanticblur_core import io, weights
 from semanticblur_core.errors import ConfigError, ImageError
-from semanticblur_core.inference.backends import is_exported
+from semanticblur_core.inference.backends import BACKENDS, is_exported
 from semanticblur_core.inference.cluster import process_detector
+from semanticblur_core.inference.detector import require_size
 from semanticblur_core.inference.planes import Channels, Planes, range_of_samples
 
 
@@ -61,8 +63,9 @@ def detect_dask(
 
     Raises
     ------
-    ConfigError, ImageError
-        If dask is missing, or axes, channels and array do not fit.
+    ConfigError, ImageError, WeightsError
+        If dask is missing, axes, channels and array do not fit, or there is no such size, back end
+        or model.
 
     Examples
     --------
@@ -75,7 +78,14 @@ def detect_dask(
     except ImportError:
         raise ConfigError("this needs dask: pip install 'napari-semanticblur[cluster]'") from None
 
+    # Now, not hours later on a cluster.
+    if size != "native":
+        require_size(size)
+    if backend not in ("auto", *BACKENDS):
+        raise ConfigError(f"backend {backend!r}: expected auto, {', '.join(BACKENDS)}")
     model = str(model)
+    if not is_exported(model):
+        weights.resolve(model)
     if backend == "auto" and not is_exported(model):
         backend = "torch"
     if Path(model).is_file():
@@ -134,6 +144,7 @@ def _make(model: str, device: str, precision: str, flip: bool, backend: str) -> 
 
 
 def _estimate(samples: list[NDArray[Any]], *, inside: str, **keywords: Any) -> NDArray[np.float64]:
+    samples = [io.unmasked(sample) for sample in samples]
     if "S" in inside:
         samples = [sample[..., :3] for sample in samples]
     return np.array(range_of_samples(samples, **keywords))

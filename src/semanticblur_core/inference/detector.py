@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
 from semanticblur_core import io, weights
-from semanticblur_core.config import MIN_SIZE_PX, ModelConfig
+from semanticblur_core.config import MAX_SIZE_PX, MIN_SIZE_PX, ModelConfig
 from semanticblur_core.data.squash import squash
 from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.inference.backends import (
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 PAPER_SIZE_PX = 320
 # A GPU is idle with one image at a time; on two cores batches of 2 to 8 were no faster than one.
 GPU_BATCH_SIZE = 16
+
+# Modes of Pillow whose numbers are grey levels or RGB.
+_PLAIN_MODES = ("1", "L", "I", "F", "I;16", "I;16B", "RGB", "RGBA")
 
 _Item = TypeVar("_Item")
 Reader = Callable[[slice, slice], NDArray[Any]]
@@ -131,7 +135,11 @@ class Detector:
             )
         if not isinstance(batch_size, (int, np.integer)) or batch_size < 0:
             raise ConfigError(f"batch_size: expected 1 or more, or 0 to choose, got {batch_size!r}")
-        self.flip, self.upsampling = flip, upsampling
+        if not (isinstance(n_images, (int, float, np.number)) and n_images >= 0):
+            raise ConfigError(f"n_images: expected a number from 0, got {n_images!r}")
+        if not isinstance(device, str):
+            raise ConfigError(f"device: expected auto, cpu, cuda or mps, got {device!r}")
+        self.flip, self.upsampling = bool(flip), upsampling
         self.scales = _as_scales(scales)
         self.name = model if isinstance(model, str) else "network"
         self.info: weights.WeightsInfo | None = None
@@ -223,6 +231,7 @@ class Detector:
         ----------
         image
             ``(H, W)`` or ``(H, W, 3)``, any real dtype; a fourth channel (alpha) is dropped.
+            Of Pillow's images those in colour, whatever their mode, become RGB.
         size
             The image is squashed to ``size`` x ``size`` pixels for the network (320 is the paper's
             protocol); ``"native"`` analyses it at its own size, in overlapping tiles of 512 px.
@@ -263,7 +272,7 @@ class Detector:
         if size == "native":
             self._require_one_scale()
             return [self._detect_native(image, value_range) for image in images]
-        _require_size(size)
+        require_size(size, self.scales)
         pixels = [_prepare(image, value_range) for image in images]
         return self._run_squashed(pixels, size, upsampling or self.upsampling)
 
@@ -286,7 +295,7 @@ class Detector:
 
         if not isinstance(self._backend, TorchBackend) or self.flip:
             raise ConfigError(f"backend {self.backend}: tensors come from torch, without flip")
-        _require_size(size)
+        require_size(size)
         prepared = np.stack([squash(_prepare(image, value_range), size, size) for image in images])
         shapes = [image.shape for image in images]
         return self._backend.tensors_resized(prepared, shapes, upsampling)
@@ -304,7 +313,7 @@ class Detector:
         overlap_px: int = OVERLAP_PX,
         visible: Region | None = None,
         upsampling: Upsampling | None = None,
-    ) -> Iterator[DetectUpdate]:
+    ) -> Generator[DetectUpdate]:
         """Detect an array of any number of axes, plane by plane, tile by tile; close it to stop.
 
         Parameters
@@ -338,7 +347,7 @@ class Detector:
         if size == "native":
             self._require_one_scale()
         else:
-            _require_size(size)
+            require_size(size, self.scales)
         if upsampling is not None:
             _require_upsampling(upsampling)
         planes = Planes(array, axes, channels)
@@ -487,13 +496,18 @@ def _prepare(image: Any, value_range: tuple[float, float] | None) -> NDArray[Any
         raise ImageError(
             f"expected an array (H, W) or (H, W, 3), got {what}; `detect_files` reads files"
         )
+    if isinstance(image, Image.Image) and image.mode not in _PLAIN_MODES:
+        image = image.convert("L" if image.mode == "LA" else "RGB")
     try:
-        image = io.without_alpha(np.asanyarray(image))
+        image = io.without_alpha(io.unmasked(image))
     except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, tensors with gradients
         reason = str(error).splitlines()[0]
         raise ImageError(f"expected an array (H, W) or (H, W, 3): {reason}") from error
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-        raise ImageError(f"expected an image (H, W) or (H, W, 3), got shape {image.shape}")
+        raise ImageError(
+            f"expected an image (H, W) or (H, W, 3), got shape {image.shape}; `iter_planes` takes "
+            "other axes by their names"
+        )
     if 0 in image.shape:
         raise ImageError(f"the image has no pixels, shape {image.shape}")
     return io.as_rgb(io.to_unit_range(image, limits=value_range))
@@ -505,17 +519,24 @@ def _as_unit_float(pixels: NDArray[Any]) -> NDArray[np.float32]:
     return pixels
 
 
-def _require_size(size: object) -> None:
+def require_size(size: object, scales: Sequence[float] = (1.0,)) -> None:
+    """Refuse a side that squashed images cannot have, as a `ConfigError`."""
     if not isinstance(size, (int, np.integer)):
         raise ConfigError(f"size: expected a whole number of pixels or native, got {size!r}")
     if size < MIN_SIZE_PX:
         raise ConfigError(f"size: expected at least {MIN_SIZE_PX} px or native, got {size}")
+    if size * max(scales) > MAX_SIZE_PX:
+        times = f" times {max(scales):g}" if scales != (1.0,) else ""
+        raise ConfigError(
+            f"size: expected at most {MAX_SIZE_PX} px, got {size}{times}; native works in tiles of "
+            "any image"
+        )
 
 
 def _as_scales(scales: object) -> tuple[float, ...]:
     numbers = tuple(scales) if isinstance(scales, Iterable) else ()
     if not numbers or not all(isinstance(n, Real) and 0.2 <= float(n) <= 10 for n in numbers):
-        raise ConfigError(f"scales: expected numbers of 0.2 to 10, got {scales!r}")
+        raise ConfigError(f"scales: expected a sequence of numbers of 0.2 to 10, got {scales!r}")
     return tuple(float(number) for number in numbers)
 
 

@@ -93,6 +93,12 @@ class Planes:
     def __post_init__(self) -> None:
         if not (hasattr(self.array, "shape") and hasattr(self.array, "dtype")):
             raise ImageError(f"expected an array, got {type(self.array).__name__}")
+        if type(self.array).__module__.partition(".")[0] == "torch":
+            try:
+                object.__setattr__(self, "array", np.asarray(self.array))
+            except (TypeError, RuntimeError) as error:  # on a GPU, or with gradients
+                reason = str(error).splitlines()[0]
+                raise ImageError(f"expected an array, got a tensor: {reason}") from error
         shape, axes = tuple(self.array.shape), self.axes
         if not isinstance(axes, str):
             raise ImageError(f"axes {axes!r}: expected a letter for each axis of {shape}")
@@ -107,7 +113,7 @@ class Planes:
         if len(axes) != len(shape) or len(set(axes)) != len(axes):
             raise ImageError(f"axes {axes!r}: expected {len(shape)} different letters for {shape}")
         if not {"Y", "X"} <= set(axes):
-            raise ImageError(f"axes {axes!r}: expected Y and X among them")
+            raise ImageError(f"axes {axes!r}: expected Y and X, in capitals, among them")
         if 0 in shape:
             raise ImageError(f"the image has no pixels, shape {shape}")
         if "S" in axes and shape[axes.index("S")] not in (3, 4):
@@ -333,7 +339,7 @@ class PlaneView:
             inside["C"] = planes.channels
         key = tuple(walked.get(axis, inside.get(axis, slice(None))) for axis in planes.axes)
         try:
-            pixels = np.asarray(planes.array[key])
+            pixels = io.unmasked(planes.array[key])
         except MemoryError:
             raise
         except Exception as error:  # whatever reads lazily: codecs, networks, a user's function

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semanticblur_core import FocusOptions, focus_report
+from semanticblur_core import DetectOptions, FocusOptions, focus_report
 from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.focus.calibration import Gate
 from semanticblur_core.focus.check import ImageFocus, Source, colmap_mask, focus_of_image, judge
@@ -111,6 +111,30 @@ def test_the_region_is_a_function_or_the_content() -> None:
     assert empty.failed_gates == (
         "in_focus_fraction >= 0.1, got none, for there is no content or no map",
     )
+
+
+def test_options_that_mean_nothing_are_refused() -> None:
+    wrong: Any
+    for wrong, message in (
+        ({"region": "contents"}, "region: expected one of image, content, got 'contents'"),
+        ({"subject": "center"}, "subject: expected one of centre, saliency, got 'center'"),
+        ({"threshold": 2}, r"threshold: expected in \[0, 1\], got 2"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            FocusOptions(**wrong)
+    with pytest.raises(ConfigError, match="threshold"):
+        DetectOptions(Path("x"), threshold=-3)
+    with pytest.raises(ConfigError, match="every: expected at least 1, got 0"):
+        DetectOptions(Path("x"), every=0)
+    formats: Any = "png,tif"
+    assert DetectOptions(Path("x"), formats=formats).formats == ("png", "tif")
+
+
+def test_one_file_is_a_report_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(half(20)).save(path)
+    [update] = focus_report(str(path), Dark())
+    assert update.image.name == "a.png"
 
 
 def test_tiles_and_planes_are_measured_on_request() -> None:

@@ -397,6 +397,7 @@ def test_resume_skips_what_is_whole_and_does_the_rest(folder: Path, detector: De
     assert "--resume keeps it" in again.error
     resumed = list(detect_files(jobs, detector, replace(options, resume=True)))
     assert [result.skipped for result in resumed] == [True, True, False]
+    assert [np.isnan(result.mean_blur) for result in resumed] == [True, True, False]
     assert all(result.error is None for result in resumed)
     both = replace(options, resume=True, formats=("png", "npy"))
     assert [result.skipped for result in detect_files(jobs, detector, both)] == [False] * 3

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from semanticblur_core import Detector, detect_dask
-from semanticblur_core.errors import ImageError
+from semanticblur_core.errors import ImageError, SemanticBlurError
 from semanticblur_core.inference.planes import Planes
 
 da = pytest.importorskip("dask.array")
@@ -123,6 +123,25 @@ def test_axes_that_do_not_fit_are_refused(model: dict[str, Any]) -> None:
         detect_dask(array, "TZYX", **model)
     with pytest.raises(ImageError, match="name no channels"):
         detect_dask(array, "ZYX", channels=0, **model)
+
+
+def test_what_cannot_be_is_refused_before_anything_is_computed(model: dict[str, Any]) -> None:
+    array: Any = da.zeros((2, 40, 40), np.uint8)
+    for wrong, message in (
+        ({"size": 0}, "size: expected at least 33 px"),
+        ({"backend": "x"}, "backend 'x': expected auto"),
+        ({"model": "nope"}, "nope"),
+    ):
+        with pytest.raises(SemanticBlurError, match=message):
+            detect_dask(array, "ZYX", **(model | wrong))
+
+
+def test_what_is_masked_counts_as_in_memory(
+    rng: np.random.Generator, detector: Detector, model: dict[str, Any]
+) -> None:
+    array = np.ma.masked_less(rng.integers(0, 4000, (2, 50, 60), dtype=np.uint16), 900)
+    maps = detect_dask(da.from_array(array, chunks=(1, 50, 60)), "ZYX", size=64, **model)
+    np.testing.assert_allclose(maps.compute(), expected(detector, array, "ZYX"), atol=1e-5)
 
 
 def test_on_a_cluster(rng: np.random.Generator, detector: Detector, model: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage.data import chelsea
 from torch.nn import functional as F
 
 from semanticblur_core import Detector
@@ -125,13 +126,24 @@ def test_wrong_settings_are_refused(network: SemanticBlur, detector: Detector) -
     for wrong, message in (
         ({"batch_size": -1}, "batch_size: expected 1 or more"),
         ({"upsampling": "cubic"}, "upsampling 'cubic': expected one of guided"),
-        ({"scales": 1}, "scales: expected numbers"),
-        ({"scales": "12"}, "scales: expected numbers"),
-        ({"scales": [None]}, "scales: expected numbers"),
+        ({"scales": 1}, "scales: expected a sequence of numbers"),
+        ({"scales": "12"}, "scales: expected a sequence of numbers"),
+        ({"scales": [None]}, "scales: expected a sequence of numbers"),
+        ({"n_images": -1}, "n_images: expected a number from 0, got -1"),
+        ({"n_images": float("nan")}, "n_images: expected a number from 0, got nan"),
+        ({"device": None}, "device: expected auto, cpu, cuda or mps, got None"),
         ({"model": None}, "expected a name, a file or a SemanticBlur network"),
     ):
         with pytest.raises(ConfigError, match=message):
             Detector(**{"model": network, **wrong})
+    for call in (
+        detector.detect,
+        lambda image, size: list(detector.iter_planes(image, "YX", size=size)),
+    ):
+        with pytest.raises(ConfigError, match="at most 4096 px, got 100000; native works in tiles"):
+            call(np.zeros((40, 40), np.uint8), size=100_000)
+    with pytest.raises(ConfigError, match="at most 4096 px, got 2000 times 3;"):
+        Detector(network, device="cpu", scales=(1, 3)).detect(np.zeros((40, 40)), size=2000)
     with pytest.raises(ConfigError, match="upsampling 'cubic'"):
         detector.detect(np.zeros((40, 40), np.uint8), upsampling="cubic")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="upsampling 'cubic'"):
@@ -151,6 +163,19 @@ def test_lists_and_paths_are_taken(random_weights: Path) -> None:
     np.testing.assert_array_equal(
         detector.detect(image.astype(np.int64).tolist(), size=64), expected
     )
+
+
+@pytest.mark.parametrize("mode", ["P", "CMYK", "YCbCr", "HSV", "LA"])
+def test_pictures_of_pillow_mean_what_they_show(detector: Detector, mode: str) -> None:
+    picture = Image.fromarray(chelsea())
+    if mode == "LA":
+        shown = picture.convert("L")
+        given = shown.convert("LA")
+    else:
+        given = picture.convert(mode)
+        shown = given.convert("RGB")
+    expected = detector.detect(np.asarray(shown), size=64)
+    np.testing.assert_array_equal(detector.detect(given, size=64), expected)  # type: ignore[arg-type]
 
 
 def test_a_detector_says_why_it_runs_where_it_runs(network: SemanticBlur) -> None:
@@ -180,5 +205,5 @@ def test_scales_average_logits(network: SemanticBlur, rng: np.random.Generator) 
     np.testing.assert_allclose(both.detect(image, size=64), expected, atol=0.02)
     with pytest.raises(ConfigError, match="only for images squashed"):
         both.detect(image, size="native")
-    with pytest.raises(ConfigError, match=r"scales: expected numbers"):
+    with pytest.raises(ConfigError, match=r"scales: expected a sequence of numbers"):
         Detector(network, device="cpu", scales=())

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -68,6 +69,19 @@ def test_any_size_gives_the_maps_of_torch(
     np.testing.assert_allclose(
         detector.engine.run(images), in_torch.engine.run(images), atol=1e-4, rtol=0
     )
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_detector_can_be_sent_elsewhere(
+    exported: Path, backend: str, rng: np.random.Generator
+) -> None:
+    pytest.importorskip(backend)
+    detector = Detector(str(exported), backend=backend, precision="float32", device="cpu")
+    detector.engine.reason = "measured"
+    sent = pickle.loads(pickle.dumps(detector))
+    assert (sent.backend, sent.precision, sent.reason) == (backend, "float32", "measured")
+    image = rng.integers(0, 256, (90, 140, 3), np.uint8)
+    np.testing.assert_array_equal(sent.detect(image), detector.detect(image))
 
 
 def test_models_info_tells_what_an_exported_file_says(

@@ -224,6 +224,31 @@ def test_channels_that_mean_nothing_are_refused(channels: Any) -> None:
         Planes(np.zeros((2, 8, 8), np.uint8), "CYX", channels)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("size", [64, "native"])
+def test_what_is_masked_counts_for_planes_as_for_images(
+    detector: Detector, rng: np.random.Generator, dtype: str, size: Any
+) -> None:
+    array = rng.integers(0, 200, (50, 60)).astype(dtype)
+    array[:9] = 255 if dtype == "uint8" else 50_000
+    masked = np.ma.masked_greater(array, 200)
+    [update] = [u for u in detector.iter_planes(masked, "YX", size=size) if u.plane_done]
+    expected = detector.detect(masked, size=size)
+    np.testing.assert_array_equal(update.blur, expected)
+    assert np.abs(expected - detector.detect(array, size=size)).max() > 0.001
+
+
+def test_tensors_are_planes(detector: Detector, rng: np.random.Generator) -> None:
+    array = rng.integers(0, 256, (2, 40, 50), dtype=np.uint8)
+    ours, theirs = (
+        [update.blur for update in detector.iter_planes(given, "ZYX", size=64)]
+        for given in (array, torch.from_numpy(array))
+    )
+    np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(ImageError, match="expected an array, got a tensor: Can't call numpy"):
+        Planes(torch.zeros(2, 40, 50, requires_grad=True), "ZYX")
+
+
 def test_a_numpy_integer_is_a_channel() -> None:
     channel: Any = np.int64(1)
     planes = Planes(np.arange(128, dtype=np.uint8).reshape(2, 8, 8), "CYX", channel)
