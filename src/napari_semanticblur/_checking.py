@@ -5,10 +5,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from napari_semanticblur._layers import Source, labelled_region
 from napari_semanticblur._worker import Announcement, Failure, Run
@@ -60,7 +61,8 @@ class Settings:
     def key(self) -> tuple[Any, ...]:
         """What the scores depend on."""
         of_network = (_sha256(self.model),) if self.method == NETWORK else ()
-        return (self.method, *of_network, self.tile_size_px, self.region, *_print(self.labels))
+        labels = str(self.labels.unique_id) if self.labels is not None else ""
+        return (self.method, *of_network, self.tile_size_px, self.region, labels)
 
     @property
     def said(self) -> dict[str, Any]:
@@ -86,15 +88,6 @@ class Settings:
         }
 
 
-def _print(labels: Any) -> tuple[Any, ...]:
-    """What tells whether labels are still the same; of lazy ones, which layer they are of."""
-    if labels is None:
-        return ()
-    data = labels.data
-    content = zlib.crc32(np.ascontiguousarray(data).data) if isinstance(data, np.ndarray) else 0
-    return str(labels.unique_id), content
-
-
 def _sha256(model: str) -> str:
     from semanticblur_core import weights
 
@@ -103,19 +96,39 @@ def _sha256(model: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """Planes of one layer, to be measured for the session that knows it."""
+    """Planes of one layer, to be measured for the session that knows it.
+
+    ``prints`` gets, by index, what tells whether the region of a plane is still that.
+    """
 
     source: Source
     session: ArrayFocus
     indices: list[tuple[int, ...]]
     channels: Channels = "each"
+    prints: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     def options(self, settings: Settings) -> FocusOptions:
         """For the core, with the labels of each plane where they are the region."""
         if settings.labels is None:
             return settings.options
         region = labelled_region(self.source, self.source.planes(self.channels), settings.labels)
-        return replace(settings.options, region=lambda plane: region(plane.index))
+
+        def region_of(plane: Any) -> NDArray[np.bool_]:
+            found = region(plane.index)
+            self.prints[plane.index] = zlib.crc32(np.packbits(found).data)
+            return found
+
+        return replace(settings.options, region=region_of)
+
+    def repainted(self, labels: Any) -> list[tuple[int, ...]]:
+        """Planes known whose labels are others than when they were measured."""
+        region = labelled_region(self.source, self.source.planes(self.channels), labels)
+        return [
+            index
+            for index in self.session.images
+            if index in self.prints
+            and self.prints[index] != zlib.crc32(np.packbits(region(index)).data)
+        ]
 
 
 class Checking:
@@ -201,7 +214,7 @@ class Checking:
                         yield job, update
             except SemanticBlurError as error:
                 name = job.source.layer.name
-                problem = str(error) if name in str(error) else f"{name}: {error}"
+                problem = str(error) if str(error).startswith(name) else f"{name}: {error}"
                 self.problems.append(problem)
         if len(self.problems) == len(self.jobs):
             raise ImageError(self.problems[0])

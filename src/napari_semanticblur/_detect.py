@@ -31,6 +31,7 @@ from napari_semanticblur._models import METHODS, exists, models
 from napari_semanticblur._results import is_outdated, pixels_of, rethreshold
 from napari_semanticblur._settings import preferences
 from semanticblur_core import weights
+from semanticblur_core.config import MAX_SIZE_PX, MIN_SIZE_PX
 from semanticblur_core.errors import ConfigError, SemanticBlurError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ OTHER_FILE = "other file ..."
 LEVEL_SIDE_PX = 1024
 # Sizes of the preferences that have a name here.
 _SIZES = {"320": PAPER, "native": NATIVE}
-SMALLEST_PX, LARGEST_PX, USUAL_CUSTOM_PX = 33, 4096, 448
+SMALLEST_PX, LARGEST_PX, USUAL_CUSTOM_PX = MIN_SIZE_PX, MAX_SIZE_PX, 448
 
 
 class DetectWidget(Dock):
@@ -60,6 +61,7 @@ class DetectWidget(Dock):
         self._viewer = napari_viewer
         self._detection: Detection | None = None
         self._rethresholding: dict[Image, Generator[None, None, float | None]] = {}
+        self._silently: set[Image] = set()
         chosen = preferences()
         self.layer = ComboBox(choices=self._images, label="image")
         self._opened_models = []
@@ -247,8 +249,12 @@ class DetectWidget(Dock):
             return
         self.run_button.enabled, self.cancel_button.enabled = True, False
         self._update_copy_button()
-        if detection is not None and detection.has_mixed_thresholds:
-            self._move_threshold(detection.layer, detection.threshold)
+        if detection is None:
+            return
+        if detection.has_mixed_thresholds:
+            self._begin_rethresholding(detection.layer, detection.threshold)
+        if detection.layer in self._rethresholding:  # how the run ended stays to be read
+            self._silently.add(detection.layer)
 
     def _layer_chosen(self, layer: Image | None) -> None:
         if self._is_closed:
@@ -388,6 +394,10 @@ class DetectWidget(Dock):
         elif is_outdated(self._viewer, layer):
             self._say(f"The labels of {layer.name} are of other data now; detect again.")
             return
+        self._silently.discard(layer)
+        self._begin_rethresholding(layer, threshold)
+
+    def _begin_rethresholding(self, layer: Image, threshold: float) -> None:
         self._rethresholding[layer] = rethreshold(self._viewer, layer, threshold)
         self._timer.start()
 
@@ -402,7 +412,9 @@ class DetectWidget(Dock):
                 next(work)
             except StopIteration as end:
                 del self._rethresholding[layer]
-                if end.value is not None and not self.is_running:
+                silently = layer in self._silently
+                self._silently.discard(layer)
+                if end.value is not None and not self.is_running and not silently:
                     self._say(f"{layer.name}: {end.value:.0%} out of focus at this threshold")
         for layer in changed:
             labels = find_result(self._viewer, layer, "labels")

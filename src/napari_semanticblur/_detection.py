@@ -169,6 +169,7 @@ class Detection:
         # One for all planes of a layer.
         self._threshold = settings.threshold if self.pixels is None else self.pixels.threshold
         self._put_away: dict[Kind, dict[str, Any]] = {}
+        self._put_behind: list[Any] = []
         self.limits: Limits | None = None
         self._layers: dict[Kind, Any] = {}
         self._adding: Iterator[None] | None = None
@@ -427,7 +428,9 @@ class Detection:
                 **layer.metadata,
                 METADATA_KEY: {**layer.metadata[METADATA_KEY], "kind": f"earlier {kind}"},
             }
-            layer.visible = False  # two results on top of each other have no colours of theirs
+            if layer.visible:  # two results on top of each other have no colours of theirs
+                layer.visible = False
+                self._put_behind.append(layer)
             layer = None
         if layer is not None:
             if not np.may_share_memory(layer.data, array):
@@ -557,7 +560,14 @@ class Detection:
                 text += f"; left out {_named(self._unreadable)}"
                 show_warning(f"{self.layer.name}: left out {_named(self._unreadable)}")
         if self._loses_planes and self._layers:
-            text += "; the earlier result, of more planes, is kept beside it, hidden"
+            if outcome == "done":
+                text += "; the earlier result, of more planes, is kept beside it, hidden"
+            else:
+                text += "; the earlier result, of more planes, is shown again"
+                for layer in self._layers.values():
+                    layer.visible = False
+                for layer in self._put_behind:
+                    layer.visible = True
         self._on_status(text)
         self._on_end()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
@@ -90,7 +91,10 @@ class FocusWidget(Dock):
         self._changed: set[Any] = set()
         self._rows = PlaneRows()
         self._channels: list[Any] = ["each"]
-        self._limit_for, self._left_out = "", ""
+        self._region_prints: WeakKeyDictionary[Any, dict[tuple[int, ...], int]]
+        self._region_prints = WeakKeyDictionary()
+        self._limit_for = ""
+        self._problems: list[str] = []
         self._is_closed = False
         chosen = preferences()
         self.layer = ComboBox(choices=self._images, label="image")
@@ -382,10 +386,14 @@ class FocusWidget(Dock):
         session = self._session_for(source)
         channels = self._channels_of(layer)
         planes = source.planes(channels)
+        job = Job(source, session, [], channels, self._region_prints.setdefault(layer, {}))
+        labels = self.settings.labels
+        if labels is not None:
+            session.forget_planes(job.repainted(labels))
         if self.planes.value == ALL:
-            return Job(source, session, session.missing(planes), channels)
+            return replace(job, indices=session.missing(planes))
         shown = plane_index(source, self._viewer, planes)
-        return Job(source, session, [] if shown in session.images else [shown], channels)
+        return replace(job, indices=[] if shown in session.images else [shown])
 
     def _known(self) -> tuple[Source, ArrayFocus]:
         source = self._source(unwrapped(self.layer.value))
@@ -416,12 +424,19 @@ class FocusWidget(Dock):
                 problems.append(str(error))
         if not jobs:
             raise ImageError(problems[0])
-        self._start(jobs, f"; {len(problems)} left out: {problems[0]}" if problems else "")
+        self._start(jobs, problems)
 
-    def _start(self, jobs: list[Job], left_out: str = "") -> None:
+    @property
+    def _left_out(self) -> str:
+        """Of layers that cannot be measured, to follow a line."""
+        if not self._problems:
+            return ""
+        return f"; {len(self._problems)} left out: {self._problems[0]}"
+
+    def _start(self, jobs: list[Job], problems: Sequence[str] = ()) -> None:
         if self.is_running:
             return
-        self._left_out = left_out
+        self._problems = list(problems)
         jobs = [job for job in jobs if job.indices]
         if not jobs:
             self._say(f"These planes are checked already{self._left_out}")
@@ -449,13 +464,14 @@ class FocusWidget(Dock):
         if self.gate.value == LIMIT and self._limit_for != self.score_name:
             self._score_chosen()
         self._refresh()
+        if checking is not None:
+            self._problems += checking.problems
         if isinstance(outcome, Failure):
             self._complain(outcome.text)
         elif outcome == "cancelled":
-            self._say("Stopped")
+            self._say(f"Stopped{self._left_out}")
         elif checking is not None and checking.problems:
-            n = len(checking.problems)
-            self._complain(f"All checked but {n} of the layers: {checking.problems[0]}")
+            self._complain(f"Checked{self._left_out}")
         changed, self._changed = self._changed, set()
         for layer in changed:
             self._take_new_data(layer, follow=outcome == "done")
@@ -497,7 +513,8 @@ class FocusWidget(Dock):
         channels = self._channels_of(layer)
         new = session.beyond(before)
         if new and follow and self.follow.value and not self.is_running:
-            self._start([Job(source, session, new, channels)])
+            prints = self._region_prints.setdefault(layer, {})
+            self._start([Job(source, session, new, channels, prints)])
 
     def _renamed(self, event: Any) -> None:
         layer = unwrapped(event.source)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 WHOLE_STACK_BYTES = 2**30
 # What of a layer was saved where by now: only what has changed since is new there.
 _saved: WeakKeyDictionary[Any, dict[tuple[Path, str], NDArray[np.uint8]]] = WeakKeyDictionary()
+# Images that labels were taken to lie on, of several: hiding one later changes nothing.
+_guessed: WeakKeyDictionary[Any, ReferenceType[Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,14 @@ def _source_of(
         (fitting, lambda s: str(s.layer.unique_id) == record.get("source_id")),
         (fitting, lambda s: s.layer.name == record.get("source")),
         (by_name, lambda s: labels.name.startswith(s.layer.name)),
+        (fitting, lambda s: labels in _guessed and _guessed[labels]() is s.layer),
         (below, lambda s: order.get(s.layer, -1) < order.get(labels, math.inf)),
         (below, lambda _: True),
     )
-    return next((source for found, is_it in ranks for source in found if is_it(source)), None)
+    chosen = next((source for found, is_it in ranks for source in found if is_it(source)), None)
+    if chosen is not None:
+        _guessed[labels] = ref(chosen.layer)
+    return chosen
 
 
 def _file_name(image: Image) -> str:

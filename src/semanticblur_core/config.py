@@ -16,6 +16,8 @@ Method = Literal["hifst", "lbp", "dbdf"]
 Augmentation = Literal["none", "flip", "crop", "colour"]
 # Five halvings leave more than one pixel.
 MIN_SIZE_PX = 33
+# Share of synthetic images that are wholly sharp.
+SHARP_SHARE = 0.14
 # What an image squashed to that side takes is several GiB.
 MAX_SIZE_PX = 4096
 
@@ -180,7 +182,7 @@ class TrainConfig(_Config):
     accumulate: int = 1
     synthetic_photographs: int = 0
     synthetic_microscopy: int = 0
-    synthetic_sharp_share: float = 0.14
+    synthetic_sharp_share: float = SHARP_SHARE
     image_size_px: int = 320
     learning_rate: float = 1e-4
     schedule: Schedule = "polynomial"

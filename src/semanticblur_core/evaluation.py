@@ -304,17 +304,17 @@ def evaluate(
     Raises
     ------
     ConfigError
-        If a polarity or the way of resizing is none.
+        At the first step, if a polarity or the way of resizing is none.
 
     Examples
     --------
     >>> from semanticblur_core import Detector, evaluate, io
     >>> from semanticblur_core.evaluation import Evaluator, match
     >>> detector = Detector(precision="float32", upsampling="nearest-exact")
-    >>> pairs, problems = match(Path("photos"), Path("masks"), maps=False)
+    >>> pairs, problems = match("photos", "masks", maps=False)
     >>> evaluator = Evaluator()
     >>> for update in evaluate(
-    ...     pairs, evaluator, predict=lambda pair: detector.detect(io.read_image(pair.image))
+    ...     pairs, evaluator, predict=lambda pair: detector.detect(io.read_rgb8(pair.image))
     ... ):
     ...     print(update.name, update.problem or update.score.mae)
     >>> evaluator.result().mae

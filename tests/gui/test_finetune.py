@@ -433,6 +433,9 @@ def test_which_labels_can_be_chosen(qtbot: Any, viewer: Any, widget: Any) -> Non
     viewer.add_labels(np.zeros((64, 64), np.uint8), name="cells")
     assert annotated_layers(viewer)[-1].source.layer.name == "image"
     assert ("cells (on image)", "cells") in widget.layers._widget._mgui_get_choices()
+    viewer.layers["image"].visible = False  # to look at the other one
+    viewer.layers["other"].visible = True
+    assert annotated_layers(viewer)[-1].source.layer.name == "image"
     assert list(widget.layers.value) == ["image strokes"]
     late = viewer.add_labels(np.zeros((64, 64), np.uint8), name="image more")
     late.metadata = ANNOTATION

@@ -282,7 +282,9 @@ def test_the_heat_map_of_a_method_is_the_share_in_focus(
     np.testing.assert_allclose(viewer.scene.camera.center[-2:], (95.5, 96))
 
 
-def test_labels_say_where_to_look(qtbot: Any, viewer: Any, widget: Any) -> None:
+def test_labels_say_where_to_look(
+    qtbot: Any, viewer: Any, widget: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = stack(2, peak=0)
     image[:, :, 64:] = 128
     viewer.add_image(image, name="half")
@@ -302,7 +304,9 @@ def test_labels_say_where_to_look(qtbot: Any, viewer: Any, widget: Any) -> None:
     assert images[(0,)].scores.region_fraction == 48 / 128
     layer.data[0, :, 32:] = 0
     layer.refresh()
+    again = measured(monkeypatch)
     check(qtbot, widget)  # what was painted since counts
+    assert again == [(0,)]
     assert widget.session().images[(0,)].scores.region_fraction == 32 / 128
     with pytest.MonkeyPatch.context() as patch:
         shown = complaints(patch)
@@ -503,7 +507,7 @@ def test_a_layer_that_cannot_be_measured_does_not_stop_the_others(
     widget.planes.value = _focus.LAYERS
     check(qtbot, widget)
     assert [row.cells[0] for row in widget.table.rows] == ["good"]
-    told = "All checked but 1 of the layers: empty: no finite value (all NaN or infinite)"
+    told = "Checked; 1 left out: empty: no finite value (all NaN or infinite)"
     assert widget.status.value == told
     assert len(shown) == 1
     viewer.layers.remove("good")

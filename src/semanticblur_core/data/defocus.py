@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from semanticblur_core import io
+from semanticblur_core.config import SHARP_SHARE
 from semanticblur_core.data.datasets import list_images
 from semanticblur_core.errors import DataError
 
@@ -37,7 +38,8 @@ BLURRED_RADIUS_PX = 1.0
 DOUBTFUL_RADIUS_PX = (0.6, 1.5)
 MAX_RADIUS_PX = 16.0
 GAMMA = 2.2
-SHARP_SHARE = 0.14
+# Of what is not wholly sharp.
+_BLURRED_SHARE, _DEPTH_SHARE = 0.12 / 0.86, 0.26 / 0.86
 _LEVELS_PX = (0.6, 1.0, 1.5, 2.2, 3.2, 5.0, 8.0, 12.0, 16.0)
 _CONTENT_CONTRAST = 0.06
 _CONTENT_REACH_PX = 9
@@ -454,9 +456,9 @@ def _draw(
         slight = float(rng.choice([0.0, 0.0, 0.5]))
         return _Scene(back, back, nothing, nothing, nothing + slight, 0.0)
     kind = (kind - sharp_share) / (1 - sharp_share)
-    if kind < 0.14:
+    if kind < _BLURRED_SHARE:
         return _Scene(back, back, nothing, nothing, nothing + uniform_radius(), 0.0)
-    if kind < 0.44 or sources.kind == "microscopy":
+    if kind < _BLURRED_SHARE + _DEPTH_SHARE or sources.kind == "microscopy":
         field = _depth_field(size_px, rng)
         focus = rng.uniform(0, 1)
         radius = (field - focus).abs() * rng.uniform(6, 20)

@@ -121,6 +121,12 @@ class ArrayFocus:
             self.images[index] = replace(image, name=named)
         self.name = name
 
+    def forget_planes(self, indices: Iterable[Index]) -> None:
+        """Forget some planes, so that they are measured again."""
+        for index in indices:
+            self.images.pop(index, None)
+            self._prints.pop(index, None)
+
     def forget(self) -> None:
         """Forget all planes, and the range of intensities."""
         self.images.clear()

@@ -103,7 +103,7 @@ class OnnxRuntimeBackend(_ExportedBackend):
     """An exported file in ONNX Runtime, float32; on a CUDA GPU where its package has one."""
 
     def __init__(self, path: Path, *, device: str = "auto", precision: str = "auto") -> None:
-        self._opened = (path, device, precision)
+        self._opened = (path.absolute(), device, precision)
         onnxruntime = _require("onnxruntime")
         self.name = "onnxruntime"
         if precision not in ("auto", "float32"):
@@ -140,7 +140,7 @@ class OpenVinoBackend(_ExportedBackend):
     """An exported file in OpenVINO, on the CPU; bfloat16 where the processor has it."""
 
     def __init__(self, path: Path, *, device: str = "auto", precision: str = "auto") -> None:
-        self._opened = (path, device, precision)
+        self._opened = (path.absolute(), device, precision)
         openvino = _require("openvino")
         self.name = "openvino"
         if device not in ("auto", "cpu"):

@@ -115,7 +115,8 @@ class DetectOptions:
         object.__setattr__(self, "output", Path(self.output))
         formats: Any = self.formats
         if isinstance(formats, str):  # as the command line takes them
-            object.__setattr__(self, "formats", tuple(formats.split(",")))
+            formats = tuple(part.strip() for part in formats.split(","))
+            object.__setattr__(self, "formats", formats)
         require_share("threshold", self.threshold)
         if self.every < 1:
             raise ConfigError(f"every: expected at least 1, got {self.every}")

@@ -92,7 +92,7 @@ class DetectionCluster:
     >>> jobs, _ = find_jobs(["photos"], Path("maps"))
     >>> with DetectionCluster(make, n_workers=2) as cluster:
     ...     for result in cluster.detect_files(jobs, DetectOptions(Path("maps"))):
-    ...         print(result.source, result.error or result.mean_blur)
+    ...         print(result.source, result.error or result.skipped or result.mean_blur)
     """
 
     def __init__(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semanticblur_core import io, weights
-from semanticblur_core.errors import ConfigError, ImageError
+from semanticblur_core.errors import ConfigError, ImageError, WeightsError
 from semanticblur_core.inference.backends import BACKENDS, is_exported
 from semanticblur_core.inference.cluster import process_detector
 from semanticblur_core.inference.detector import require_size
@@ -43,7 +43,7 @@ def detect_dask(
         See `semanticblur_core.inference.planes.Planes`.
     model, device, precision, flip
         See `semanticblur_core.Detector`; each process of a dask.distributed cluster loads its own
-        once, a file of weights under the same absolute path.
+        once, a file of weights under the same absolute path; here it must be, too.
     backend
         Likewise, but ``auto`` is torch on all machines, whatever was measured there; of an
         exported file, ONNX Runtime.
@@ -86,6 +86,8 @@ def detect_dask(
     model = str(model)
     if not is_exported(model):
         weights.resolve(model)
+    elif not Path(model).is_file():
+        raise WeightsError(f"{model}: no such file")
     if backend == "auto" and not is_exported(model):
         backend = "torch"
     if Path(model).is_file():

@@ -48,7 +48,7 @@ PAPER_SIZE_PX = 320
 GPU_BATCH_SIZE = 16
 
 # Modes of Pillow whose numbers are grey levels or RGB.
-_PLAIN_MODES = ("1", "L", "I", "F", "I;16", "I;16B", "RGB", "RGBA")
+_PLAIN_MODES = ("1", "L", "I", "F", "RGB", "RGBA")
 
 _Item = TypeVar("_Item")
 Reader = Callable[[slice, slice], NDArray[Any]]
@@ -496,9 +496,11 @@ def _prepare(image: Any, value_range: tuple[float, float] | None) -> NDArray[Any
         raise ImageError(
             f"expected an array (H, W) or (H, W, 3), got {what}; `detect_files` reads files"
         )
-    if isinstance(image, Image.Image) and image.mode not in _PLAIN_MODES:
-        image = image.convert("L" if image.mode == "LA" else "RGB")
     try:
+        if isinstance(image, Image.Image) and not (
+            image.mode in _PLAIN_MODES or image.mode.startswith("I;16")
+        ):
+            image = image.convert("L" if image.mode == "LA" else "RGB")
         image = io.without_alpha(io.unmasked(image))
     except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, tensors with gradients
         reason = str(error).splitlines()[0]

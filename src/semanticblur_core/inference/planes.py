@@ -93,7 +93,7 @@ class Planes:
     def __post_init__(self) -> None:
         if not (hasattr(self.array, "shape") and hasattr(self.array, "dtype")):
             raise ImageError(f"expected an array, got {type(self.array).__name__}")
-        if type(self.array).__module__.partition(".")[0] == "torch":
+        if any(kind.__module__.partition(".")[0] == "torch" for kind in type(self.array).__mro__):
             try:
                 object.__setattr__(self, "array", np.asarray(self.array))
             except (TypeError, RuntimeError) as error:  # on a GPU, or with gradients
@@ -339,7 +339,9 @@ class PlaneView:
             inside["C"] = planes.channels
         key = tuple(walked.get(axis, inside.get(axis, slice(None))) for axis in planes.axes)
         try:
-            pixels = io.unmasked(planes.array[key])
+            part = planes.array[key]
+            # Of dask arrays numpy would drop the mask.
+            pixels = io.unmasked(part.compute() if hasattr(part, "compute") else part)
         except MemoryError:
             raise
         except Exception as error:  # whatever reads lazily: codecs, networks, a user's function

@@ -131,6 +131,7 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(model: dict[str, 
         ({"size": 0}, "size: expected at least 33 px"),
         ({"backend": "x"}, "backend 'x': expected auto"),
         ({"model": "nope"}, "nope"),
+        ({"model": "nope.onnx"}, "nope.onnx: no such file"),
     ):
         with pytest.raises(SemanticBlurError, match=message):
             detect_dask(array, "ZYX", **(model | wrong))

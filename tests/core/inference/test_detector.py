@@ -178,6 +178,14 @@ def test_pictures_of_pillow_mean_what_they_show(detector: Detector, mode: str) -
     np.testing.assert_array_equal(detector.detect(given, size=64), expected)  # type: ignore[arg-type]
 
 
+def test_pictures_of_sixteen_bits_keep_them(detector: Detector) -> None:
+    levels = np.linspace(0, 60_000, 1600).astype(np.uint16).reshape(40, 40)
+    picture = Image.fromarray(levels)
+    assert picture.mode.startswith("I;16")
+    expected = detector.detect(levels, size=64)
+    np.testing.assert_array_equal(detector.detect(picture, size=64), expected)  # type: ignore[arg-type]
+
+
 def test_a_detector_says_why_it_runs_where_it_runs(network: SemanticBlur) -> None:
     assert "as asked" in Detector(network, device="cpu", precision="float32").reason
     assert Detector(network, precision="bfloat16").precision == "bfloat16"

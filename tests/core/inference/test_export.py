@@ -73,12 +73,15 @@ def test_any_size_gives_the_maps_of_torch(
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_detector_can_be_sent_elsewhere(
-    exported: Path, backend: str, rng: np.random.Generator
+    exported: Path, backend: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(backend)
-    detector = Detector(str(exported), backend=backend, precision="float32", device="cpu")
+    monkeypatch.chdir(exported.parent)
+    detector = Detector(exported.name, backend=backend, precision="float32", device="cpu")
     detector.engine.reason = "measured"
-    sent = pickle.loads(pickle.dumps(detector))
+    pickled = pickle.dumps(detector)
+    monkeypatch.chdir("/")
+    sent = pickle.loads(pickled)
     assert (sent.backend, sent.precision, sent.reason) == (backend, "float32", "measured")
     image = rng.integers(0, 256, (90, 140, 3), np.uint8)
     np.testing.assert_array_equal(sent.detect(image), detector.detect(image))

@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import pytest
 import torch
@@ -236,6 +237,9 @@ def test_what_is_masked_counts_for_planes_as_for_images(
     expected = detector.detect(masked, size=size)
     np.testing.assert_array_equal(update.blur, expected)
     assert np.abs(expected - detector.detect(array, size=size)).max() > 0.001
+    lazy = da.from_array(masked, chunks=25)
+    [update] = [u for u in detector.iter_planes(lazy, "YX", size=size) if u.plane_done]
+    np.testing.assert_allclose(update.blur, expected, atol=1e-5)
 
 
 def test_tensors_are_planes(detector: Detector, rng: np.random.Generator) -> None:

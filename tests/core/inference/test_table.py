@@ -9,7 +9,7 @@ import pytest
 
 from semanticblur_core import io
 from semanticblur_core.inference.batch import FileResult
-from semanticblur_core.inference.table import summary_table
+from semanticblur_core.inference.table import still_holds, summary_table
 
 SUFFIXES = ("csv", "parquet")
 
@@ -133,3 +133,10 @@ def test_a_name_that_is_not_utf8_is_a_row_like_any_other(path: Path) -> None:
         rows = pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
         assert rows[0]["input"] == "in/caf\\xe9.png"
     assert [float(row["mean_blur"]) for row in rows] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("outputs", ["out/a;b_blur.png", ["out/a;b_blur.png"]])
+def test_a_separator_in_a_name_loses_nothing(outputs: Any) -> None:
+    skipped = FileResult("a;b.jpg", outputs=[Path("out/a;b_blur.png")], skipped=True)
+    assert still_holds({"outputs": outputs}, skipped)
+    assert not still_holds({"outputs": "out/c_blur.png"}, skipped)
