@@ -316,6 +316,29 @@ def test_cancelling_a_rerun_brings_the_earlier_result_back(
     assert "the earlier result is back" in widget.status.value
 
 
+def test_a_larger_result_is_shown_again_if_the_run_beside_it_is_cancelled(
+    qtbot: Any, viewer: Any, widget: Any
+) -> None:
+    layer = viewer.add_image(np.zeros((60, 64, 64), np.uint8), name="long")
+    widget.planes.value = _detect.ALL
+    widget.size.value = _detect.CUSTOM
+    widget.custom_size.value = 64
+    finish(qtbot, widget)
+    _, earlier = results(viewer, layer)
+    widget.custom_size.value = 320
+    widget.planes.value = _detect.RANGE
+    widget.first.value, widget.last.value = 0, 50
+    widget.run()
+    qtbot.waitUntil(lambda: widget.progress.value >= 3, timeout=60_000)
+    _, labels = results(viewer, layer)
+    assert labels is not earlier
+    assert (earlier.visible, labels.visible) == (False, True)
+    widget.cancel()
+    qtbot.waitUntil(lambda: not widget.is_running, timeout=5000)
+    assert (earlier.visible, labels.visible) == (True, False)
+    assert "the earlier result, of more planes, is shown again" in widget.status.value
+
+
 def test_a_rerun_follows_a_layer_that_was_calibrated(qtbot: Any, viewer: Any, widget: Any) -> None:
     layer = viewer.add_image(photo(), rgb=True, name="photo")
     finish(qtbot, widget)
