@@ -98,11 +98,7 @@ class ModelConfig(_Config):
     decoder_channels: int = 128
 
     def __post_init__(self) -> None:
-        if self.backbone not in get_args(BackboneName):
-            raise ConfigError(
-                f"backbone: expected one of {', '.join(get_args(BackboneName))}, "
-                f"got {self.backbone!r}"
-            )
+        require_choice("backbone", self.backbone, BackboneName)
         for name in ("channel_attention", "spatial_attention", "semantic_enhancement"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected true or false, got {getattr(self, name)!r}")

@@ -287,15 +287,21 @@ def test_new_models_stand_before_the_way_to_others(
     assert widget.model.value == before
 
 
-@pytest.mark.parametrize("map_is", ["there", "removed"])
-def test_cancelling_a_rerun_brings_the_earlier_result_back(
-    qtbot: Any, viewer: Any, widget: Any, map_is: str
-) -> None:
+def detected_stack(qtbot: Any, viewer: Any, widget: Any) -> Any:
+    """A long stack that was detected quickly, at 64 px."""
     layer = viewer.add_image(np.zeros((60, 64, 64), np.uint8), name="long")
     widget.planes.value = _detect.ALL
     widget.size.value = _detect.CUSTOM
     widget.custom_size.value = 64
     finish(qtbot, widget)
+    return layer
+
+
+@pytest.mark.parametrize("map_is", ["there", "removed"])
+def test_cancelling_a_rerun_brings_the_earlier_result_back(
+    qtbot: Any, viewer: Any, widget: Any, map_is: str
+) -> None:
+    layer = detected_stack(qtbot, viewer, widget)
     blur, labels = results(viewer, layer)
     before = blur.data.copy(), labels.data.copy(), labels.metadata["semanticblur"]
     if map_is == "removed":
@@ -319,11 +325,7 @@ def test_cancelling_a_rerun_brings_the_earlier_result_back(
 def test_a_larger_result_is_shown_again_if_the_run_beside_it_is_cancelled(
     qtbot: Any, viewer: Any, widget: Any
 ) -> None:
-    layer = viewer.add_image(np.zeros((60, 64, 64), np.uint8), name="long")
-    widget.planes.value = _detect.ALL
-    widget.size.value = _detect.CUSTOM
-    widget.custom_size.value = 64
-    finish(qtbot, widget)
+    layer = detected_stack(qtbot, viewer, widget)
     _, earlier = results(viewer, layer)
     widget.custom_size.value = 320
     widget.planes.value = _detect.RANGE

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from semanticblur_core import io, weights
 from semanticblur_core.errors import ConfigError, ImageError, WeightsError
-from semanticblur_core.inference.backends import BACKENDS, is_exported
+from semanticblur_core.inference.backends import is_exported
 from semanticblur_core.inference.cluster import process_detector
-from semanticblur_core.inference.detector import require_size
+from semanticblur_core.inference.detector import require_backend, require_size
 from semanticblur_core.inference.planes import Channels, Planes, range_of_samples
 
 
@@ -81,8 +81,7 @@ def detect_dask(
     # Now, not hours later on a cluster.
     if size != "native":
         require_size(size)
-    if backend not in ("auto", *BACKENDS):
-        raise ConfigError(f"backend {backend!r}: expected auto, {', '.join(BACKENDS)}")
+    require_backend(backend)
     model = str(model)
     if not is_exported(model):
         weights.resolve(model)

@@ -124,8 +124,7 @@ class Detector:
         scales: Sequence[float] = (1.0,),
         batch_size: int = 0,
     ) -> None:
-        if backend not in ("auto", *BACKENDS):
-            raise ConfigError(f"backend {backend!r}: expected auto, {', '.join(BACKENDS)}")
+        require_backend(backend)
         _require_upsampling(upsampling)
         if isinstance(model, Path):
             model = str(model)
@@ -519,6 +518,12 @@ def _as_unit_float(pixels: NDArray[Any]) -> NDArray[np.float32]:
     if pixels.dtype == np.uint8:
         return pixels.astype(np.float32) / np.float32(255)
     return pixels
+
+
+def require_backend(backend: str) -> None:
+    """Refuse what is neither a back end nor ``auto``, as a `ConfigError`."""
+    if backend not in ("auto", *BACKENDS):
+        raise ConfigError(f"backend {backend!r}: expected auto, {', '.join(BACKENDS)}")
 
 
 def require_size(size: object, scales: Sequence[float] = (1.0,)) -> None:
