@@ -123,13 +123,15 @@ class TrainConfig(_Config):
     ----------
     epochs, batch_size
         Length of the run and images per step, of all processes together. An incomplete last batch
-        of an epoch is dropped.
+        of a pass is dropped.
     accumulate
         Parts that each batch is worked through in, for less memory. BatchNorm sees the parts.
     synthetic_photographs, synthetic_microscopy
         How many images of each batch are synthetic defocus, made of sharp photographs and of sharp
-        microscopy (`semanticblur_core.data.defocus`); the rest are pairs. An epoch is one pass over
-        the pairs.
+        microscopy (`semanticblur_core.data.defocus`); the rest are pairs.
+    passes_per_epoch
+        Passes over the pairs that make an epoch, at whose end the network is validated and the
+        state written. A run is ``epochs`` times as many passes long.
     synthetic_sharp_share
         Share of the synthetic images that are wholly sharp.
     image_size_px
@@ -179,6 +181,7 @@ class TrainConfig(_Config):
     synthetic_photographs: int = 0
     synthetic_microscopy: int = 0
     synthetic_sharp_share: float = SHARP_SHARE
+    passes_per_epoch: int = 1
     image_size_px: int = 320
     learning_rate: float = 1e-4
     schedule: Schedule = "polynomial"
@@ -200,6 +203,7 @@ class TrainConfig(_Config):
     def __post_init__(self) -> None:
         lowest = {"epochs": 1, "batch_size": 1, "image_size_px": 33, "warmup_steps": 0, "seed": 0}
         lowest |= {"synthetic_photographs": 0, "synthetic_microscopy": 0, "accumulate": 1}
+        lowest |= {"passes_per_epoch": 1}
         for name, low in lowest.items():
             value = getattr(self, name)
             if not isinstance(value, int) or not low <= value < 2**63:

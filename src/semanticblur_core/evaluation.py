@@ -304,7 +304,9 @@ def evaluate(
     Raises
     ------
     ConfigError
-        At the first step, if a polarity or the way of resizing is none.
+        At once, if a polarity or the way of resizing is none.
+    DataError
+        At once, if folders were given rather than pairs.
 
     Examples
     --------
@@ -324,7 +326,18 @@ def evaluate(
     require_choice("map_resize", map_resize, MapResize)
     if isinstance(pairs, (str, Path)):
         raise DataError(f"{pairs}: expected pairs of files; `match` finds them in two folders")
-    pairs = list(pairs)
+    return _evaluate(list(pairs), evaluator, predict, map_polarity, mask_polarity, map_resize)
+
+
+def _evaluate(
+    pairs: Sequence[Pair],
+    evaluator: Evaluator,
+    predict: Predict | None,
+    map_polarity: Polarity,
+    mask_polarity: Polarity,
+    map_resize: MapResize,
+) -> Generator[EvalUpdate]:
+    """As `evaluate`, whose arguments were checked."""
 
     def score(pair: Pair, blur: NDArray[np.float32] | None) -> tuple[_Measured, bool, str | None]:
         mask = io.read_mask(pair.mask)

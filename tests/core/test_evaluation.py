@@ -131,14 +131,14 @@ def test_protocols_choose_the_f_that_counts(protocol: str, expected: float) -> N
 def test_a_misspelt_setting_scores_nothing(wrong: dict[str, Any]) -> None:
     [name] = wrong
     with pytest.raises(ConfigError, match=f"{name}: expected one of "):
-        list(evaluate([], Evaluator(), **wrong))
+        evaluate([], Evaluator(), **wrong)
     with pytest.raises(ConfigError, match="positive: expected one of blur, sharp, got 'Sharp'"):
         Evaluator(positive="Sharp")  # type: ignore[arg-type]
 
 
 def test_folders_are_not_pairs() -> None:
     with pytest.raises(DataError, match="maps: expected pairs of files; `match` finds them"):
-        list(evaluate("maps", Evaluator()))  # type: ignore[arg-type]
+        evaluate("maps", Evaluator())  # type: ignore[arg-type]
 
 
 def test_unknown_protocol_and_empty_result() -> None:

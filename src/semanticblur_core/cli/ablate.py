@@ -139,9 +139,10 @@ def _resumed_precision(output: Path, precision: str) -> str:
 
 
 def _budget(config: TrainConfig, n_training: int, n_held_out: int) -> str:
-    steps = config.epochs * (n_training // config.batch_size)
+    n_passes = config.epochs * config.passes_per_epoch
+    steps = n_passes * (n_training // config.batch_size)
     return (
-        f"each variant: {config.epochs} epochs of {n_training} images ({steps} steps of "
+        f"each variant: {n_passes} epochs of {n_training} images ({steps} steps of "
         f"{config.batch_size}, {config.image_size_px} px), one seed ({config.seed}); the paper: "
         f"100 epochs of 604 images (10000 steps of 6, 320 px). Best epoch by MAE on the same "
         f"{n_held_out} images that are scored"

@@ -26,12 +26,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from scipy.fft import next_fast_len
 from torch import Tensor
 from torch.nn import functional as F
 
 from semanticblur_core import io
 from semanticblur_core.config import SHARP_SHARE
 from semanticblur_core.data.datasets import list_images
+from semanticblur_core.data.transforms import resize_bytes
 from semanticblur_core.errors import DataError
 
 BLURRED_RADIUS_PX = 1.0
@@ -114,8 +116,9 @@ def blur_levels(images: Tensor, kernels: Tensor) -> Tensor:
     pad = kernels.shape[-1] // 2
     height, width = images.shape[-2:]
     padded = F.pad(images, (pad, pad, pad, pad), mode="reflect")
-    shape = padded.shape[-2:]
-    spectrum = torch.fft.rfft2(padded)
+    # Lengths of small prime factors; on a GPU each other length also costs a plan of its own.
+    shape = [next_fast_len(side, real=True) for side in padded.shape[-2:]]
+    spectrum = torch.fft.rfft2(padded, s=shape)
     transfer = torch.fft.rfft2(kernels, s=shape)
     blurred = torch.fft.irfft2(spectrum[:, None] * transfer[:, :, None], s=shape)
     # The kernel's centre lies at (pad, pad), which shifts the result by as much.
@@ -256,7 +259,11 @@ class SharpImages:
         return len(self._images)
 
     def crop(
-        self, index: int, size_px: int, rng: np.random.Generator
+        self,
+        index: int,
+        size_px: int,
+        rng: np.random.Generator,
+        device: torch.device | str = "cpu",
     ) -> tuple[Tensor, Tensor | None]:
         """A random part of an image at ``size_px``, and its object mask; float32 in 0..1.
 
@@ -278,9 +285,7 @@ class SharpImages:
             part = tensor[:, box[0], box[1]]
             part = part.flip(-1) if flip else part
             part = part if upright else part.transpose(-1, -2)
-            part = part[None].contiguous(memory_format=torch.channels_last)
-            size = (size_px, size_px)
-            return F.interpolate(part, size, mode="bilinear", antialias=True)[0].float() / 255
+            return resize_bytes(part, (size_px, size_px)).to(device).float() / 255
 
         return cut(image), None if mask is None else cut(mask)
 
@@ -305,8 +310,7 @@ def synthesise(
     rng
         Source of all randomness.
     device
-        Where to compute; only crops, outlines, depth fields and the JPEG step go through the
-        processor.
+        Where to compute; only what is cut out and resized, and the JPEG step, is on the CPU.
     sharp_share
         Share of images that are wholly sharp, in 0..1.
 
@@ -324,9 +328,9 @@ def synthesise(
     if not large:
         raise DataError(f"no sharp image has sides of at least {0.8 * size_px:.0f} px")
     with_mask = sorted(set(large) & set(sources.with_mask))
-    drawn = [_draw(sources, large, with_mask, size_px, rng, sharp_share) for _ in range(n)]
+    drawn = [_draw(sources, large, with_mask, size_px, rng, sharp_share, device) for _ in range(n)]
     back, front, alpha, hidden, radius = (
-        torch.stack([getattr(scene, name) for scene in drawn]).to(device)
+        torch.stack([getattr(scene, name) for scene in drawn])
         for name in ("back", "front", "alpha", "hidden", "radius_px")
     )
     front_radius = torch.tensor([scene.front_radius_px for scene in drawn], device=device)
@@ -388,12 +392,12 @@ def defocus_photograph(
     Of three cases one (35 %) defocuses all of it, one (30 %) by a smooth depth, and one (35 %) all
     but a smooth region.
     """
-    size_px = image.shape[-1]
-    nothing = torch.zeros(1, size_px, size_px)
+    size_px, device = image.shape[-1], image.device
+    nothing = torch.zeros(1, size_px, size_px, device=device)
     kind = rng.random()
     alpha, radius = nothing, nothing + float(np.exp(rng.uniform(np.log(1.5), np.log(9))))
     if kind >= 0.35:
-        field = _depth_field(size_px, rng)
+        field = _depth_field(size_px, rng, device)
         if kind < 0.65:
             distance = (field - rng.uniform(0, 1)).abs()
             radius = (distance * rng.uniform(6, 18) - rng.uniform(0, 2.5)).clamp(0, 10)
@@ -408,9 +412,9 @@ def defocus_photograph(
         front=linear,
         alpha=alpha[None],
         hidden=alpha[None],
-        front_radius_px=torch.zeros(1),
-        n_blades=torch.from_numpy(rng.choice([0, 0, 0, 5, 6, 7, 8], 1)),
-        rotation_rad=torch.from_numpy(rng.uniform(0, math.pi, 1)).float(),
+        front_radius_px=torch.zeros(1, device=device),
+        n_blades=torch.from_numpy(rng.choice([0, 0, 0, 5, 6, 7, 8], 1)).to(device),
+        rotation_rad=torch.from_numpy(rng.uniform(0, math.pi, 1)).float().to(device),
     )
     coc = torch.where(share[0] > 0.5, nothing, radius)
     low, high = DOUBTFUL_RADIUS_PX
@@ -439,13 +443,13 @@ def _draw(
     size_px: int,
     rng: np.random.Generator,
     sharp_share: float,
+    device: torch.device | str,
 ) -> _Scene:
     """Choose the images (of the given indices), the geometry and the radii of one scene."""
-    shape = (1, size_px, size_px)
-    nothing = torch.zeros(shape)
+    nothing = torch.zeros(1, size_px, size_px, device=device)
 
     def pick() -> tuple[Tensor, Tensor | None]:
-        return sources.crop(large[int(rng.integers(len(large)))], size_px, rng)
+        return sources.crop(large[int(rng.integers(len(large)))], size_px, rng, device)
 
     def uniform_radius() -> float:
         return float(np.exp(rng.uniform(np.log(1.5), np.log(12))))
@@ -459,7 +463,7 @@ def _draw(
     if kind < _BLURRED_SHARE:
         return _Scene(back, back, nothing, nothing, nothing + uniform_radius(), 0.0)
     if kind < _BLURRED_SHARE + _DEPTH_SHARE or sources.kind == "microscopy":
-        field = _depth_field(size_px, rng)
+        field = _depth_field(size_px, rng, device)
         focus = rng.uniform(0, 1)
         radius = (field - focus).abs() * rng.uniform(6, 20)
         radius = (radius - rng.uniform(0, 2.5)).clamp(0, 12)
@@ -478,13 +482,13 @@ def _draw(
     own_photo = front_radius <= DOUBTFUL_RADIUS_PX[0]
     if with_mask and rng.random() < 0.7:
         object_index = with_mask[int(rng.integers(len(with_mask)))]
-        front, alpha = sources.crop(object_index, size_px, rng)
+        front, alpha = sources.crop(object_index, size_px, rng, device)
         assert alpha is not None
         if own_photo and rng.random() < 0.65:
             return _Scene(front, front, alpha, _grown(alpha), behind, front_radius)
         return _Scene(back, front, alpha, nothing, behind, front_radius)
     front, _ = pick()
-    field = _depth_field(size_px, rng)
+    field = _depth_field(size_px, rng, device)
     level = float(torch.quantile(field.flatten()[::7], rng.uniform(0.25, 0.75)))
     alpha = ((field - level) * size_px / 2 + 0.5).clamp(0, 1)
     if own_photo and rng.random() < 0.4:
@@ -497,14 +501,14 @@ def _grown(alpha: Tensor) -> Tensor:
     return F.max_pool2d(alpha[None], 5, stride=1, padding=2)[0]
 
 
-def _depth_field(size_px: int, rng: np.random.Generator) -> Tensor:
+def _depth_field(size_px: int, rng: np.random.Generator, device: torch.device | str) -> Tensor:
     """Smooth relative depth ``(1, S, S)`` in 0..1: a tilted plane plus bumps, in random shares."""
-    axis = torch.linspace(-1, 1, size_px)
+    axis = torch.linspace(-1, 1, size_px, device=device)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     angle = rng.uniform(0, 2 * math.pi)
     plane = (x * math.cos(angle) + y * math.sin(angle))[None]
     cells = int(rng.integers(3, 8))
-    bumps = torch.from_numpy(rng.standard_normal((1, 1, cells, cells))).float()
+    bumps = torch.from_numpy(rng.standard_normal((1, 1, cells, cells))).float().to(device)
     bumps = F.interpolate(bumps, (size_px, size_px), mode="bicubic", align_corners=True)[0]
     field: Tensor = plane + bumps * rng.choice([0.0, 0.3, 1.5])
     field = (field - field.min()) / (field.max() - field.min())
@@ -559,11 +563,12 @@ def _develop(linear: Tensor, gamma: float, kind: Kind, rng: np.random.Generator)
 
 def _jpeg(images: Tensor, rng: np.random.Generator, *, share: float) -> Tensor:
     """Store some of the images as JPEG of quality 40 to 95 and read them back."""
+    chosen = np.flatnonzero(rng.random(len(images)) < share)
     result = images.clone()
-    for i in np.flatnonzero(rng.random(len(images)) < share):
-        pixels = (images[i].permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+    pixels = (images[chosen].permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+    for i, image in zip(chosen, pixels, strict=True):
         stream = streams.BytesIO()
-        Image.fromarray(pixels).save(stream, "JPEG", quality=int(rng.integers(40, 96)))
+        Image.fromarray(image).save(stream, "JPEG", quality=int(rng.integers(40, 96)))
         decoded = torch.from_numpy(np.asarray(Image.open(stream)).copy())
         result[i] = decoded.permute(2, 0, 1).to(images) / 255
     return result

@@ -24,7 +24,11 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def augment(
-    image: Tensor, mask: Tensor, config: TrainConfig, rng: np.random.Generator
+    image: Tensor,
+    mask: Tensor,
+    config: TrainConfig,
+    rng: np.random.Generator,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """One training example of a photograph and its mask.
 
@@ -38,6 +42,8 @@ def augment(
         Size and kind of augmentation.
     rng
         Source of randomness.
+    device
+        Where the example is to lie; what is cut out is resized on the CPU.
 
     Returns
     -------
@@ -59,8 +65,8 @@ def augment(
     if config.augmentation != "none" and rng.random() < 0.5:
         image, mask = image.flip(-1), mask.flip(-1)
     size = (config.image_size_px, config.image_size_px)
-    image = _resize(image, size).float() / 255
-    resized = _resize(mask, size)
+    image = resize_bytes(image, size).to(device).float() / 255
+    resized = resize_bytes(mask, size).to(device)
     target = (resized > 127).float()
     if len(mask) == 2:
         share, labelled = resized.float()
@@ -113,7 +119,8 @@ def cutmix(
     return mixed, mixed_targets
 
 
-def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_bytes(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Antialiased bilinear resize of ``(C, H, W)`` uint8 on the CPU."""
     channels_last = image[None].contiguous(memory_format=torch.channels_last)
     return F.interpolate(channels_last, size=size, mode="bilinear", antialias=True)[0]
 

@@ -156,6 +156,12 @@ class Detector:
             self._load(model, device, precision, backend, n_images)
         self._batch_size = batch_size
 
+    def __repr__(self) -> str:
+        return (
+            f"Detector({self.name!r}, backend={self.backend!r}, device={self.device!r}, "
+            f"precision={self.precision!r})"
+        )
+
     def _load(
         self, model: str | SemanticBlur, device: str, precision: str, backend: str, n_images: float
     ) -> None:

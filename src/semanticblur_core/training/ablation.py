@@ -232,7 +232,10 @@ def _key(
     """Digest of what a variant's result depends on."""
     data = [training.digest, validation.digest]
     computed_on = [device.device.type, str(device.dtype)]
-    values = [config.to_dict(), model.to_dict(), initial, computed_on, data]
+    # A setting that comes later is to leave the digest of earlier results as it is.
+    usual = TrainConfig().to_dict()
+    settings = {name: value for name, value in config.to_dict().items() if value != usual[name]}
+    values = [settings, model.to_dict(), initial, computed_on, data]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

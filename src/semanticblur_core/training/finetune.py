@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,10 +28,11 @@ from semanticblur_core import __version__, io, weights
 from semanticblur_core.config import FinetuneConfig
 from semanticblur_core.data.defocus import Example
 from semanticblur_core.data.store import BLURRED, SHARP, LabelledImage
-from semanticblur_core.device import choose_device, computes_bfloat16
+from semanticblur_core.device import DeviceChoice, choose_device, computes_bfloat16
 from semanticblur_core.errors import DataError, TrainingError, WeightsError
 from semanticblur_core.inference.detector import Detector
 from semanticblur_core.metrics import BlurScorer, Protocol, Scores
+from semanticblur_core.network import SemanticBlur
 from semanticblur_core.training import photographs
 from semanticblur_core.training.recipes import finetune_budget
 from semanticblur_core.training.strokes import (
@@ -232,10 +233,18 @@ def finetune(
     DataError
         If fewer than two classes are labelled, or an image is too small for native size.
     ConfigError, WeightsError
-        If a setting or a name is wrong, or the output exists.
+        If a setting or a name is wrong, or the output exists. These and what is wrong with the
+        labels are found at once, before the first step.
     TrainingError
         If the loss stops being finite.
     """
+    images = list(images) if isinstance(images, Iterable) else [images]
+    for image in images:
+        if not isinstance(image, LabelledImage):
+            raise DataError(
+                f"images: expected what `read_store` returns, or a list of LabelledImage, got "
+                f"{image!r:.80}"
+            )
     config = finetune_budget(budget)
     if seed is not None:
         config = replace(config, seed=seed)
@@ -252,6 +261,34 @@ def finetune(
     if target is not None:
         io.require_writable(target)
         _require_space(target.parent, 2 * info.size_bytes)
+    return _finetune(
+        images,
+        model,
+        info,
+        config,
+        chosen,
+        output=output,
+        size=size,
+        preview=preview,
+        best_so_far=best_so_far,
+        should_stop=should_stop,
+    )
+
+
+def _finetune(
+    images: Sequence[LabelledImage],
+    model: SemanticBlur,
+    info: weights.WeightsInfo,
+    config: FinetuneConfig,
+    chosen: DeviceChoice,
+    *,
+    output: str | Path | None,
+    size: Size,
+    preview: NDArray[Any] | None,
+    best_so_far: Path | None,
+    should_stop: Callable[[], bool] | None,
+) -> Generator[FinetuneUpdate]:
+    """As `finetune`, whose arguments were checked."""
     tuner = Tuner(model, config, chosen)
     split = hold_out(images, config.held_out_share, np.random.default_rng((config.seed, 0)))
     plain = plain_views(images, split, size, config)
@@ -282,7 +319,9 @@ def finetune(
         n_done += 1
         yield FinetuneUpdate("preparing", n_done, total)
     checked = photographs.checked(config)
-    base_detector = Detector(weights.load(base)[0], device=str(chosen.device), precision="float32")
+    base_detector = Detector(
+        weights.load(str(info.path))[0], device=str(chosen.device), precision="float32"
+    )
     forgetting_before = photographs.error_on(base_detector, checked)
     forgetting_first = _first(info, forgetting_before)
 
@@ -334,10 +373,9 @@ def finetune(
         best_step=tuner.best_step,
         n_steps=n_steps,
     )
+    # The name is looked up again: another run may have taken the version meanwhile.
+    target = _target(output)
     if target is not None:
-        # The name is looked up again: another run may have taken the version meanwhile.
-        target = _target(output)
-        assert target is not None
         name = target.stem if target.parent == weights.models_folder() else str(target)
         result = replace(result, path=target, model=name)
         data = split.how or "the labels that were trained on"

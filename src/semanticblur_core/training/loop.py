@@ -8,6 +8,7 @@ import hashlib
 import io as streams
 import math
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from semanticblur_core.data.datasets import DecodedPairs
 from semanticblur_core.data.defocus import SharpImages, defocus_photograph, synthesise
 from semanticblur_core.data.transforms import augment, cutmix, normalise
 from semanticblur_core.device import DeviceChoice, is_out_of_memory
-from semanticblur_core.errors import TrainingError
+from semanticblur_core.errors import ConfigError, TrainingError
 from semanticblur_core.inference.detector import Detector
 from semanticblur_core.losses import LabelCounts, blur_loss, label_counts
 from semanticblur_core.metrics import BlurScorer, Protocol, Scores
@@ -42,6 +44,7 @@ VALIDATION_PROTOCOL = Protocol(
 )
 
 _CPU = torch.device("cpu")
+_STREAM_LOCK = threading.Lock()
 
 Batch = tuple[Tensor, Tensor, Tensor | None]
 SaveBest = Callable[[SemanticBlur, Scores, int], None]
@@ -71,7 +74,7 @@ def train(
     validation: DecodedPairs,
     config: TrainConfig,
     *,
-    run_dir: Path,
+    run_dir: str | Path,
     device: DeviceChoice,
     save_best: SaveBest,
     sharp: Mapping[str, SharpImages] | None = None,
@@ -114,13 +117,63 @@ def train(
 
     Raises
     ------
+    ConfigError
+        At once, if an argument is of another type.
     TrainingError
         If sharp images that the recipe asks for are missing, the loss or the gradient stops being
         finite, the checkpoint does not fit the settings or the data, a file cannot be written,
         there are fewer images than one batch, or memory does not suffice for a single image.
     """
-    steps_per_epoch = count_steps(training, config)
+    for name, value, kind, such_as in (
+        ("model", model, SemanticBlur, "SemanticBlur()"),
+        ("training", training, DecodedPairs, "DecodedPairs(pairs)"),
+        ("validation", validation, DecodedPairs, "DecodedPairs(pairs)"),
+        ("config", config, TrainConfig, 'recipe("best")'),
+        ("device", device, DeviceChoice, 'choose_device("auto", "auto")'),
+    ):
+        if not isinstance(value, kind):
+            raise ConfigError(
+                f"{name}: expected a {kind.__name__}, as {such_as}, got {value!r:.80}"
+            )
+    if not len(validation):
+        raise TrainingError("validation: holds no images, and the best epoch is picked by them")
+    count_steps(training, config)
     synthetic = synthetic_sources(config, sharp or {})
+    return _train(
+        model,
+        training,
+        validation,
+        config,
+        run_dir=Path(run_dir),
+        device=device,
+        save_best=save_best,
+        synthetic=synthetic,
+        start=start,
+        resume=resume,
+        checkpoint_every_s=checkpoint_every_s,
+        checkpoint_every_steps=checkpoint_every_steps,
+        compile_model=compile_model,
+    )
+
+
+def _train(
+    model: SemanticBlur,
+    training: DecodedPairs,
+    validation: DecodedPairs,
+    config: TrainConfig,
+    *,
+    run_dir: Path,
+    device: DeviceChoice,
+    save_best: SaveBest,
+    synthetic: Sequence[tuple[SharpImages, int]],
+    start: dict[str, Any] | None,
+    resume: bool,
+    checkpoint_every_s: float,
+    checkpoint_every_steps: int | None,
+    compile_model: bool,
+) -> Generator[TrainUpdate]:
+    """As `train`, whose arguments were checked."""
+    steps_per_epoch = count_steps(training, config)
     total_steps = steps_per_epoch * config.epochs
     fabric = launch_fabric(device, config)
     device = device._replace(device=fabric.device)
@@ -235,7 +288,7 @@ def count_steps(pairs: DecodedPairs, config: TrainConfig) -> int:
     TrainingError
         If there are fewer pairs than one batch takes.
     """
-    n_steps = len(pairs) // config.n_pairs_per_batch
+    n_steps = len(pairs) // config.n_pairs_per_batch * config.passes_per_epoch
     if n_steps == 0:
         raise TrainingError(
             f"{len(pairs)} training images are fewer than the {config.n_pairs_per_batch} of one "
@@ -428,34 +481,39 @@ def make_batches(
 ) -> Iterator[Batch]:
     """Images, targets and what of them is labelled, the next batches made while one is used.
 
-    Each example draws from a generator of its own, seeded by run, epoch and image, so that the data
+    Each example draws from a generator of its own, seeded by run, pass and image, so that the data
     do not depend on where a run was interrupted; so do the synthetic images of each batch.
 
-    Photographs are cut and resized in threads. Synthetic defocus, which is far more work, is
-    computed on the device if that is a CUDA GPU, where the batches then lie; on the CPU where the
-    GPU has no memory left for it.
+    Threads make them. Where the device is a CUDA GPU what was cut out and resized is recoloured and
+    defocused there, and the batches lie there; on the CPU where the GPU has no memory left for it.
     """
-    order = np.random.default_rng((config.seed, epoch)).permutation(len(pairs))
 
-    def make(indices: Sequence[int]) -> Batch:
+    def plan() -> Iterator[tuple[int, list[int]]]:
+        size, n_passes = config.n_pairs_per_batch, config.passes_per_epoch
+        for a_pass in range(epoch * n_passes, (epoch + 1) * n_passes):
+            order = np.random.default_rng((config.seed, a_pass)).permutation(len(pairs))
+            for i in range(0, len(order) - size + 1, size):
+                yield a_pass, order[i : i + size].tolist()
+
+    def make(a_pass: int, indices: Sequence[int]) -> Batch:
         if device.type == "cuda":
             try:
                 with _loader_stream(device):
-                    return assemble(indices, device)
+                    return assemble(a_pass, indices, device)
             except RuntimeError as error:
                 # cuFFT has an error of its own for a lack of memory.
                 if not isinstance(error, torch.OutOfMemoryError) and "cuFFT" not in str(error):
                     raise
             # Outside the handler, which keeps the failed attempt's tensors alive.
-        return assemble(indices, _CPU)
+        return assemble(a_pass, indices, _CPU)
 
-    def assemble(indices: Sequence[int], on: torch.device) -> Batch:
+    def assemble(a_pass: int, indices: Sequence[int], on: torch.device) -> Batch:
         examples = [
-            augment(*pairs[i], config, np.random.default_rng((config.seed, epoch, i)))
+            augment(*pairs[i], config, np.random.default_rng((config.seed, a_pass, i)), on)
             for i in indices
         ]
         for place, i in enumerate(indices if config.redefocus_share else ()):
-            rng = np.random.default_rng((config.seed, epoch, i, 3))
+            rng = np.random.default_rng((config.seed, a_pass, i, 3))
             if rng.random() < config.redefocus_share:
                 examples[place] = defocus_photograph(*examples[place], rng)
         images = torch.stack([image for image, _ in examples])
@@ -466,17 +524,16 @@ def make_batches(
                 for image, target in examples
             ]
         targets = torch.stack([target for _, target in examples])
-        # The first index names the batch: every image occurs once in an epoch.
+        # The first index names the batch: every image occurs once in a pass.
         if config.cutmix_share:
-            rng = np.random.default_rng((config.seed, epoch, indices[0], 2))
+            rng = np.random.default_rng((config.seed, a_pass, indices[0], 2))
             images, targets = cutmix(images, targets, share=config.cutmix_share, rng=rng)
         labelled = None
-        images, targets = images.to(on), targets.to(on)
         if partial:
             targets, labelled = targets[:, :1], targets[:, 1:] > 0
         if not synthetic:
             return images, targets, labelled
-        rng = np.random.default_rng((config.seed, epoch, indices[0], 1))
+        rng = np.random.default_rng((config.seed, a_pass, indices[0], 1))
         made = [
             synthesise(
                 *(sources, count, config.image_size_px, rng, on),
@@ -492,15 +549,13 @@ def make_batches(
             torch.cat([labelled, *(example.labelled for example in made)]),
         )
 
-    size = config.n_pairs_per_batch
-    batches = [order[i : i + size].tolist() for i in range(0, len(order) - size + 1, size)][first:]
+    planned = islice(plan(), first, None)
     n_workers = n_loader_threads(device)
     with ThreadPoolExecutor(n_workers) as pool:
-        pending = deque(pool.submit(make, indices) for indices in batches[:n_workers])
-        for following in [*batches[n_workers:], *[None] * len(pending)]:
+        pending = deque(pool.submit(make, *given) for given in islice(planned, n_workers))
+        while pending:
             ready = pending.popleft()
-            if following is not None:
-                pending.append(pool.submit(make, following))
+            pending.extend(pool.submit(make, *given) for given in islice(planned, 1))
             batch = ready.result()
             for tensor in batch:
                 if tensor is not None and tensor.is_cuda:
@@ -524,7 +579,8 @@ def n_loader_threads(device: torch.device) -> int:
 @contextmanager
 def _loader_stream(device: torch.device) -> Iterator[None]:
     """Compute beside the training step, not behind it; done at the end."""
-    stream = _stream_of(device)
+    with _STREAM_LOCK:  # the cache lets threads that ask together make one each
+        stream = _stream_of(device)
     # Entering the device too: leaving a stream would otherwise select GPU 0 in this thread.
     with torch.cuda.device(device), torch.cuda.stream(stream):
         yield
@@ -535,7 +591,7 @@ def _loader_stream(device: torch.device) -> Iterator[None]:
 @lru_cache
 def _stream_of(device: torch.device) -> torch.cuda.Stream:
     """The one stream of all loaders: memory freed in a stream is used again in that one only."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

@@ -159,6 +159,6 @@ def finetune_budget(budget: str | FinetuneConfig) -> FinetuneConfig:
     """
     if isinstance(budget, FinetuneConfig):
         return budget
-    if budget not in BUDGETS:
+    if not isinstance(budget, str) or budget not in BUDGETS:
         raise ConfigError(f"budget {budget!r}: expected one of {', '.join(BUDGETS)}")
     return BUDGETS[budget]

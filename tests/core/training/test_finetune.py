@@ -363,7 +363,10 @@ def test_what_cannot_be_is_refused(small_model: str, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="exists already"):
         run(small_model, output=taken)
     with pytest.raises(ConfigError, match="budget 'slow': expected one of quick, thorough"):
-        list(finetune(noise_and_smooth(), budget="slow"))
+        finetune(noise_and_smooth(), budget="slow")
+    for wrong in ("store", Path("store"), [np.zeros((9, 9))], None):
+        with pytest.raises(DataError, match="images: expected what `read_store` returns"):
+            finetune(wrong)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="expected uint8 labels"):
         LabelledImage("x", np.zeros((4, 4)), np.zeros((4, 5), np.uint8))
 
