@@ -563,6 +563,8 @@ def _read_pillow(path: Path, max_pixels: int) -> NDArray[Any]:
                 _refuse_lying_jpeg(path, opened)
                 return _pillow_array(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            raise ImageError(f"{path}: a video, not an image; `detect` reads its frames") from None
         raise ImageError(f"{path}: not an image that can be read") from None
     except ImageError:
         raise

@@ -360,6 +360,8 @@ def _open(path: Path, *, framework: str = "pt") -> Any:
 
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
+    if path.suffix.lower() == ".onnx":
+        raise WeightsError(f"{path}: an exported network; expected weights (.safetensors)")
     try:
         return safe_open(path, framework=framework)
     except (SafetensorError, OSError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -142,6 +143,7 @@ class _TileType(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option("--composite", type=_file, help="Write a stack's all-in-focus composite (png, tif).")
 @click.option("--depth", type=_file, help="Write the index of the sharpest plane (tif).")
+@click.option("--overwrite", is_flag=True, help="Let these two replace files.")
 @click.option("--report", type=_file, help="Write an HTML page that works offline.")
 @click.option("--csv", "csv_file", type=_file, help="Write a line an image.")
 @click.option("--json", "json_file", type=_file, help="Write everything that was measured.")
@@ -273,6 +275,7 @@ def _check(
     measure: str,
     composite: Path | None,
     depth: Path | None,
+    overwrite: bool,
     report: Path | None,
     csv_file: Path | None,
     json_file: Path | None,
@@ -325,6 +328,9 @@ def _check(
         problems: list[str] = []
         sources = opened.sources if opened else _sources(inputs, recursive, problems)
         refuse_clashes(outputs, (source.path for source in sources))
+        for path in (composite, depth):
+            if path and path.is_file() and not overwrite:
+                raise click.UsageError(f"{path}: exists already; --overwrite replaces it")
         if mask_output:
             _refuse_same_masks(sources, mask_output)
         if opened and (composite or depth):
@@ -361,6 +367,7 @@ class _Results:
         self._opened, self._sort, self._keep_best = opened, sort, keep_best
         self._gated = bool(options.gates)
         self.images: list[ImageFocus] = []
+        self._finished = False
 
     def run(self, sources: list[Source], report: Path | None) -> None:
         from semanticblur_core.focus.check import focus_report
@@ -382,6 +389,7 @@ class _Results:
                     progress.update(task, completed=update.n_done)
                     if image.error is not None:
                         say(progress, f"semanticblur-core: {image.error}", err=True)
+                self._finished = True
             finally:
                 if html is not None:
                     html.summary = self._summary()
@@ -394,11 +402,13 @@ class _Results:
     @property
     def passed(self) -> bool:
         """Whether all that the gates are for keep them."""
-        return all(image.passed for image in self._judged())
+        return self._finished and all(image.passed for image in self._judged())
 
     def write(self, json_file: Path | None, csv_file: Path | None) -> None:
         from semanticblur_core.focus.report import to_row, write_csv, write_json
 
+        if not (self._finished or self.images):
+            return  # what an earlier run wrote stays
         rows = [to_row(image) for image in self._ordered()]
         if self._keep_best:
             kept = {id(image) for image in self._kept()}
@@ -414,6 +424,7 @@ class _Results:
                 "protocol": self._protocol,
                 "gates": [gate.describe() for gate in self._options.gates],
                 "passed": self.passed and not self.n_failed,
+                "interrupted": not self._finished,
                 "images": [row for row in rows if "error" not in row],
                 "failures": [
                     {"name": row["name"], "error": row["error"]} for row in rows if "error" in row
@@ -432,7 +443,9 @@ class _Results:
                     f"blur {image.scores.mean_blur:.3f}{why}"
                 )
         if self._keep_best:
-            click.echo(f"kept: {', '.join(image.name for image in self._kept())}")
+            n_of_name = Counter(image.name for image in self.images)
+            kept = [i.name if n_of_name[i.name] == 1 else i.source for i in self._kept()]
+            click.echo(f"kept: {', '.join(kept)}")
         for one in self._stack_rows().get("stacks", []):
             at = "".join(f" at {axis}={i}" for axis, i in one["at"].items())
             best = one["best_plane"]
@@ -621,9 +634,23 @@ def _sources(
 
     sources: dict[str, Source] = {}
     found: list[str] = []
-    for path, relative, _ in expand_inputs(inputs, recursive, found):
+    listed = list(expand_inputs(inputs, recursive, found))
+    names = {Path(path).name for path, _, _ in listed}
+    stems = {Path(name).stem for name in names}
+    left_out = []
+    for path, relative, named in listed:
+        if not named and _is_made_of(Path(path).name, names, stems):
+            left_out.append(path)
+            continue
         read = _loader(load, path) if is_sample(path) else None
         sources.setdefault(path, Source(relative.as_posix(), Path(path), read))
+    if left_out:
+        n_files = f"{len(left_out)} file{'s' * (len(left_out) != 1)}"
+        click.echo(
+            f"semanticblur-core: {n_files} left out as masks or maps of the others, first "
+            f"{left_out[0]}; named as inputs they are measured",
+            err=True,
+        )
     if found and (problems is None or not sources):
         raise ImageError(found[0])
     for line in found:
@@ -631,6 +658,14 @@ def _sources(
     if problems is not None:
         problems += found
     return list(sources.values())
+
+
+def _is_made_of(name: str, names: set[str], stems: set[str]) -> bool:
+    """Whether it is named as the mask (NAME.png) or a map (STEM_blur.png) of one of the others."""
+    from semanticblur_core.inference.batch import is_result_name
+
+    is_mask = name.removesuffix(".png") in names - {name}
+    return is_mask or (is_result_name(name) and name.rpartition("_")[0] in stems)
 
 
 def _loader(load: Callable[[str], Any], path: str) -> Callable[[], Any]:
@@ -739,7 +774,8 @@ def _refuse_composite(opened: _StackInput, composite: Path | None) -> None:
 
     if len({opened.collected.others(source.index) for source in opened.sources}) > 1:
         raise click.UsageError(
-            "--composite, --depth: the stack has other axes than the one of focus"
+            "--composite, --depth: of one stack; this one has several along its other axes "
+            "(from Python, `all_in_focus` composes one of them)"
         )
     if composite and composite.suffix.lower() == ".png" and opened.array.dtype != np.uint8:
         raise click.UsageError(

@@ -330,6 +330,11 @@ class AnnotationStore:
             If a file cannot be read, or image and labels do not fit each other.
         """
         image, labels = read_array(item.image), read_labels(item.labels)
+        if not item.axes and labels.ndim == 3 and labels.shape[-1] in (3, 4):
+            raise DataError(
+                f"{item.labels}: a colour picture of {labels.shape[0]} x {labels.shape[1]} px; "
+                "labels are saved as 8-bit grey"
+            )
         labels = labels.reshape(_without_ones(labels.shape))
         colour = item.axes.endswith("S") or (
             not item.axes

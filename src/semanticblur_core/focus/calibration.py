@@ -146,6 +146,7 @@ def calibrate(
     if auc <= 0.5:
         raise DataError(
             f"no score tells good from bad examples: the best is {chosen}, AUC {auc:.2f}"
+            + ("; are good and bad swapped?" if auc < 0.2 else "")
         )
     n_right = 0
     for examples, others, is_good in ((good, bad, True), (bad, good, False)):

@@ -27,7 +27,9 @@ _ROWS_HERE, _SUMMARY_HERE = "@ROWS@", "@SUMMARY@"
 
 
 class HtmlReport:
-    """The HTML file while it is written; leaving the context completes it, errors or not.
+    """The HTML file while it is written; leaving the context completes it.
+
+    After an error, too, if it holds an image by then; otherwise an earlier file stays.
 
     Parameters
     ----------
@@ -67,6 +69,9 @@ class HtmlReport:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is not None and self._n_rows == 0:  # what an earlier run wrote stays
+            self._resources.__exit__(kind, error, trace)
+            return
         # What was measured before an interruption is worth a report: closed without the error.
         try:
             self._stream.write(self._between + _script_json(self.summary) + self._tail)
@@ -197,6 +202,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write a line an image, `to_row` without tiles."""
     columns = ["name", "passed", *HIGHER_IS_SHARPER, "region_fraction", "plane_score"]
     columns += ["failed_gates", "error", "height", "width", "elapsed_s", "source"]
+    columns += ["kept"] * any("kept" in row for row in rows)
     text = streams.StringIO(newline="")
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

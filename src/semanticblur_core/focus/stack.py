@@ -466,6 +466,8 @@ def all_in_focus(
     the surroundings; a median takes out single wrong pixels. The composite has the detail of the
     plane at each place, on low frequencies that change smoothly from plane to plane (two bands of
     Burt and Adelson's spline), so that no seam shows where depth jumps. The planes must be aligned.
+    NaN and infinite pixels count as the plane's lowest and are never the sharpest; where no plane
+    has a number, a composite of floats is NaN.
 
     Parameters
     ----------
@@ -501,7 +503,9 @@ def all_in_focus(
         )
     n_planes = planes.lengths[place]
 
-    def read() -> Iterator[NDArray[np.float32]]:
+    lost = np.ones(planes.plane_shape, bool)
+
+    def read() -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
         for z in range(n_planes):
             pixels = planes.view((*at[:place], z, *at[place:])).read()
             if channels == "mean":
@@ -511,16 +515,17 @@ def all_in_focus(
             if not finite.all():
                 # Filters would spread them; they count as the lowest value.
                 pixels[~finite] = pixels[finite].min() if finite.any() else 0
-            yield pixels
+            yield pixels, finite if finite.ndim == 2 else finite.all(axis=2)
 
     n_done = 0
     best = np.full(planes.plane_shape, -1, np.float32)
     total = np.zeros(planes.plane_shape, np.float32)
     depth = np.zeros(planes.plane_shape, np.int16)
-    for z, pixels in enumerate(read()):
+    for z, (pixels, finite) in enumerate(read()):
+        lost &= ~finite
         detail = np.abs(ndimage.gaussian_laplace(as_grey(pixels), _DETAIL_SIGMA_PX, mode="nearest"))
         detail = ndimage.gaussian_filter(detail, _WINDOW_SIGMA_PX, mode="nearest")
-        sharper = detail > best
+        sharper = (detail > best) & finite
         depth[sharper] = z
         best[sharper] = detail[sharper]
         total += detail
@@ -530,7 +535,7 @@ def all_in_focus(
 
     low = high = np.zeros(0, np.float32)
     low_weights, high_weights = np.zeros((2, *planes.plane_shape), np.float32)
-    for z, pixels in enumerate(read()):
+    for z, (pixels, _) in enumerate(read()):
         if z == 0:
             low, high = np.zeros((2, *pixels.shape), np.float32)
         here = (depth == z).astype(np.float32)
@@ -548,6 +553,8 @@ def all_in_focus(
             yield CompositeUpdate(n_done, 2 * n_planes)
     low /= _like(low_weights, low)
     low += high / _like(high_weights, high)
+    if np.issubdtype(planes.array.dtype, np.floating):
+        low[lost] = np.nan
     yield CompositeUpdate(n_done, 2 * n_planes, _as_type(low, planes.array.dtype), depth)
 
 

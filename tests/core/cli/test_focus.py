@@ -5,15 +5,21 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from semanticblur_core.cli.focus import command
 from semanticblur_core.data.focal_stack import focal_stack
+from semanticblur_core.focus import check
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -141,12 +147,49 @@ def test_a_stack_is_composed_and_the_best_of_a_burst_are_kept(tmp_path: Path, fo
     assert np.asarray(Image.open(tmp_path / "sharp.png")).shape == (128, 128)
     depth = tifffile.imread(tmp_path / "depth.tif")
     assert depth[:, :20].mean() < 1 < 3 < depth[:, -20:].mean()
-    burst = ("--method=lbp", "--sort=tenengrad", "--keep-best=1", "--json=r.json")
+    done = run("--input=stack.tif", "--stack", "--method=lbp", *made, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "sharp.png: exists already; --overwrite replaces it" in done.stderr
+    done = run("--input=stack.tif", "--stack", "--method=lbp", "--overwrite", *made, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    burst = ("--method=lbp", "--sort=tenengrad", "--keep-best=1", "--json=r.json", "--csv=r.csv")
     done = run(f"--input={folder}", *burst, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     images = json.loads((tmp_path / "r.json").read_text())["images"]
     assert [(i["name"], i["kept"]) for i in images] == [("sharp.png", True), ("soft.png", False)]
     assert "kept: sharp.png" in done.stdout
+    rows = csv.DictReader((tmp_path / "r.csv").read_text().splitlines())
+    kept = [row["kept"] for row in rows]
+    assert kept == ["True", "False"]
+
+
+def test_an_interrupted_run_passes_nothing_and_replaces_nothing_with_nothing(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / name for name in ("r.json", "r.csv", "r.html")]
+    for path in files:
+        path.write_text("earlier")
+    arguments = [f"--input={folder}", "--method=lbp", "--min-in-focus=0"]
+    arguments += [f"--json={files[0]}", f"--csv={files[1]}", f"--report={files[2]}"]
+    measured = check.focus_report
+
+    def stopped_after(n: int) -> Callable[..., Iterator[check.FocusUpdate]]:
+        def updates(*given: Any) -> Iterator[check.FocusUpdate]:
+            yield from islice(measured(*given), n)
+            raise KeyboardInterrupt
+
+        return updates
+
+    monkeypatch.setattr(check, "focus_report", stopped_after(0))
+    with pytest.raises(click.Abort):
+        command.main(arguments, standalone_mode=False)
+    assert [path.read_text() for path in files] == ["earlier"] * 3
+    monkeypatch.setattr(check, "focus_report", stopped_after(1))
+    with pytest.raises(click.Abort):
+        command.main(arguments, standalone_mode=False)
+    told = json.loads(files[0].read_text())
+    assert (len(told["images"]), told["passed"], told["interrupted"]) == (1, False, True)
+    assert "earlier" not in files[2].read_text()
 
 
 def test_outputs_are_never_an_input_nor_each_other(tmp_path: Path, folder: Path) -> None:
@@ -286,3 +329,21 @@ def test_names_that_are_not_utf8_keep_their_bytes(tmp_path: Path, folder: Path) 
     assert done.returncode == 0, done.stderr
     assert b"\xff\xfe.png" in (tmp_path / "r.csv").read_bytes()
     assert len(json.loads((tmp_path / "r.json").read_text())["images"]) == 2
+
+
+def test_masks_and_maps_are_not_measured_beside_their_photographs(
+    tmp_path: Path, folder: Path
+) -> None:
+    Image.open(folder / "soft.png").save(folder / "sharp_blur.png")
+    Image.open(folder / "soft.png").save(folder / "my_blur.png")
+    made = ("--method=lbp", f"--mask-output={folder}", "--json=r.json")
+    for n_left_out in (1, 4):
+        done = run(f"--input={folder}", *made, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        files = f"{n_left_out} file{'s' * (n_left_out > 1)}"
+        assert f"{files} left out as masks or maps of the others" in done.stderr
+        names = {image["name"] for image in json.loads((tmp_path / "r.json").read_text())["images"]}
+        assert names == {"sharp.png", "soft.png", "my_blur.png"}
+    named = run(f"--input={folder / 'sharp_blur.png'}", *made[:1], cwd=tmp_path)
+    assert named.returncode == 0
+    assert "sharp_blur.png" in named.stdout

@@ -327,3 +327,15 @@ def test_a_damaged_file_of_labels_makes_no_masks_of_the_others(tmp_path: Path) -
     assert is_store(tmp_path)
     with pytest.raises(SemanticBlurError, match=r"a\.png"):
         read_store(tmp_path)
+
+
+def test_labels_in_colour_are_no_stack(tmp_path: Path) -> None:
+    """An image of three channels and labels of three are of one shape."""
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "images" / "a.png")
+    Image.fromarray(np.ones((20, 30, 3), np.uint8)).save(tmp_path / "labels" / "a.png")
+    with pytest.raises(
+        DataError, match=r"a\.png: a colour picture of 20 x 30 px; labels are saved"
+    ):
+        read_store(tmp_path)
