@@ -85,7 +85,7 @@ def command(
     from semanticblur_core.cli.train import read_data, read_imagenet
     from semanticblur_core.device import choose_device, keep_freed_memory
     from semanticblur_core.training.ablation import PUBLISHED_ON, ablate
-    from semanticblur_core.training.loop import VALIDATION_PROTOCOL
+    from semanticblur_core.training.loop import VALIDATION_PROTOCOL, count_steps
 
     keep_freed_memory()
     training, held_out = read_data(None, images, masks, mask_polarity, val_split)
@@ -113,7 +113,8 @@ def command(
             if update.row is not None:
                 rows.append(update.row)
                 say(progress, f"{update.name}: MAE {update.row.mae:.4f}")
-    budget = _budget(config, len(training), len(held_out))
+    n_steps = config.epochs * count_steps(training, config)
+    budget = _budget(config, len(training), n_steps, len(held_out))
     click.echo(f"\ntable {table}; {budget}")
     click.echo(f"protocol of ours: {VALIDATION_PROTOCOL.describe()}")
     _print(rows, PUBLISHED_ON[table], val_split)
@@ -138,11 +139,10 @@ def _resumed_precision(output: Path, precision: str) -> str:
     return precision_of(load_checkpoint(interrupted[0]))
 
 
-def _budget(config: TrainConfig, n_training: int, n_held_out: int) -> str:
+def _budget(config: TrainConfig, n_training: int, n_steps: int, n_held_out: int) -> str:
     n_passes = config.epochs * config.passes_per_epoch
-    steps = n_passes * (n_training // config.batch_size)
     return (
-        f"each variant: {n_passes} epochs of {n_training} images ({steps} steps of "
+        f"each variant: {n_passes} epochs of {n_training} images ({n_steps} steps of "
         f"{config.batch_size}, {config.image_size_px} px), one seed ({config.seed}); the paper: "
         f"100 epochs of 604 images (10000 steps of 6, 320 px). Best epoch by MAE on the same "
         f"{n_held_out} images that are scored"

@@ -664,7 +664,7 @@ def _is_made_of(name: str, names: set[str], stems: set[str]) -> bool:
     """Whether it is named as the mask (NAME.png) or a map (STEM_blur.png) of one of the others."""
     from semanticblur_core.inference.batch import is_result_name
 
-    is_mask = name.removesuffix(".png") in names - {name}
+    is_mask = name.endswith(".png") and name.removesuffix(".png") in names
     return is_mask or (is_result_name(name) and name.rpartition("_")[0] in stems)
 
 
