@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from semanticblur_core import DetectionCluster, DetectOptions, Detector, find_jobs
-from semanticblur_core.inference.batch import Job
+from semanticblur_core.inference.jobs import Job
 
 
 def cpu_s() -> float:

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from semanticblur_core.evaluation import evaluate
     from semanticblur_core.focus.check import FocusOptions, focus_report
     from semanticblur_core.focus.stack import StackFocus, all_in_focus
-    from semanticblur_core.inference.batch import DetectOptions, detect_files, find_jobs
+    from semanticblur_core.inference.batch import detect_files
     from semanticblur_core.inference.cluster import DetectionCluster
     from semanticblur_core.inference.dask_map import detect_dask
     from semanticblur_core.inference.detector import Detector
+    from semanticblur_core.inference.jobs import DetectOptions, find_jobs
     from semanticblur_core.losses import blur_loss
     from semanticblur_core.metrics import BlurScorer
     from semanticblur_core.network import SemanticBlur
@@ -55,7 +56,7 @@ __all__ = [
 
 _HOMES = {
     "BlurScorer": "semanticblur_core.metrics",
-    "DetectOptions": "semanticblur_core.inference.batch",
+    "DetectOptions": "semanticblur_core.inference.jobs",
     "DetectionCluster": "semanticblur_core.inference.cluster",
     "Detector": "semanticblur_core.inference.detector",
     "FocusOptions": "semanticblur_core.focus.check",
@@ -69,7 +70,7 @@ _HOMES = {
     "detect_dask": "semanticblur_core.inference.dask_map",
     "detect_files": "semanticblur_core.inference.batch",
     "evaluate": "semanticblur_core.evaluation",
-    "find_jobs": "semanticblur_core.inference.batch",
+    "find_jobs": "semanticblur_core.inference.jobs",
     "finetune": "semanticblur_core.training.finetune",
     "focus_report": "semanticblur_core.focus.check",
     "train": "semanticblur_core.training.loop",

@@ -23,13 +23,10 @@ from semanticblur_core.errors import SemanticBlurError
 from semanticblur_core.focus import classical
 from semanticblur_core.focus.scores import tile_means
 from semanticblur_core.inference.backends import BACKENDS
-from semanticblur_core.inference.batch import (
-    DetectOptions,
-    detect_files,
-    find_jobs,
-    sample_photographs,
-)
+from semanticblur_core.inference.batch import detect_files
 from semanticblur_core.inference.detector import Detector
+from semanticblur_core.inference.inputs import sample_photographs
+from semanticblur_core.inference.jobs import DetectOptions, find_jobs
 from semanticblur_core.machine import describe_machine
 
 _T = TypeVar("_T")

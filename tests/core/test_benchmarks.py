@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from semanticblur_core import benchmarks, benchmarks_inference
-from semanticblur_core.inference.batch import sample_photographs
+from semanticblur_core.inference.inputs import sample_photographs
 
 
 def result_of(measuring: Generator[tuple[int, int], None, dict[str, Any]]) -> dict[str, Any]:

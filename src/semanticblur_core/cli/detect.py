@@ -40,9 +40,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from semanticblur_core.focus.classical import ClassicalDetector
-    from semanticblur_core.inference.batch import DetectOptions, FileResult
+    from semanticblur_core.inference.batch import FileResult
     from semanticblur_core.inference.cluster import DetectionCluster
     from semanticblur_core.inference.detector import Detector
+    from semanticblur_core.inference.jobs import DetectOptions
     from semanticblur_core.inference.table import Owners
 
 
@@ -217,9 +218,9 @@ def command(
     """
     from semanticblur_core.errors import SemanticBlurError
     from semanticblur_core.inference.backends import is_exported
-    from semanticblur_core.inference.batch import (
+    from semanticblur_core.inference.batch import detect_files
+    from semanticblur_core.inference.jobs import (
         DetectOptions,
-        detect_files,
         find_jobs,
         is_result_name,
         possible_outputs,

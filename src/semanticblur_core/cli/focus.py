@@ -630,7 +630,7 @@ def _sources(
     """
     from semanticblur_core.errors import ImageError
     from semanticblur_core.focus.check import Source
-    from semanticblur_core.inference.batch import expand_inputs, is_sample, load
+    from semanticblur_core.inference.inputs import expand_inputs, is_sample, load
 
     sources: dict[str, Source] = {}
     found: list[str] = []
@@ -662,7 +662,7 @@ def _sources(
 
 def _is_made_of(name: str, names: set[str], stems: set[str]) -> bool:
     """Whether it is named as the mask (NAME.png) or a map (STEM_blur.png) of one of the others."""
-    from semanticblur_core.inference.batch import is_result_name
+    from semanticblur_core.inference.jobs import is_result_name
 
     is_mask = name.endswith(".png") and name.removesuffix(".png") in names
     return is_mask or (is_result_name(name) and name.rpartition("_")[0] in stems)

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import functools
-import glob
 import itertools
 import math
-import os
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
@@ -20,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semanticblur_core import io, stacks
-from semanticblur_core.config import require_share
-from semanticblur_core.data.squash import squash
-from semanticblur_core.errors import ConfigError, ImageError, SemanticBlurError
+from semanticblur_core.errors import ImageError, SemanticBlurError
+from semanticblur_core.inference.inputs import is_sample, load
+from semanticblur_core.inference.jobs import DetectOptions, Job, is_done, result_paths
 from semanticblur_core.inference.overlay import draw_overlay
 from semanticblur_core.inference.planes import BATCH_PIXELS, Channels, DetectUpdate, Planes
 from semanticblur_core.inference.tiling import TileGrid
@@ -30,11 +25,6 @@ from semanticblur_core.inference.tiling import TileGrid
 if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector
 
-SAMPLES = {"cat": "chelsea", "coffee": "coffee", "astronaut": "astronaut"}
-_RESULT_FORMATS = ("png", "tif", "npy", "zarr", "csv", "json", "mp4")
-_RESULT_NAME = re.compile(rf"_blur\.({'|'.join(_RESULT_FORMATS)})$|_overlay\.png$")
-_PART = re.compile(r"^\.(.+)\.[0-9a-f]{8}(\.map)?\.part$")
-_SAMPLE_PREFIX = "sample:"
 _IMAGE_FORMATS = ("png", "tif", "npy", "zarr")
 STREAMED_PIXELS = 64_000_000
 _T = TypeVar("_T")
@@ -73,56 +63,6 @@ class MapMaker(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
-    """One input, the stem of its outputs relative to the output folder, and why it is not done.
-
-    ``refusal`` is None of one that is.
-    """
-
-    source: str
-    output_stem: str
-    refusal: str | None = None
-
-
-@dataclass(frozen=True)
-class DetectOptions:
-    """How blur maps are made and which files are written.
-
-    ``formats`` None is png for an image, tif for a stack and csv for a video; each takes those that
-    are for its kind. ``axes``, ``channels``, ``planes`` and ``level`` say what a stack is and which
-    planes of it are wanted: a slice for each walked axis, for the last ones where there are fewer.
-    ``every`` is the step between frames of a video. Images, planes and frames of more than
-    ``max_pixels`` are not read into memory.
-    """
-
-    output: Path
-    size: int | Literal["native"] = 320
-    threshold: float = 0.5
-    formats: tuple[str, ...] | None = None
-    overlay: bool = False
-    overwrite: bool = False
-    resume: bool = False
-    value_range: tuple[float, float] | None = None
-    axes: str | None = None
-    channels: Channels = "each"
-    planes: tuple[slice, ...] | None = None
-    level: int = 0
-    every: int = 1
-    max_pixels: int = io.MAX_PIXELS
-    channel_ranges: tuple[tuple[float, float], ...] | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "output", Path(self.output))
-        formats: Any = self.formats
-        if isinstance(formats, str):  # as the command line takes them
-            formats = tuple(part.strip() for part in formats.split(","))
-            object.__setattr__(self, "formats", formats)
-        require_share("threshold", self.threshold)
-        if self.every < 1:
-            raise ConfigError(f"every: expected at least 1, got {self.every}")
-
-
-@dataclass(frozen=True)
 class FileResult:
     """What became of one input; ``error`` is None where it was done.
 
@@ -152,108 +92,6 @@ class PlaneResult:
     index: tuple[int, ...]
     blurred_fraction: float
     mean_blur: float
-
-
-def find_jobs(
-    inputs: Iterable[str | Path],
-    output: Path,
-    *,
-    recursive: bool = False,
-    on_problem: Callable[[str], None] | None = None,
-) -> tuple[list[Job], list[str]]:
-    """Images named by paths, globs, folders and ``sample:NAME``, in order, each once.
-
-    Parameters
-    ----------
-    inputs, output, recursive
-        As of ``semanticblur-core detect``.
-    on_problem
-        Called with a line for each input that names nothing and each folder that cannot be read,
-        where there are others; without it the first of them is raised.
-
-    Returns
-    -------
-    tuple
-        The jobs, and the files that a folder or a glob named but that lie in the output folder
-        under the name of a result: those are taken for results of an earlier run and left out. A
-        job that would write the file of one before it, or the place of an input, is refused.
-
-    Raises
-    ------
-    ImageError
-        If an input names nothing, or a folder holds no image or cannot be read.
-    """
-    inputs = [inputs] if isinstance(inputs, (str, Path)) else inputs
-    found: dict[str, tuple[str, Path]] = {}
-    left_out: list[str] = []
-    problems: list[str] = []
-    place = _placer()
-    for source, relative, named in expand_inputs(
-        map(str, inputs), recursive, problems, arrays=True
-    ):
-        if not named and _is_result(source, output):
-            left_out.append(source)
-            continue
-        key = source if is_sample(source) else place(source)
-        _, before = found.setdefault(key, (source, relative))
-        if len(relative.parts) < len(before.parts):  # not by way of a circle of links
-            found[key] = (source, relative)
-    for problem in problems:
-        if on_problem is None or not (found or left_out):
-            raise ImageError(problem)
-        on_problem(problem)
-    if not found:
-        raise ImageError(f"{output}: the only images found are results of an earlier run")
-    # A raw file is refused later; it must not rename the result of the JPEG beside it.
-    places = {relative for _, relative in found.values() if not _is_raw(relative)}
-    stems = Counter(map(_stem, places))
-    jobs = []
-    for source, relative in found.values():
-        stem = _stem(relative)
-        shared = stems[stem] > 1 or _is_raw(relative)
-        jobs.append(Job(source, str(relative) if shared else stem))
-    return list(_without_clashes(jobs, output)), left_out
-
-
-def _placer() -> Callable[[str], str]:
-    """Function that tells files apart: links to folders are followed, those to files are not."""
-    real = functools.cache(os.path.realpath)
-
-    def place(source: str) -> str:
-        folder, name = os.path.split(source)
-        return os.path.join(real(folder or os.curdir), name)  # noqa: PTH118
-
-    return place
-
-
-def _without_clashes(jobs: Sequence[Job], output: Path) -> Iterator[Job]:
-    """The jobs, those refused that would write the file of another or the place of an input."""
-    named_as_results = {
-        os.path.realpath(job.source): job.source
-        for job in jobs
-        if is_result_name(Path(job.source).name)
-    }
-    # By the name first: there may be a million outputs, and each look at the disk takes its time.
-    names = {Path(path).name for path in named_as_results}
-    everything = DetectOptions(output, formats=_RESULT_FORMATS, overlay=True)
-    writers: dict[str, Job] = {}
-    for job in jobs:
-        first = writers.setdefault(job.output_stem, job)
-        if first is not job:
-            if os.path.realpath(first.source) != os.path.realpath(job.source):
-                yield replace(
-                    job,
-                    refusal=f"would write the same {job.output_stem}_blur file as {first.source}; "
-                    "detect it into another output folder",
-                )
-            continue
-        for path in possible_outputs(job, everything) if names else ():
-            taken = named_as_results.get(os.path.realpath(path)) if path.name in names else None
-            if taken is not None:
-                refusal = f"its result would take the place of {taken}, an input; detect it into "
-                job = replace(job, refusal=f"{refusal}another output folder")
-                break
-        yield job
 
 
 def detect_files(
@@ -638,47 +476,6 @@ def chosen_planes(planes: Planes, wanted: tuple[slice, ...] | None) -> list[rang
     return box
 
 
-def is_sample(source: str) -> bool:
-    """Whether a source is ``sample:NAME`` and no file."""
-    return source.startswith(_SAMPLE_PREFIX)
-
-
-def result_paths(
-    job: Job, options: DetectOptions, default: str, possible: tuple[str, ...]
-) -> dict[str, Path]:
-    """Files of maps or tables, by format: the wanted ones that this kind of input can have.
-
-    Raises
-    ------
-    ImageError
-        If it can have none of them.
-    """
-    wanted = options.formats or (default,)
-    base = options.output / job.output_stem
-    paths = {
-        name: base.with_name(f"{base.name}_blur.{name}") for name in wanted if name in possible
-    }
-    if not paths:
-        raise ImageError(
-            f"{job.source}: --format={','.join(wanted)}: expected of {', '.join(possible)} for it"
-        )
-    return paths
-
-
-def possible_outputs(job: Job, options: DetectOptions) -> list[Path]:
-    """All files that a job might write, whatever its source turns out to be."""
-    base = options.output / job.output_stem
-    names = [f"{base.name}_blur.{name}" for name in options.formats or ("png", "tif", "csv")]
-    if options.overlay:
-        names.append(f"{base.name}_overlay.png")
-    return [base.with_name(name) for name in names]
-
-
-def is_result_name(name: str) -> bool:
-    """Whether it is a name that results have."""
-    return bool(_RESULT_NAME.search(name))
-
-
 def job_outputs(job: Job, options: DetectOptions) -> list[Path]:
     """The files that a job writes; its source may be looked into.
 
@@ -694,232 +491,3 @@ def job_outputs(job: Job, options: DetectOptions) -> list[Path]:
     default = "png" if _is_photograph(job, options) else "tif"
     targets, overlay = _picture_outputs(job, options, default)
     return [*targets.values(), *overlay]
-
-
-def remove_stale_parts(jobs: Iterable[Job], options: DetectOptions) -> None:
-    """Delete what killed runs had begun to write under the names of these jobs' results.
-
-    What a process that lives is writing stays, and what the system cannot tell from it.
-    """
-    by_folder: dict[Path, list[Job]] = {}
-    for job in jobs:
-        by_folder.setdefault((options.output / job.output_stem).parent, []).append(job)
-    for folder, own in by_folder.items():
-        with suppress(OSError):
-            parts = [entry for entry in os.scandir(folder) if _part_of(entry)]
-            # Names are made only where something is left behind: there may be a million.
-            wanted = {
-                path.name
-                for job in (own if parts else [])
-                for path in possible_outputs(job, options)
-            }
-            for entry in parts:
-                if _part_of(entry) in wanted:
-                    io.remove_if_stale(Path(entry.path))
-
-
-def _part_of(entry: os.DirEntry[str]) -> str:
-    """The name that a temporary file or folder is to get; empty for others."""
-    match = _PART.match(entry.name)
-    return match[1] if match is not None else ""
-
-
-def is_done(outputs: list[Path], options: DetectOptions) -> bool:
-    """Whether all results are there and are to be kept; results appear whole or not at all.
-
-    Raises
-    ------
-    ImageError
-        If one is there and neither to be kept nor replaced.
-    """
-    existing = [path for path in outputs if path.exists()]
-    if options.resume and len(existing) == len(outputs):
-        return True
-    if existing and not (options.overwrite or options.resume):
-        raise ImageError(
-            f"{existing[0]}: exists already; --overwrite replaces it, --resume keeps it"
-        )
-    return False
-
-
-def load(source: str, *, max_pixels: int = io.MAX_PIXELS) -> NDArray[Any]:
-    """Image of a path, of at most so many pixels, or ``sample:NAME``."""
-    if source.startswith(_SAMPLE_PREFIX):
-        from skimage import data
-
-        array: NDArray[Any] = getattr(data, SAMPLES[source.removeprefix(_SAMPLE_PREFIX)])()
-        return array
-    return io.read_image(Path(source), max_pixels=max_pixels)
-
-
-def sample_photographs(height: int, width: int) -> NDArray[np.float32]:
-    """The samples, squashed: ``(3, height, width, 3)`` float32 in 0..1.
-
-    What a network computes is compared on them: on noise its maps are 0 nearly everywhere, and hide
-    most of what differs.
-    """
-    return np.stack([squash(load(f"{_SAMPLE_PREFIX}{name}"), height, width) for name in SAMPLES])
-
-
-def expand_input(
-    text: str,
-    recursive: bool,
-    *,
-    arrays: bool = False,
-    on_error: Callable[[OSError], None] | None = None,
-) -> Iterator[tuple[str, Path, bool]]:
-    """Sources of one input, each with its path below the output folder and whether it was named.
-
-    Parameters
-    ----------
-    text
-        Path, glob, folder or ``sample:NAME``.
-    recursive
-        Whether a folder stands for its subfolders too.
-    arrays
-        Whether a folder or a glob stands for npy files and Zarr folders too.
-    on_error
-        Told of a subfolder that cannot be read; without it that is raised.
-
-    Raises
-    ------
-    ImageError
-        If it names nothing, or a folder that holds no image.
-    OSError
-        If a folder cannot be read.
-    """
-    if text.startswith(_SAMPLE_PREFIX):
-        name = text.removeprefix(_SAMPLE_PREFIX)
-        if name not in SAMPLES:
-            raise ImageError(f"{text}: expected one of sample:{', sample:'.join(SAMPLES)}")
-        yield text, Path(name), True
-        return
-    if not text.strip():
-        raise ImageError("an input is empty; expected a path, a glob, a folder or sample:NAME")
-    path = io.expand_home(text)
-    if stacks.is_zarr(path):
-        yield _source(path), Path(path.name), True
-        return
-    if path.is_dir():
-        images = [p for p in _entries(path, recursive, on_error) if _is_image(p, arrays)]
-        if not images:
-            where = "" if recursive else "; --recursive looks into its subfolders"
-            video = next((p for p in path.iterdir() if p.suffix.lower() in io.VIDEO_SUFFIXES), None)
-            if video is not None and arrays:
-                where = f"; videos are taken by name or by a glob, '{path}/*{video.suffix}'"
-            raise ImageError(f"{text}: no images in this folder{where}")
-        for image in images:
-            yield _source(image), image.relative_to(path), False
-    elif path.exists() or not glob.has_magic(text):
-        # Missing and unknown files are reported by the reader, so that the rest is done.
-        yield _source(path), Path(path.name), True
-    else:
-        root = _fixed_part(path)
-        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        matches = [
-            match
-            for match in matches
-            if _is_file_or_lost(match) or (arrays and stacks.is_zarr(match))
-            if not any(stacks.is_zarr(root / part) for part in match.relative_to(root).parents)
-        ]
-        if not matches:
-            raise ImageError(f"{text}: no file matches")
-        for match in matches:
-            yield _source(match), match.relative_to(root), False
-
-
-def expand_inputs(
-    texts: Iterable[str], recursive: bool, problems: list[str], *, arrays: bool = False
-) -> Iterator[tuple[str, Path, bool]]:
-    """`expand_input` of each; what names nothing or cannot be read becomes a line of problems."""
-
-    def unreadable(error: OSError, name: str = "") -> None:
-        reason = error.strerror or error
-        problems.append(f"{name or error.filename}: cannot be read: {reason}")
-
-    for text in texts:
-        try:
-            yield from expand_input(text, recursive, arrays=arrays, on_error=unreadable)
-        except OSError as error:
-            unreadable(error, text)
-        except ImageError as error:
-            problems.append(str(error))
-
-
-def _source(path: Path) -> str:
-    """As text that no sample is meant by."""
-    return f".{os.sep}{path}" if is_sample(str(path)) else str(path)
-
-
-def _entries(
-    folder: Path, recursive: bool, on_error: Callable[[OSError], None] | None
-) -> list[Path]:
-    """What lies in a folder; a Zarr is one thing, of perhaps a million files."""
-    if not recursive:
-        return sorted(folder.iterdir())
-    found: list[Path] = []
-
-    def failed(error: OSError) -> None:
-        if on_error is None or error.filename == str(folder):
-            raise error
-        on_error(error)
-
-    root, seen = os.path.realpath(folder), set[str]()
-    for parent, folders, files in os.walk(folder, onerror=failed, followlinks=True):
-        found += [Path(parent, name) for name in (*folders, *files)]
-        inside = []
-        for name in folders:
-            path = Path(parent, name)
-            if name.startswith(".") or stacks.is_zarr(path):
-                continue
-            if path.is_symlink():  # not to what is walked anyway, nor to what that lies in
-                place = os.path.realpath(path)
-                if place in seen or _lies_in(place, root) or _lies_in(root, place):
-                    continue
-                seen.add(place)
-            inside.append(name)
-        folders[:] = inside
-    return sorted(found)
-
-
-def _lies_in(place: str, folder: str) -> bool:
-    return f"{place}{os.sep}".startswith(f"{folder.rstrip(os.sep)}{os.sep}")
-
-
-def _fixed_part(pattern: Path) -> Path:
-    """Folder of a glob before its first wildcard."""
-    parts = []
-    for part in pattern.parts[:-1]:
-        if glob.has_magic(part):
-            break
-        parts.append(part)
-    return Path(*parts)
-
-
-def _stem(relative: Path) -> str:
-    has_name = relative.stem.strip(".") != ""
-    return str(relative.with_suffix("") if has_name else relative)
-
-
-def _is_raw(path: Path) -> bool:
-    return path.suffix.lower() in io.RAW_SUFFIXES
-
-
-def _is_image(path: Path, arrays: bool) -> bool:
-    if path.name.startswith("."):
-        return False
-    known = (*io.IMAGE_SUFFIXES, *io.RAW_SUFFIXES, *([".npy"] if arrays else []))
-    is_file = path.suffix.lower() in known and _is_file_or_lost(path)
-    return is_file or (arrays and stacks.is_zarr(path))
-
-
-def _is_file_or_lost(path: Path) -> bool:
-    """A file, or a link that leads to none, which the reader reports."""
-    return path.is_file() or not path.exists()
-
-
-def _is_result(source: str, output: Path) -> bool:
-    """Whether a file lies in the output folder under one of the names given to results."""
-    if not is_result_name(Path(source).name):
-        return False
-    return Path(os.path.realpath(output)) in Path(os.path.realpath(source)).parents

@@ -30,14 +30,11 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 from semanticblur_core.errors import ConfigError, SemanticBlurError
-from semanticblur_core.inference.batch import (
+from semanticblur_core.inference.batch import FileResult, MapMaker, detect_files, job_outputs
+from semanticblur_core.inference.inputs import is_sample
+from semanticblur_core.inference.jobs import (
     DetectOptions,
-    FileResult,
     Job,
-    MapMaker,
-    detect_files,
-    is_sample,
-    job_outputs,
     possible_outputs,
     remove_stale_parts,
 )

@@ -21,7 +21,7 @@ from torch.nn import functional
 from semanticblur_core import io, weights
 from semanticblur_core.data.transforms import normalise
 from semanticblur_core.errors import SemanticBlurError
-from semanticblur_core.inference.batch import sample_photographs
+from semanticblur_core.inference.inputs import sample_photographs
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.network.decoder import HEAD_CHANNELS
 

@@ -16,16 +16,8 @@ from numpy.typing import NDArray
 
 from semanticblur_core import io
 from semanticblur_core.errors import ImageError, SemanticBlurError
-from semanticblur_core.inference.batch import (
-    DetectOptions,
-    FileResult,
-    Job,
-    MapMaker,
-    batched,
-    images_at_once,
-    is_done,
-    result_paths,
-)
+from semanticblur_core.inference.batch import FileResult, MapMaker, batched, images_at_once
+from semanticblur_core.inference.jobs import DetectOptions, Job, is_done, result_paths
 
 if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector

@@ -7,14 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from semanticblur_core import io, stacks
-from semanticblur_core.inference.batch import (
-    DetectOptions,
-    Job,
-    chosen_planes,
-    is_sample,
-    load,
-)
+from semanticblur_core.inference.batch import chosen_planes
 from semanticblur_core.inference.choice import REMEMBERED_SIZE_PX
+from semanticblur_core.inference.inputs import is_sample, load
+from semanticblur_core.inference.jobs import DetectOptions, Job
 from semanticblur_core.inference.planes import Planes
 from semanticblur_core.inference.tiling import TileGrid
 

@@ -1,7 +1,5 @@
-"""Files in, files out: what is found, how results are named, and that one bad file is no end."""
+"""Files in, files out: results, and that one bad file is no end."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +9,14 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-import zarr
 from PIL import Image
 
 from semanticblur_core import Detector, io, stacks
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import ImageError
 from semanticblur_core.inference import batch
-from semanticblur_core.inference.batch import (
-    DetectOptions,
-    Job,
-    detect_files,
-    expand_input,
-    find_jobs,
-)
+from semanticblur_core.inference.batch import detect_files
+from semanticblur_core.inference.jobs import DetectOptions, Job, find_jobs
 from semanticblur_core.inference.overlay import draw_overlay
 from semanticblur_core.inference.planes import ALL, DetectUpdate
 from semanticblur_core.network import SemanticBlur
@@ -45,198 +37,6 @@ def folder(tmp_path: Path, rng: np.random.Generator) -> Path:
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
     (root / "notes.txt").write_text("no image")
     return root
-
-
-def stems(jobs: list[Job]) -> list[str]:
-    return [Path(job.output_stem).as_posix() for job in jobs]
-
-
-def test_a_folder_gives_its_images_and_equal_stems_keep_their_extension(folder: Path) -> None:
-    out = folder.parent / "out"
-    assert stems(find_jobs([str(folder)], out)[0]) == ["a", "b.jpg", "b.png"]
-    deep, _ = find_jobs([str(folder)], out, recursive=True)
-    assert stems(deep) == ["a", "b.jpg", "b.png", "sub/a"]
-
-
-def test_globs_keep_the_folders_below_their_first_wildcard(folder: Path) -> None:
-    jobs, _ = find_jobs([f"{folder}/**/a.png"], folder.parent / "out")
-    assert stems(jobs) == ["a", "sub/a"]
-
-
-@pytest.fixture
-def arrays(tmp_path: Path) -> Path:
-    """A folder of a Zarr that holds what looks like an image, one further down, a npy file."""
-    root = tmp_path / "slides"
-    for name in ("s.zarr", "sub/t.zarr"):
-        zarr.save(str(root / name), np.zeros((3, 40, 50), np.uint8))
-        (root / name / "thumbnail.png").touch()
-    np.save(root / "n.npy", np.zeros((3, 40, 50), np.uint8))
-    (root / "plain").mkdir()
-    (root / "file.zarr").touch()
-    return root
-
-
-def test_links_to_nothing_are_not_passed_over(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "lost.png").symlink_to("nowhere.png")
-    for text in (str(tmp_path / "in"), str(tmp_path / "in" / "*.png")):
-        jobs, _ = find_jobs([text], tmp_path / "out")
-        assert [Path(job.source).name for job in jobs] == ["lost.png"]
-    with pytest.raises(ImageError, match="a link to a file that is not there"):
-        batch.load(jobs[0].source)
-
-
-def test_folders_and_globs_give_zarr_and_npy_too(arrays: Path) -> None:
-    out = arrays.parent / "out"
-    for text, recursive, expected in (
-        ("", False, ["n", "s"]),
-        ("", True, ["n", "s", "sub/t"]),
-        ("/*.zarr", False, ["file", "s"]),
-        ("/*.npy", False, ["n"]),
-        ("/**/*.zarr", False, ["file", "s", "sub/t"]),
-        ("/**/[nt]*", False, ["n", "sub/t"]),
-    ):
-        jobs, left_out = find_jobs([f"{arrays}{text}"], out, recursive=recursive)
-        assert (text, stems(jobs), left_out) == (text, expected, [])
-
-
-def test_earlier_results_that_are_zarr_and_npy_are_not_taken_as_input(
-    arrays: Path, detector: Detector
-) -> None:
-    (arrays / "file.zarr").unlink()
-    options = DetectOptions(arrays, size=64, formats=("zarr", "npy"))
-    first, _ = find_jobs([f"{arrays}/*.zarr"], arrays)
-    assert [result.error for result in detect_files(first, detector, options)] == [None]
-    for text in (str(arrays), f"{arrays}/*"):
-        jobs, left_out = find_jobs([text], arrays)
-        assert stems(jobs) == ["n", "s"]
-        assert sorted(left_out) == [f"{arrays}/s_blur.npy", f"{arrays}/s_blur.zarr"]
-
-
-def test_a_check_of_photographs_is_given_no_arrays(arrays: Path) -> None:
-    Image.new("RGB", (50, 40)).save(arrays / "p.png")
-    assert [name for name, _, _ in expand_input(str(arrays), True)] == [f"{arrays}/p.png"]
-
-
-def test_an_input_named_twice_is_done_once(folder: Path) -> None:
-    again = f"{folder}/sub/../a.png"
-    inputs = [f"{folder}/a.png", f"{folder}/a.*", again, "sample:cat"]
-    jobs, _ = find_jobs(inputs, folder.parent / "out")
-    assert stems(jobs) == ["a", "cat"]
-
-
-def test_of_two_inputs_of_one_name_the_second_is_refused(folder: Path, detector: Detector) -> None:
-    (folder / "other").mkdir()
-    Image.new("RGB", (50, 40)).save(folder / "other" / "a.png")
-    inputs = [f"{folder}/a.png", f"{folder}/other", f"{folder}/b.jpg"]
-    out = folder.parent / "out"
-    jobs, _ = find_jobs(inputs, out)
-    assert stems(jobs) == ["a", "a", "b"]
-    done = list(detect_files(jobs, detector, DetectOptions(out, size=64)))
-    assert [result.error for result in done] == [
-        None,
-        f"{folder}/other/a.png: would write the same a_blur file as {folder}/a.png; detect it "
-        "into another output folder",
-        None,
-    ]
-
-
-def test_no_result_takes_the_place_of_an_input(folder: Path, detector: Detector) -> None:
-    (folder / "b.jpg").rename(folder / "a_blur.png")
-    before = (folder / "a_blur.png").read_bytes()
-    jobs, _ = find_jobs([f"{folder}/a.png", f"{folder}/a_blur.png"], folder)
-    options = DetectOptions(folder, size=64, overwrite=True)
-    errors = [result.error for result in detect_files(jobs, detector, options)]
-    assert errors[1] is None
-    assert f"would take the place of {folder}/a_blur.png, an input" in str(errors[0])
-    assert (folder / "a_blur.png").read_bytes() == before
-    assert (folder / "a_blur_blur.png").is_file()
-
-
-@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
-def test_links_are_followed_but_not_in_circles(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    Image.new("RGB", (50, 40)).save(tmp_path / "elsewhere" / "e.png")
-    (folder / "link").symlink_to(tmp_path / "elsewhere")
-    (folder / "again").symlink_to(folder / "sub")
-    (tmp_path / "elsewhere" / "back").symlink_to(folder)
-    (folder / "best").mkdir()
-    (folder / "best" / "one.png").symlink_to(folder / "a.png")
-    (folder / "loop.png").symlink_to("loop.png")
-    jobs, _ = find_jobs([str(folder)], tmp_path / "out", recursive=True)
-    found = stems(jobs)
-    assert {"link/e", "best/one", "loop", "a"} <= set(found)
-    assert len(found) == len(set(found))
-    assert not [stem for stem in found if stem.startswith(("again", "link/back"))]
-    (folder / "up").symlink_to(tmp_path)
-    assert find_jobs([str(folder)], tmp_path / "out", recursive=True)[0] == jobs
-    for name in ("up", "link", "again"):
-        (folder / name).unlink()
-    (folder / "circle").symlink_to(folder)
-    matches, _ = find_jobs([f"{folder}/**/a.png"], tmp_path / "out")
-    assert stems(matches) == ["a", "sub/a"]
-
-
-def test_odd_names_stay_in_the_output_folder(
-    folder: Path, detector: Detector, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(folder)
-    for name in ("..png", "sample:cat.png", "~nobody.png"):
-        shutil.copy("a.png", name)
-    out = folder.parent / "out" / "deep"
-    jobs, _ = find_jobs(["..png", "./sample:cat.png", "~nobody.png"], out)
-    done = list(detect_files(jobs, detector, DetectOptions(out, size=64)))
-    assert [result.error for result in done] == [None, None, None]
-    assert sorted(path.name for path in out.iterdir()) == [
-        "..png_blur.png", "sample:cat_blur.png", "~nobody_blur.png"
-    ]  # fmt: skip
-    assert [path.name for path in out.parent.iterdir()] == ["deep"]
-
-
-def test_what_python_users_give_is_understood(folder: Path) -> None:
-    assert find_jobs(folder, folder.parent)[0] == find_jobs([str(folder)], folder.parent)[0]
-    assert DetectOptions("maps").output == Path("maps")  # type: ignore[arg-type]
-
-
-def test_a_raw_file_does_not_rename_the_result_of_its_jpeg(folder: Path) -> None:
-    (folder / "a.nef").write_bytes(b"raw")
-    jobs, _ = find_jobs([str(folder)], folder.parent / "out")
-    assert stems(jobs) == ["a.nef", "a", "b.jpg", "b.png"]
-
-
-def test_earlier_results_are_not_taken_as_input(folder: Path, detector: Detector) -> None:
-    options = DetectOptions(folder, size=64, overlay=True)
-    first, _ = find_jobs([str(folder)], folder)
-    assert all(result.error is None for result in detect_files(first, detector, options))
-    assert (folder / "a_overlay.png").is_file()
-    jobs, left_out = find_jobs([str(folder)], folder)
-    assert jobs == first
-    assert f"{folder}/a_overlay.png" in left_out
-    named, left_out = find_jobs([f"{folder}/a_blur.png"], folder)
-    assert stems(named) == ["a_blur"]
-    assert left_out == []
-
-
-def test_a_photograph_called_blur_is_not_taken_for_a_result(folder: Path) -> None:
-    (folder / "b.jpg").rename(folder / "motion_blur.jpg")
-    jobs, left_out = find_jobs([str(folder)], folder)
-    assert "motion_blur" in stems(jobs)
-    assert left_out == []
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("sample:dog", "expected one of sample:cat, sample:coffee, sample:astronaut"),
-        ("*.nothing", "no file matches"),
-        ("EMPTY", "no images in this folder"),
-        ("", "an input is empty"),
-    ],
-)
-def test_inputs_that_name_nothing_are_refused(tmp_path: Path, name: str, message: str) -> None:
-    (tmp_path / "EMPTY").mkdir()
-    with pytest.raises(ImageError, match=message):
-        find_jobs([str(tmp_path / name) if name == "EMPTY" else name], tmp_path / "out")
 
 
 def test_formats_agree_and_have_the_size_of_the_image(folder: Path, detector: Detector) -> None:
@@ -622,59 +422,3 @@ def test_an_array_of_one_plane_is_drawn_like_a_photograph(
     for name in ("flat.npy", "stack.npy"):
         for picture, expected in zip(drawn[name], drawn["photo.png"], strict=True):
             np.testing.assert_array_equal(picture, expected)
-
-
-def test_an_input_that_names_nothing_does_not_stop_the_others(folder: Path) -> None:
-    out = folder.parent / "out"
-    problems: list[str] = []
-    inputs = [f"{folder}/*.nothing", f"{folder}/a.png", "sample:dog"]
-    jobs, _ = find_jobs(inputs, out, on_problem=problems.append)
-    assert stems(jobs) == ["a"]
-    assert [problem.split(": ", 1)[1][:8] for problem in problems] == ["no file ", "expected"]
-    with pytest.raises(ImageError, match="no file matches"):
-        find_jobs(inputs, out)
-    with pytest.raises(ImageError, match="no file matches"):
-        find_jobs(inputs[:1], out, on_problem=problems.append)
-
-
-def test_a_subfolder_that_cannot_be_read_is_told_of(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (folder / "locked").mkdir()
-    scandir = os.scandir
-
-    def refusing(path: Any = ".") -> Any:
-        if str(path).endswith("locked"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refusing)
-    out, problems = folder.parent / "out", list[str]()
-    jobs, _ = find_jobs([str(folder)], out, recursive=True, on_problem=problems.append)
-    assert stems(jobs) == ["a", "b.jpg", "b.png", "sub/a"]
-    assert problems == [f"{folder}/locked: cannot be read: Permission denied"]
-    with pytest.raises(ImageError, match="locked: cannot be read: Permission denied"):
-        find_jobs([str(folder)], out, recursive=True)
-    with pytest.raises(PermissionError):
-        list(expand_input(str(folder), True))
-
-
-@pytest.mark.skipif(os.name == "nt", reason="no locks that tell what is stale")
-def test_what_killed_runs_left_of_these_results_is_deleted(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    (out / "sub").mkdir(parents=True)
-    names = {
-        "stale": (".a_blur.tif.01234567.map.part", "sub/.b_blur.tif.01234567.part"),
-        "other": (".c_blur.tif.01234567.part", ".a_blur.npy.01234567.part", "a_blur.tif"),
-    }
-    for name in (*names["stale"], *names["other"]):
-        (out / name).touch()
-    (out / ".a_blur.zarr.01234567.part" / "0").mkdir(parents=True)
-    jobs = [Job("a.tif", "a"), Job("sub/b.tif", "sub/b"), Job("gone/d.tif", "gone/d")]
-    options = DetectOptions(out, formats=("tif", "zarr"))
-    with stacks.new_map(out / "a_blur.tif", (40, 50)):  # of a run that lives
-        batch.remove_stale_parts(jobs, options)
-        assert len(list(out.glob(".a_blur.tif.*.map.part"))) == 1
-    left = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
-    assert left == set(names["other"])
-    assert not (out / ".a_blur.zarr.01234567.part").exists()

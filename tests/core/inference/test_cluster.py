@@ -21,8 +21,9 @@ from worker_detectors import KillsItsProcess, no_such_model
 from semanticblur_core import DetectionCluster, DetectOptions, Detector, detect_files, find_jobs
 from semanticblur_core.errors import ConfigError, WeightsError
 from semanticblur_core.focus.classical import ClassicalDetector
-from semanticblur_core.inference.batch import FileResult, Job
+from semanticblur_core.inference.batch import FileResult
 from semanticblur_core.inference.cluster import _detect_chunk, _Task
+from semanticblur_core.inference.jobs import Job
 
 pytest.importorskip("distributed")
 

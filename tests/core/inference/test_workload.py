@@ -12,7 +12,7 @@ from PIL import Image
 
 from semanticblur_core import io, stacks
 from semanticblur_core.cli import cli
-from semanticblur_core.inference.batch import DetectOptions, Job
+from semanticblur_core.inference.jobs import DetectOptions, Job
 from semanticblur_core.inference.workload import count_squares
 
 TILE = (512 / 320) ** 2
