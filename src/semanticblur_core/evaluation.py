@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -228,6 +228,8 @@ def match(
 ) -> tuple[list[Pair], list[str]]:
     """Pair the files of two folders by name stem; a line for each without a clear partner.
 
+    Maps may have the names that ``semanticblur-core detect`` gives them.
+
     Parameters
     ----------
     sources
@@ -245,8 +247,9 @@ def match(
         If a folder is missing or empty, or no pair is left.
     """
     sources, masks = Path(sources), Path(masks)
-    mine = group_by_stem(list_images(sources, also=(".npy",) if maps else ()))
+    found = list_images(sources, also=(".npy",) if maps else ())
     theirs = group_by_stem(list_images(masks))
+    mine = _group_maps(found, theirs) if maps else group_by_stem(found)
     problems = []
     stems = sorted(set(mine) | set(theirs)) if names is None else list(dict.fromkeys(names))
     pairs = []
@@ -268,6 +271,25 @@ def match(
         )
         raise DataError(f"{sources}, {masks}: no pair of one name{detail}")
     return pairs, problems
+
+
+def _group_maps(paths: Sequence[Path], masks: Container[str]) -> dict[str, list[Path]]:
+    """Maps by the name of their mask; ``NAME_blur`` and ``NAME.EXT_blur`` are those of ``NAME``.
+
+    Overlays beside such maps are passed over.
+    """
+    grouped: dict[str, list[Path]] = {}
+    stems = {path.stem for path in paths}
+    for path in paths:
+        name = path.stem
+        if name.endswith("_blur") and name not in masks:
+            name = name.removesuffix("_blur")
+            is_file_name = Path(name).suffix.lower() in io.IMAGE_SUFFIXES
+            name = Path(name).stem if is_file_name and name not in masks else name
+        elif name.endswith("_overlay") and f"{name.removesuffix('_overlay')}_blur" in stems:
+            continue
+        grouped.setdefault(name, []).append(path)
+    return grouped
 
 
 def evaluate(

@@ -275,20 +275,36 @@ def _eval_store(
 ) -> None:
     """Score a model on the labelled pixels of an annotation store."""
     from semanticblur_core import io
-    from semanticblur_core.data.store import BLURRED, read_store
+    from semanticblur_core.data.store import BLURRED, AnnotationStore
+    from semanticblur_core.errors import DataError, SemanticBlurError
     from semanticblur_core.inference.detector import Detector
     from semanticblur_core.metrics import BlurScorer
     from semanticblur_core.training.finetune import PROTOCOL
 
-    images = read_store(data)
+    store = AnnotationStore(data)
+    problems: list[str] = []
+    items = store.items(problems.append)
     detector = Detector(model, device=device, precision=precision, flip=flip, backend="torch")
     scorer = BlurScorer(PROTOCOL)
+    for problem in problems:
+        click.echo(f"semanticblur-core: {problem}", err=True)
     with progress_bar() as progress:
-        for image in progress.track(images, description="Scoring"):
-            labelled = image.labels > 0
-            blur = detector.detect(image.image, value_range=image.value_range)
-            truth = image.labels[labelled] == BLURRED
-            scorer.add(blur[labelled][None], truth[None], name=image.name)
+        for item in progress.track(items, description="Scoring"):
+            try:
+                images = store.read(item)
+                for image in images:
+                    labelled = image.labels > 0
+                    blur = detector.detect(image.image, value_range=image.value_range)
+                    truth = image.labels[labelled] == BLURRED
+                    scorer.add(blur[labelled][None], truth[None], name=image.name)
+            except (SemanticBlurError, MemoryError, OSError) as error:
+                reason = str(error) or "out of memory"
+                is_named = reason.startswith(str(data))
+                problems.append(reason if is_named else f"{item.image}: {reason}")
+                say(progress, f"semanticblur-core: {problems[-1]}", err=True)
+    if not scorer.images:
+        found = "nothing could be scored" if problems else "nothing in it is labelled yet"
+        raise DataError(f"{data}: {found}")
     scores = scorer.result()
     click.echo(f"model {model}: {scores.n_images} images of {data}")
     click.echo(f"protocol: {PROTOCOL.describe()}")
@@ -297,7 +313,10 @@ def _eval_store(
     if json_file:
         rows = [score.to_dict() for score in scorer.images]
         report = scores.to_dict() | {"method": f"model {model}", "per_image": rows}
+        report |= {"n_failed": len(problems)}
         io.write_text(json_file, json.dumps(report, indent=1) + "\n")
+    if problems:
+        raise SystemExit(2)
 
 
 def _predictor(model: str, device: str, precision: str, flip: bool) -> tuple[Predict, str, str]:

@@ -609,11 +609,12 @@ def _region(text: str) -> Any:
     from semanticblur_core.data.datasets import group_by_stem, list_images
     from semanticblur_core.errors import DataError
 
-    folder = Path(text)
+    folder = io.expand_home(text)
     masks = group_by_stem(list_images(folder))
 
     def region(source: Source) -> Any:
-        found = masks.get(Path(source.name).stem, [])
+        as_written = folder / f"{source.name}.png"  # by --mask-output
+        found = [as_written] if as_written.is_file() else masks.get(Path(source.name).stem, [])
         if len(found) != 1:
             raise DataError(f"{source.name}: {len(found)} masks of this name in {folder}")
         return io.read_mask(found[0])

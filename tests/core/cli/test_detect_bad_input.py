@@ -5,7 +5,6 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,20 +13,12 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
+from command_line import Done, run
 from PIL import Image
 
-COMMAND = [sys.executable, "-m", "semanticblur_core", "detect", "--device=cpu"]
 
-
-def detect(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, "--precision=float32", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=cwd,
-        check=False,
-    )
+def detect(*arguments: str, cwd: Path) -> Done:
+    return run("detect", "--device=cpu", "--precision=float32", *arguments, cwd=cwd)
 
 
 def png_header_of(width: int, height: int) -> bytes:

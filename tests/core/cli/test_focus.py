@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -14,6 +13,8 @@ import click
 import numpy as np
 import pytest
 import tifffile
+from command_line import Done
+from command_line import run as run_command
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -22,15 +23,8 @@ from semanticblur_core.data.focal_stack import focal_stack
 from semanticblur_core.focus import check
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "semanticblur_core", "focus", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+def run(*arguments: str, cwd: Path) -> Done:
+    return run_command("focus", *arguments, cwd=cwd)
 
 
 @pytest.fixture

@@ -2,32 +2,17 @@
 
 import csv
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import run
 
 from semanticblur_core import io
 from semanticblur_core.data.store import AnnotationStore
 
 COMMAND = [sys.executable, "-m", "semanticblur_core"]
-
-
-def run(*arguments: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = dict(os.environ)
-    if home is not None:
-        environment["SEMANTICBLUR_HOME"] = str(home)
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        env=environment,
-    )
 
 
 @pytest.fixture
@@ -70,6 +55,19 @@ def test_a_store_is_trained_on_scored_and_checked(store: AnnotationStore, tmp_pa
     assert checked.returncode == 0, checked.stderr
     assert "labelled images: 8" in checked.stdout
     assert "photo0: 72 x 96 px, sharp 13.89%, blurred 13.89%, val" in checked.stdout
+    (store.folder / "labels" / "photo3.png").write_bytes(b"")
+    (store.folder / "images" / "photo4.png").unlink()
+    scored = run(
+        *("eval", f"--data={store.folder}", f"--model={output / 'best.safetensors'}"),
+        *("--device=cpu", f"--json={tmp_path / 'scores.json'}"),
+    )
+    assert scored.returncode == 2
+    assert sorted(line.split(": ")[1] for line in scored.stderr.splitlines()) == [
+        str(store.folder / "labels" / "photo3.png"),
+        str(store.folder / "labels" / "photo4.png"),
+    ]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert (scores["n_images"], scores["n_failed"]) == (6, 2)
 
 
 def test_a_table_of_the_paper_with_one_command(
