@@ -26,7 +26,7 @@ from semanticblur_core.errors import DataError, ImageError
 TIFF_SUFFIXES = (".tif", ".tiff")
 PILLOW_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif"),
-    *(".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".gif"),
+    *(".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".tga", ".jp2", ".j2k"),
 )
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm"),
@@ -62,7 +62,8 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any
     Parameters
     ----------
     path
-        JPEG, PNG, WebP, BMP, PNM, GIF (first frame) or TIFF.
+        JPEG, PNG, WebP, AVIF, BMP, PNM, GIF, TGA, JPEG 2000 or TIFF; of what is animated the first
+        frame.
     max_pixels
         Rows times columns (times planes) above which the file is refused unread.
 
@@ -565,7 +566,10 @@ def _read_pillow(path: Path, max_pixels: int) -> NDArray[Any]:
     except UnidentifiedImageError:
         if path.suffix.lower() in VIDEO_SUFFIXES:
             raise ImageError(f"{path}: a video, not an image; `detect` reads its frames") from None
-        raise ImageError(f"{path}: not an image that can be read") from None
+        with path.open("rb") as stream:
+            is_heic = stream.read(12)[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1")
+        hint = "; it is HEIC whatever its name says, export it as JPEG" if is_heic else ""
+        raise ImageError(f"{path}: not an image that can be read{hint}") from None
     except ImageError:
         raise
     except Exception as error:  # its decoders raise many kinds

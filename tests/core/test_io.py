@@ -18,7 +18,7 @@ def photo(rng: np.random.Generator) -> np.ndarray:
     return rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".bmp", ".ppm", ".tif"])
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".ppm", ".tga", ".jp2", ".tif"])
 def test_lossless_rgb_comes_back_as_it_was(tmp_path: Path, photo: np.ndarray, suffix: str) -> None:
     path = tmp_path / f"photo{suffix}"
     Image.fromarray(photo).save(path)
@@ -31,6 +31,20 @@ def test_lossy_formats_are_read(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"photo{suffix}"
     Image.fromarray(smooth).save(path, quality=95)
     assert np.abs(io.read_image(path).astype(int) - smooth).mean() < 6
+
+
+def test_of_an_animation_the_first_frame_is_read(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (9, 7), (value, 0, 0)) for value in (10, 200)]
+    for name in ("a.gif", "a.png", "a.webp"):
+        lossless = {"lossless": True} if name == "a.webp" else {}
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **lossless)
+        assert (io.read_image(tmp_path / name) == (10, 0, 0)).all(), name
+
+
+def test_heic_by_another_name_is_told(tmp_path: Path) -> None:
+    (tmp_path / "IMG_1.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40))
+    with pytest.raises(ImageError, match="can be read; it is HEIC whatever its name says"):
+        io.read_image(tmp_path / "IMG_1.jpg")
 
 
 @pytest.mark.parametrize("compression", ["lzw", "zlib", "packbits", "zstd", "jpeg", None])

@@ -299,7 +299,14 @@ def command(
         progress = resources.enter_context(progress_bar())
         table = None
         if table_path is not None:
-            table = resources.enter_context(summary_table(table_path, resume=resume))
+            settings = {
+                "model": model if method == "network" else method,
+                "size": str(size) if method == "network" else "",
+                "threshold": threshold,
+            }
+            table = resources.enter_context(
+                summary_table(table_path, resume=resume, settings=settings)
+            )
         earlier = _read_images(json_path) if json_path is not None and resume else {}
         claims = owners(earlier)
         for output_place, named in (table.claims if table is not None else {}).items():

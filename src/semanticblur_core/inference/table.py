@@ -26,8 +26,12 @@ _COLUMNS = {
     "mean_blur": "float64",
     "blurred_fraction": "float64",
     "elapsed_s": "float64",
-    "error": "string",
+    "model": "string",
+    "size": "string",
+    "threshold": "float64",
+    "error": "string",  # last: of a row that is cut it or its comma is missing
 }
+_NEEDED = {"input", "outputs", "mean_blur"}
 
 # By the place of an output, the inputs that an earlier run names for it, by theirs.
 Owners = dict[str, dict[str, str]]
@@ -43,15 +47,21 @@ class SummaryTable:
     """
 
     def __init__(
-        self, writer: _CsvWriter | _ParquetWriter, earlier: dict[str, dict[str, Any]]
+        self,
+        writer: _CsvWriter | _ParquetWriter,
+        earlier: dict[str, dict[str, Any]],
+        settings: Mapping[str, Any],
     ) -> None:
         self._writer = writer
         self._earlier = earlier
+        self._settings = settings
         self.claims = owners(earlier)
 
     def add(self, result: FileResult) -> None:
         """Add the row of a file; what is known of a skipped one from before is kept."""
         row = _row(result)
+        if result.error is None and not result.skipped:
+            row |= self._settings
         before = self._earlier.pop(place(result.source), None)
         if before is not None and still_holds(before, result):
             told = "error" if result.error is not None else "outputs"
@@ -150,13 +160,17 @@ def _is_another(one: str, other: str) -> bool:
 
 
 @contextmanager
-def summary_table(path: Path, *, resume: bool = False) -> Iterator[SummaryTable]:
+def summary_table(
+    path: Path, *, resume: bool = False, settings: Mapping[str, Any] | None = None
+) -> Iterator[SummaryTable]:
     """A table on disk that takes its place when the block ends, by an exception too.
 
     Columns: ``input``, ``status`` (done, skipped, failed), ``outputs`` (separated by ``;``),
     ``height`` and ``width`` in pixels, ``n_planes``, ``mean_blur`` and ``blurred_fraction`` in
-    0..1, ``elapsed_s``, ``error``. What was not measured is empty. Rows are in the order in which
-    files were finished; none is held in memory, but those of earlier runs with ``resume``.
+    0..1, ``elapsed_s``, ``model``, ``size`` and ``threshold`` that it was measured with, as rows
+    of earlier runs may have others, and ``error``. What was not measured is empty. Rows are in the
+    order in which files were finished; none is held in memory, but those of earlier runs with
+    ``resume``.
 
     Parameters
     ----------
@@ -165,6 +179,8 @@ def summary_table(path: Path, *, resume: bool = False) -> Iterator[SummaryTable]
     resume
         Take over what the table that is there, and those of runs that were killed, say of files
         that are skipped now, and of those that this run does not come to.
+    settings
+        ``model``, ``size`` and ``threshold`` of what this run measures.
 
     Raises
     ------
@@ -178,7 +194,7 @@ def summary_table(path: Path, *, resume: bool = False) -> Iterator[SummaryTable]
     stopped: BaseException | None = None
     with io.replacing(path) as temporary:
         writer = _CsvWriter(temporary) if is_csv else _ParquetWriter(temporary)
-        table = SummaryTable(writer, earlier)
+        table = SummaryTable(writer, earlier, settings or {})
         try:
             yield table
         except BaseException as error:  # what was done until then is kept, also after Ctrl+C
@@ -212,8 +228,8 @@ def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
     ):
         for row in csv.DictReader(stream):
             # The last row of a run that was killed may be cut.
-            if set(row) == set(_COLUMNS) and None not in row.values():
-                yield row
+            if set(row) >= _NEEDED and None not in row.values():
+                yield {name: row.get(name) for name in _COLUMNS}
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -225,9 +241,10 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         suppress(OSError, ValueError, pyarrow.ArrowException),
         parquet.ParquetFile(path) as file,
     ):
-        if set(file.schema_arrow.names) == set(_COLUMNS):
+        if set(file.schema_arrow.names) >= _NEEDED:
             for batch in file.iter_batches():
-                yield from batch.to_pylist()
+                for row in batch.to_pylist():
+                    yield {name: row.get(name) for name in _COLUMNS}
 
 
 class _CsvWriter:

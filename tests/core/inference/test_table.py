@@ -67,6 +67,21 @@ def test_on_resume_skipped_files_keep_their_numbers(path: Path) -> None:
     assert rows_of(path) == {"a": ("skipped", None, 0.0)}
 
 
+def test_each_row_says_what_it_was_measured_with(path: Path) -> None:
+    for threshold, results in ((0.5, [result("a")]), (0.25, [skipped("a"), result("b")])):
+        settings = {"model": "default", "size": "320", "threshold": threshold}
+        with summary_table(path, resume=True, settings=settings) as table:
+            for one in results:
+                table.add(one)
+    if path.suffix == ".csv":
+        with path.open(newline="") as stream:
+            rows: list[dict[str, Any]] = list(csv.DictReader(stream))
+    else:
+        rows = pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+    found = [(row["status"], row["model"], row["size"], float(row["threshold"])) for row in rows]
+    assert found == [("skipped", "default", "320", 0.5), ("done", "default", "320", 0.25)]
+
+
 def test_numbers_of_other_results_are_not_taken_over(path: Path) -> None:
     write(path, result("a"), result("b", formats=("png", "tif")))
     elsewhere = FileResult("in/a.png", [Path("other/a_blur.png")], skipped=True)
