@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import click
 from semanticblur_core.cli._options import (
     ChannelsType,
     PathType,
+    PlanesType,
     RangeType,
     ShareType,
     SizeType,
@@ -130,6 +132,18 @@ class _TileType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--axes", help="Axes of a stack's file, such as TZYX, if not as the file says.")
 @click.option(
     "--channels", type=ChannelsType(), default="each", show_default=True, help="Of a stack's file."
+)
+@click.option(
+    "--planes",
+    type=PlanesType(),
+    help="Planes of a stack, from 0: 3, 2:5 (without 5) or one of these for each axis, 0,:.",
+)
+@click.option(
+    "--level",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Resolution level of a stack that is a pyramid, 0 is full.",
 )
 @click.option(
     "--along", default="Z", show_default=True, help="Axis of a stack to find focus along."
@@ -271,6 +285,8 @@ def _check(
     stack: bool,
     axes: str | None,
     channels: Any,
+    planes: tuple[slice, ...] | None,
+    level: int,
     along: str,
     measure: str,
     composite: Path | None,
@@ -290,8 +306,8 @@ def _check(
     if not inputs:
         raise click.UsageError("give --input, or `focus calibrate`")
     along = along.upper()
-    if (composite or depth or axes) and not stack:
-        raise click.UsageError("--composite, --depth and --axes go with --stack")
+    if (composite or depth or axes or planes or level) and not stack:
+        raise click.UsageError("--composite, --depth, --axes, --planes, --level go with --stack")
     if stack and (mask_output or keep_best):
         raise click.UsageError("--mask-output and --keep-best go without --stack")
     outputs = {
@@ -322,7 +338,7 @@ def _check(
             if len(inputs) > 1:
                 raise click.UsageError("--stack takes one --input")
             opened = resources.enter_context(
-                _open_stack(inputs[0], recursive, axes, channels, along, options)
+                _open_stack(inputs[0], recursive, axes, channels, planes, level, along, options)
             )
             options = replace(options, value_range=opened.value_range)
         problems: list[str] = []
@@ -679,25 +695,32 @@ def _open_stack(
     recursive: bool,
     axes: str | None,
     channels: Any,
+    wanted: tuple[slice, ...] | None,
+    level: int,
     along: str,
     options: FocusOptions,
 ) -> Iterator[_StackInput]:
     """The planes of a folder, or of a file of any axes."""
     from semanticblur_core import io, stacks
     from semanticblur_core.focus.stack import FileStack, StackFocus, in_stack_order
+    from semanticblur_core.inference.batch import chosen_planes
+    from semanticblur_core.inference.planes import Planes
 
     path = io.expand_home(text)
     if path.suffix.lower() in stacks.STACK_SUFFIXES or stacks.is_zarr(path):
-        with stacks.open_stack(path, axes=axes) as opened:
-            yield _open_file(path, opened, channels, along, options)
+        with stacks.open_stack(path, axes=axes, level=level) as opened:
+            yield _open_file(path, opened, channels, wanted, along, options)
         return
+    if level:
+        raise click.UsageError("--level is of a file that is a pyramid, not of a folder")
     files = {source.path: source for source in _sources((text,), recursive)}
     ordered = in_stack_order(list(files))
     files_stack = FileStack(ordered, max_pixels=options.max_pixels)
+    [box] = chosen_planes(Planes(files_stack, files_stack.axes), wanted)
     yield _StackInput(
         sources=[
-            replace(files[file], index=(i,), read=functools.partial(files_stack.read, i))
-            for i, file in enumerate(ordered)
+            replace(files[ordered[i]], index=(i,), read=functools.partial(files_stack.read, i))
+            for i in box
         ],
         collected=StackFocus("Z", along=along),
         value_range=options.value_range or files_stack.estimate_range(),
@@ -711,6 +734,7 @@ def _open_file(
     path: Path,
     opened: Any,
     channels: Any,
+    wanted: tuple[slice, ...] | None,
     along: str,
     options: FocusOptions,
 ) -> _StackInput:
@@ -718,6 +742,7 @@ def _open_file(
     from semanticblur_core.errors import ImageError
     from semanticblur_core.focus.session import plane_sources, unit_range
     from semanticblur_core.focus.stack import StackFocus
+    from semanticblur_core.inference.batch import chosen_planes
     from semanticblur_core.inference.planes import Planes
 
     planes = Planes(opened.array, opened.axes, channels)
@@ -734,7 +759,8 @@ def _open_file(
     given = options.value_range
     limits = planes.as_limits(given) if given else planes.estimate_range()
 
-    sources = plane_sources(planes, planes.indices(), name=path.name, path=path, limits=limits)
+    indices = itertools.product(*chosen_planes(planes, wanted))
+    sources = plane_sources(planes, indices, name=path.name, path=path, limits=limits)
     return _StackInput(
         sources=sources,
         collected=StackFocus(planes.walked_axes, along=along),
@@ -774,9 +800,11 @@ def _refuse_composite(opened: _StackInput, composite: Path | None) -> None:
     import numpy as np
 
     if len({opened.collected.others(source.index) for source in opened.sources}) > 1:
+        walked, along = opened.collected.walked_axes, opened.collected.along
+        one = ",".join(":" if axis == along else "0" for axis in walked)
         raise click.UsageError(
-            "--composite, --depth: of one stack; this one has several along its other axes "
-            "(from Python, `all_in_focus` composes one of them)"
+            "--composite, --depth: of one stack; this one has several along its other axes, of "
+            f"{walked}: --planes takes one, such as {one}"
         )
     if composite and composite.suffix.lower() == ".png" and opened.array.dtype != np.uint8:
         raise click.UsageError(
@@ -814,11 +842,16 @@ def _write_composite(
     from semanticblur_core import io
     from semanticblur_core.focus.stack import all_in_focus
 
-    at = opened.collected.others(opened.sources[0].index)
+    collected = opened.collected
+    at = collected.others(opened.sources[0].index)
+    place = collected.walked_axes.index(along)
+    positions = [source.index[place] for source in opened.sources]
     last = None
     with progress_bar() as progress:
         task = progress.add_task("Composing", total=None)
-        for last in all_in_focus(opened.array, opened.axes, along=along, at=at, channels=channels):
+        for last in all_in_focus(
+            opened.array, opened.axes, along=along, at=at, channels=channels, positions=positions
+        ):
             progress.update(task, completed=last.n_done, total=last.n_total)
     assert last is not None
     if composite and last.composite is not None:

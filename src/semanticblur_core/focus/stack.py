@@ -459,6 +459,7 @@ def all_in_focus(
     along: str = "Z",
     at: tuple[int, ...] = (),
     channels: Channels = "each",
+    positions: Sequence[int] | None = None,
 ) -> Generator[CompositeUpdate]:
     """All-in-focus composite and depth of one stack; close the generator to stop.
 
@@ -477,6 +478,8 @@ def all_in_focus(
         Axis of focus.
     at
         Index along the other axes.
+    positions
+        Planes along `along` to take, in rising order; all by default.
 
     Yields
     ------
@@ -501,12 +504,13 @@ def all_in_focus(
             f"expected an index along {planes.walked_axes.replace(along, '') or 'no axis'}, "
             f"got {at}"
         )
-    n_planes = planes.lengths[place]
+    taken = range(planes.lengths[place]) if positions is None else positions
+    n_planes = len(taken)
 
     lost = np.ones(planes.plane_shape, bool)
 
-    def read() -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
-        for z in range(n_planes):
+    def read() -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.bool_]]]:
+        for z in taken:
             pixels = planes.view((*at[:place], z, *at[place:])).read()
             if channels == "mean":
                 pixels = pixels.mean(axis=0)
@@ -515,13 +519,13 @@ def all_in_focus(
             if not finite.all():
                 # Filters would spread them; they count as the lowest value.
                 pixels[~finite] = pixels[finite].min() if finite.any() else 0
-            yield pixels, finite if finite.ndim == 2 else finite.all(axis=2)
+            yield z, pixels, finite if finite.ndim == 2 else finite.all(axis=2)
 
     n_done = 0
     best = np.full(planes.plane_shape, -1, np.float32)
     total = np.zeros(planes.plane_shape, np.float32)
-    depth = np.zeros(planes.plane_shape, np.int16)
-    for z, (pixels, finite) in enumerate(read()):
+    depth = np.full(planes.plane_shape, taken[0], np.int16)
+    for z, pixels, finite in read():
         lost &= ~finite
         detail = np.abs(ndimage.gaussian_laplace(as_grey(pixels), _DETAIL_SIGMA_PX, mode="nearest"))
         detail = ndimage.gaussian_filter(detail, _WINDOW_SIGMA_PX, mode="nearest")
@@ -535,8 +539,8 @@ def all_in_focus(
 
     low = high = np.zeros(0, np.float32)
     low_weights, high_weights = np.zeros((2, *planes.plane_shape), np.float32)
-    for z, (pixels, _) in enumerate(read()):
-        if z == 0:
+    for z, pixels, _ in read():
+        if z == taken[0]:
             low, high = np.zeros((2, *pixels.shape), np.float32)
         here = (depth == z).astype(np.float32)
         if here.any():
@@ -549,7 +553,7 @@ def all_in_focus(
             low_weights += wide
             high_weights += narrow
         n_done += 1
-        if z + 1 < n_planes:
+        if z != taken[-1]:
             yield CompositeUpdate(n_done, 2 * n_planes)
     low /= _like(low_weights, low)
     low += high / _like(high_weights, high)

@@ -157,6 +157,42 @@ def test_a_stack_is_composed_and_the_best_of_a_burst_are_kept(tmp_path: Path, fo
     assert kept == ["True", "False"]
 
 
+def test_one_stack_of_several_is_composed(tmp_path: Path) -> None:
+    sharp_left = focal_stack(n_planes=6, size_px=128).images
+    times = np.stack([sharp_left[:, :, ::-1], sharp_left])
+    tifffile.imwrite(tmp_path / "film.ome.tif", times, metadata={"axes": "TZYX"})
+    asked = ("--input=film.ome.tif", "--stack", "--method=lbp", "--depth=depth.tif")
+    done = run(*asked, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "several along its other axes, of TZ: --planes takes one, such as 0,:" in done.stderr
+    done = run(*asked, "--planes=1,1:5", "--composite=c.tif", "--json=r.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    depth = tifffile.imread(tmp_path / "depth.tif")
+    assert (depth.min(), depth.max()) == (1, 4)
+    assert depth[:, :20].mean() < 2 < 3 < depth[:, -20:].mean()
+    names = [one["name"] for one in json.loads((tmp_path / "r.json").read_text())["images"]]
+    assert names == [f"film.ome.tif[T=1,Z={z}]" for z in range(1, 5)]
+    for arguments, message in (
+        (("--planes=7,:",), "--planes: names no plane"),
+        (("--level=3",), "film.ome.tif: expected a level of 0 to 0, got 3"),
+    ):
+        done = run(*asked, "--overwrite", *arguments, cwd=tmp_path)
+        assert done.returncode == 2
+        assert message in done.stderr, done.stderr
+
+
+def test_planes_of_a_folder_that_is_a_stack(tmp_path: Path) -> None:
+    (tmp_path / "planes").mkdir()
+    for z, plane in enumerate(focal_stack(n_planes=5, size_px=96).images):
+        Image.fromarray(plane).save(tmp_path / "planes" / f"z{z}.png")
+    asked = ("--input=planes", "--stack", "--method=lbp", "--planes=2:4", "--json=r.json")
+    done = run(*asked, "--depth=depth.tif", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = [one["name"] for one in json.loads((tmp_path / "r.json").read_text())["images"]]
+    assert names == ["z2.png", "z3.png"]
+    assert set(np.unique(tifffile.imread(tmp_path / "depth.tif"))) <= {2, 3}
+
+
 def test_an_interrupted_run_passes_nothing_and_replaces_nothing_with_nothing(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
