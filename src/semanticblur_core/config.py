@@ -167,7 +167,7 @@ class TrainConfig(_Config):
         while what the scene shows no longer tells it.
     redefocus_share
         Share of the pairs that are defocused further, all of it, by depth or but for a region, with
-        masks to match (`semanticblur_core.data.defocus.defocus_photograph`), to the same end.
+        masks to match (`semanticblur_core.data.defocus.defocus_photographs`), to the same end.
     ema_decay
         Decay per step of the exponential moving average of the weights that is validated and
         saved; 0 turns it off.

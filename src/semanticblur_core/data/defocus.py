@@ -20,12 +20,15 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
+from scipy import ndimage
 from scipy.fft import next_fast_len
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,6 +50,7 @@ _CONTENT_CONTRAST = 0.06
 _CONTENT_REACH_PX = 9
 
 Kind = Literal["photograph", "microscopy"]
+_Map = NDArray[np.float32]
 
 
 class Example(NamedTuple):
@@ -196,11 +200,10 @@ def defocus(
     stack = torch.cat([layers[:, None], blurred], dim=1)
     stack = stack[:, :, :3] / stack[:, :, 3:].clamp(min=1e-6)
     image = stack[:, 0]
-    below = torch.zeros(n, 1, 1, 1, device=device)
-    for k, above in enumerate(levels.t()[:, :, None, None, None], start=1):
-        weight = ((radius_px - below) / (above - below).clamp(min=1e-6)).clamp(0, 1)
-        image = image + weight * (stack[:, k] - image)
-        below = above
+    edges = F.pad(levels, (1, 0))[:, :, None, None]
+    weights = (radius_px - edges[:, :-1]) / edges.diff(dim=1).clamp(min=1e-6)
+    for k, weight in enumerate(weights.clamp(0, 1).unbind(dim=1), start=1):
+        image = torch.lerp(image, stack[:, k], weight[:, None])
     if front is None or alpha is None or front_radius_px is None:
         return image, torch.zeros_like(seen)
     front_kernels = aperture_kernels(
@@ -259,13 +262,9 @@ class SharpImages:
         return len(self._images)
 
     def crop(
-        self,
-        index: int,
-        size_px: int,
-        rng: np.random.Generator,
-        device: torch.device | str = "cpu",
+        self, index: int, size_px: int, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor | None]:
-        """A random part of an image at ``size_px``, and its object mask; float32 in 0..1.
+        """A random part of an image at ``size_px``, and its object mask; uint8.
 
         Enlarged by no more than a quarter where the image has 0.8 times as many pixels a side, so
         that it stays sharp.
@@ -285,7 +284,7 @@ class SharpImages:
             part = tensor[:, box[0], box[1]]
             part = part.flip(-1) if flip else part
             part = part if upright else part.transpose(-1, -2)
-            return resize_bytes(part, (size_px, size_px)).to(device).float() / 255
+            return resize_bytes(part, (size_px, size_px))
 
         return cut(image), None if mask is None else cut(mask)
 
@@ -328,10 +327,14 @@ def synthesise(
     if not large:
         raise DataError(f"no sharp image has sides of at least {0.8 * size_px:.0f} px")
     with_mask = sorted(set(large) & set(sources.with_mask))
-    drawn = [_draw(sources, large, with_mask, size_px, rng, sharp_share, device) for _ in range(n)]
-    back, front, alpha, hidden, radius = (
-        torch.stack([getattr(scene, name) for scene in drawn])
-        for name in ("back", "front", "alpha", "hidden", "radius_px")
+    drawn = [_draw(sources, large, with_mask, size_px, rng, sharp_share) for _ in range(n)]
+    back, front = (
+        torch.stack([getattr(scene, name) for scene in drawn]).to(device).float() / 255
+        for name in ("back", "front")
+    )
+    alpha, hidden, radius = (
+        torch.from_numpy(np.stack([getattr(scene, name) for scene in drawn])).to(device)
+        for name in ("alpha", "hidden", "radius_px")
     )
     front_radius = torch.tensor([scene.front_radius_px for scene in drawn], device=device)
     blades = torch.from_numpy(rng.choice([0, 0, 0, 5, 6, 7, 8], n)).to(device)
@@ -367,73 +370,85 @@ def synthesise(
     return Example(image, coc > BLURRED_RADIUS_PX, labelled, coc)
 
 
-def defocus_photograph(
-    image: Tensor, target: Tensor, rng: np.random.Generator
+def defocus_photographs(
+    images: Tensor, targets: Tensor, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Defocus a photograph further that may be partly blurred already.
+    """Defocus photographs further that may be partly blurred already.
 
     Parameters
     ----------
-    image
-        ``(3, S, S)`` float32 in 0..1.
-    target
-        ``(1, S, S)``, 1 = blurred; or ``(2, S, S)``, then also what is labelled.
+    images
+        ``(N, 3, S, S)`` float32 in 0..1.
+    targets
+        ``(N, 1, S, S)``, 1 = blurred; or ``(N, 2, S, S)``, then also what is labelled.
     rng
         Source of all randomness.
 
     Returns
     -------
-    image, target
-        The target is ``(2, S, S)``: what was blurred stays so, what becomes blurred is, and what
-        was sharp stays so where the radius that is added is too small to blur it.
+    images, targets
+        The targets are ``(N, 2, S, S)``: what was blurred stays so, what becomes blurred is, and
+        what was sharp stays so where the radius that is added is too small to blur it.
 
     Notes
     -----
     Of three cases one (35 %) defocuses all of it, one (30 %) by a smooth depth, and one (35 %) all
     but a smooth region.
     """
-    size_px, device = image.shape[-1], image.device
-    nothing = torch.zeros(1, size_px, size_px, device=device)
-    kind = rng.random()
-    alpha, radius = nothing, nothing + float(np.exp(rng.uniform(np.log(1.5), np.log(9))))
-    if kind >= 0.35:
-        field = _depth_field(size_px, rng, device)
-        if kind < 0.65:
-            distance = (field - rng.uniform(0, 1)).abs()
-            radius = (distance * rng.uniform(6, 18) - rng.uniform(0, 2.5)).clamp(0, 10)
-        else:
-            level = float(torch.quantile(field.flatten()[::7], rng.uniform(0.25, 0.75)))
-            alpha = ((field - level) * size_px / 2 + 0.5).clamp(0, 1)
-    boost = float(rng.choice([0.0, 0.0, 1.0, 4.0]))
-    linear = image[None] ** GAMMA * (1 + boost * ((image[None] - 0.85) / 0.15).clamp(0, 1))
+    n, size_px, device = len(images), images.shape[-1], images.device
+    drawn = [_draw_further(size_px, rng) for _ in range(n)]
+    alpha, radius = (
+        torch.from_numpy(np.stack(maps)).to(device) for maps in zip(*drawn, strict=True)
+    )
+    boost = torch.from_numpy(rng.choice([0.0, 0.0, 1.0, 4.0], n)).float().to(device)
+    bright = ((images - 0.85) / 0.15).clamp(0, 1)
+    linear = images**GAMMA * (1 + boost[:, None, None, None] * bright)
     made, share = defocus(
         linear,
-        radius[None],
+        radius,
         front=linear,
-        alpha=alpha[None],
-        hidden=alpha[None],
-        front_radius_px=torch.zeros(1, device=device),
-        n_blades=torch.from_numpy(rng.choice([0, 0, 0, 5, 6, 7, 8], 1)).to(device),
-        rotation_rad=torch.from_numpy(rng.uniform(0, math.pi, 1)).float().to(device),
+        alpha=alpha,
+        hidden=alpha,
+        front_radius_px=torch.zeros(n, device=device),
+        n_blades=torch.from_numpy(rng.choice([0, 0, 0, 5, 6, 7, 8], n)).to(device),
+        rotation_rad=torch.from_numpy(rng.uniform(0, math.pi, n)).float().to(device),
     )
-    coc = torch.where(share[0] > 0.5, nothing, radius)
+    coc = torch.where(share > 0.5, 0.0, radius)
     low, high = DOUBTFUL_RADIUS_PX
-    was_blurred, becomes_blurred = target[:1] > 0, coc >= high
+    was_blurred, becomes_blurred = targets[:, :1] > 0, coc >= high
     labelled = (coc <= low) | becomes_blurred | was_blurred
-    if len(target) == 2:
-        labelled &= (target[1:] > 0) | becomes_blurred
+    if targets.shape[1] == 2:
+        labelled &= (targets[:, 1:] > 0) | becomes_blurred
     blurred = was_blurred | (coc > BLURRED_RADIUS_PX)
-    return _develop(made, GAMMA, "photograph", rng)[0], torch.cat([blurred, labelled]).float()
+    made = _develop(made, GAMMA, "photograph", rng)
+    return made, torch.cat([blurred, labelled], dim=1).float()
+
+
+def _draw_further(size_px: int, rng: np.random.Generator) -> tuple[_Map, _Map]:
+    """What stays as it is, 0..1, and the radius of the rest; each ``(1, S, S)``."""
+    nothing = np.zeros((1, size_px, size_px), np.float32)
+    kind = rng.random()
+    everywhere = nothing + np.float32(np.exp(rng.uniform(np.log(1.5), np.log(9))))
+    if kind < 0.35:
+        return nothing, everywhere
+    field = _depth_field(size_px, rng)
+    if kind < 0.65:
+        distance = np.abs(field - np.float32(rng.uniform(0, 1)))
+        radius = distance * np.float32(rng.uniform(6, 18)) - np.float32(rng.uniform(0, 2.5))
+        return nothing, radius.clip(0, 10)
+    return _outline(field, rng), everywhere
 
 
 @dataclass(frozen=True)
 class _Scene:
+    """What `defocus` takes: layers ``(3, S, S)`` uint8, the rest ``(1, S, S)``."""
+
     back: Tensor
     front: Tensor
-    alpha: Tensor
-    hidden: Tensor
-    radius_px: Tensor
-    front_radius_px: float
+    alpha: _Map
+    hidden: _Map
+    radius_px: _Map
+    front_radius_px: float = 0.0
 
 
 def _draw(
@@ -443,13 +458,12 @@ def _draw(
     size_px: int,
     rng: np.random.Generator,
     sharp_share: float,
-    device: torch.device | str,
 ) -> _Scene:
     """Choose the images (of the given indices), the geometry and the radii of one scene."""
-    nothing = torch.zeros(1, size_px, size_px, device=device)
+    nothing = np.zeros((1, size_px, size_px), np.float32)
 
     def pick() -> tuple[Tensor, Tensor | None]:
-        return sources.crop(large[int(rng.integers(len(large)))], size_px, rng, device)
+        return sources.crop(large[int(rng.integers(len(large)))], size_px, rng)
 
     def uniform_radius() -> float:
         return float(np.exp(rng.uniform(np.log(1.5), np.log(12))))
@@ -457,17 +471,18 @@ def _draw(
     kind = rng.random()
     back, _ = pick()
     if kind < sharp_share:
-        slight = float(rng.choice([0.0, 0.0, 0.5]))
-        return _Scene(back, back, nothing, nothing, nothing + slight, 0.0)
+        return _Scene(
+            back, back, nothing, nothing, nothing + np.float32(rng.choice([0.0, 0.0, 0.5]))
+        )
     kind = (kind - sharp_share) / (1 - sharp_share)
     if kind < _BLURRED_SHARE:
-        return _Scene(back, back, nothing, nothing, nothing + uniform_radius(), 0.0)
+        return _Scene(back, back, nothing, nothing, nothing + np.float32(uniform_radius()))
     if kind < _BLURRED_SHARE + _DEPTH_SHARE or sources.kind == "microscopy":
-        field = _depth_field(size_px, rng, device)
-        focus = rng.uniform(0, 1)
-        radius = (field - focus).abs() * rng.uniform(6, 20)
-        radius = (radius - rng.uniform(0, 2.5)).clamp(0, 12)
-        return _Scene(back, back, nothing, nothing, radius, 0.0)
+        field = _depth_field(size_px, rng)
+        focus = np.float32(rng.uniform(0, 1))
+        radius = np.abs(field - focus) * np.float32(rng.uniform(6, 20))
+        radius -= np.float32(rng.uniform(0, 2.5))
+        return _Scene(back, back, nothing, nothing, radius.clip(0, 12))
     back_radius = rng.uniform(0, 0.5)
     front_radius = rng.uniform(0, 0.5)
     near, far = uniform_radius(), uniform_radius()
@@ -477,42 +492,58 @@ def _draw(
             front_radius = near
     else:
         front_radius = near
-    behind = nothing + back_radius
+    behind = nothing + np.float32(back_radius)
     # A defocused layer before its own sharp photograph would let its sharp self shine through.
     own_photo = front_radius <= DOUBTFUL_RADIUS_PX[0]
     if with_mask and rng.random() < 0.7:
         object_index = with_mask[int(rng.integers(len(with_mask)))]
-        front, alpha = sources.crop(object_index, size_px, rng, device)
-        assert alpha is not None
+        front, mask = sources.crop(object_index, size_px, rng)
+        assert mask is not None
+        alpha: _Map = mask.numpy().astype(np.float32) / np.float32(255)
         if own_photo and rng.random() < 0.65:
             return _Scene(front, front, alpha, _grown(alpha), behind, front_radius)
         return _Scene(back, front, alpha, nothing, behind, front_radius)
     front, _ = pick()
-    field = _depth_field(size_px, rng, device)
-    level = float(torch.quantile(field.flatten()[::7], rng.uniform(0.25, 0.75)))
-    alpha = ((field - level) * size_px / 2 + 0.5).clamp(0, 1)
+    alpha = _outline(_depth_field(size_px, rng), rng)
     if own_photo and rng.random() < 0.4:
         return _Scene(back, back, alpha, alpha, behind, front_radius)
     return _Scene(back, front, alpha, nothing, behind, front_radius)
 
 
-def _grown(alpha: Tensor) -> Tensor:
+def _grown(alpha: _Map) -> _Map:
     """Object mask made larger by two pixels: hand-made masks cut off the object's rim."""
-    return F.max_pool2d(alpha[None], 5, stride=1, padding=2)[0]
+    grown: _Map = ndimage.maximum_filter(alpha, (1, 5, 5), mode="nearest")
+    return grown
 
 
-def _depth_field(size_px: int, rng: np.random.Generator, device: torch.device | str) -> Tensor:
+def _depth_field(size_px: int, rng: np.random.Generator) -> _Map:
     """Smooth relative depth ``(1, S, S)`` in 0..1: a tilted plane plus bumps, in random shares."""
-    axis = torch.linspace(-1, 1, size_px, device=device)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    axis = np.linspace(-1, 1, size_px, dtype=np.float32)
     angle = rng.uniform(0, 2 * math.pi)
-    plane = (x * math.cos(angle) + y * math.sin(angle))[None]
+    plane = axis * np.float32(math.cos(angle)) + axis[:, None] * np.float32(math.sin(angle))
     cells = int(rng.integers(3, 8))
-    bumps = torch.from_numpy(rng.standard_normal((1, 1, cells, cells))).float().to(device)
-    bumps = F.interpolate(bumps, (size_px, size_px), mode="bicubic", align_corners=True)[0]
-    field: Tensor = plane + bumps * rng.choice([0.0, 0.3, 1.5])
-    field = (field - field.min()) / (field.max() - field.min())
-    return field
+    weights = _bicubic_weights(cells, size_px)
+    bumps = weights @ rng.standard_normal((cells, cells)).astype(np.float32) @ weights.T
+    field: _Map = plane + bumps * np.float32(rng.choice([0.0, 0.3, 1.5]))
+    field -= field.min()
+    field /= field.max()
+    return field[None]
+
+
+@lru_cache(maxsize=64)
+def _bicubic_weights(cells: int, size_px: int) -> NDArray[np.float32]:
+    """What each of some points in a row counts at each of the pixels between them."""
+    points = torch.eye(cells)[None, None]
+    weights = F.interpolate(points, (size_px, cells), mode="bicubic", align_corners=True)[0, 0]
+    found: NDArray[np.float32] = weights.numpy()
+    return found
+
+
+def _outline(field: _Map, rng: np.random.Generator) -> _Map:
+    """One side of a contour of a field, with a soft edge of two pixels or so."""
+    level = np.float32(np.quantile(field.ravel()[::7], rng.uniform(0.25, 0.75)))
+    scaled: _Map = (field - level) * np.float32(field.shape[-1] / 2) + np.float32(0.5)
+    return scaled.clip(0, 1)
 
 
 def _content(sharp: Tensor) -> Tensor:
@@ -531,44 +562,63 @@ def _develop(linear: Tensor, gamma: float, kind: Kind, rng: np.random.Generator)
     n = len(linear)
     device = linear.device
 
-    def draw(low: float, high: float, share: float = 1.0) -> Tensor:
-        values = rng.uniform(low, high, n) * (rng.random(n) < share)
-        return torch.from_numpy(values).float().to(device)[:, None, None, None]
+    def draw(low: float, high: float, share: float = 1.0) -> NDArray[np.float64]:
+        return rng.uniform(low, high, n) * (rng.random(n) < share)
+
+    def sent(*drawn: NDArray[np.float64]) -> Tensor:
+        return torch.from_numpy(np.stack(drawn)).float().to(device)[:, :, None, None, None]
 
     image = linear.clamp(min=0)
     seed = int(rng.integers(2**31))
     generator = torch.Generator(device=device).manual_seed(seed)
     noise = torch.randn(image.shape, generator=generator, device=device)
-    grey = draw(1, 1, 0.12 if kind == "photograph" else 0.5) > 0
-    image = torch.where(grey, image.mean(dim=1, keepdim=True), image)
-    noise = torch.where(grey, noise[:, :1], noise)
+    is_grey = draw(1, 1, 0.12 if kind == "photograph" else 0.5)
     if kind == "microscopy":
-        haze = draw(0.0, 0.2, 0.3)
+        grey, haze, shot, read, is_stretched, gain = sent(
+            is_grey,
+            draw(0.0, 0.2, 0.3),
+            draw(0.0, 0.05, 0.6),
+            draw(0.0, 0.015, 0.6),
+            draw(1, 1, 0.6),
+            draw(0.6, 1.3),
+        )
+    else:
+        grey, gain, shot, read, saturation = sent(
+            is_grey,
+            draw(0.6, 1.3),
+            draw(0.0, 0.04, 0.4),
+            draw(0.0, 0.02, 0.4),
+            draw(0.6, 1.3),
+        )
+    image = torch.where(grey > 0, image.mean(dim=1, keepdim=True), image)
+    noise = torch.where(grey > 0, noise[:, :1], noise)
+    if kind == "microscopy":
         image = image * (1 - haze) + haze * image.mean(dim=(2, 3), keepdim=True)
-        shot, read = draw(0.0, 0.05, 0.6), draw(0.0, 0.015, 0.6)
         image = image + noise * (shot**2 * image + read**2).sqrt()
         flat = image.flatten(1)[:, ::5]
         low = torch.quantile(flat, 0.001, dim=1)[:, None, None, None]
         high = torch.quantile(flat, 0.999, dim=1)[:, None, None, None]
         stretched = (image - low) / (high - low).clamp(min=0.02)
-        image = torch.where(draw(1, 1, 0.6) > 0, stretched, image * draw(0.6, 1.3))
+        image = torch.where(is_stretched > 0, stretched, image * gain)
         return _jpeg(image.clamp(0, 1), rng, share=0.3)
-    image = (image * draw(0.6, 1.3)).clamp(0, 1) ** (1 / gamma)
-    shot, read = draw(0.0, 0.04, 0.4), draw(0.0, 0.02, 0.4)
+    image = (image * gain).clamp(0, 1) ** (1 / gamma)
     image = (image + noise * (shot**2 * image + read**2).sqrt()).clamp(0, 1)
     mean = image.mean(dim=1, keepdim=True)
-    image = (mean + (image - mean) * draw(0.6, 1.3)).clamp(0, 1)
+    image = (mean + (image - mean) * saturation).clamp(0, 1)
     return _jpeg(image, rng, share=0.6)
 
 
 def _jpeg(images: Tensor, rng: np.random.Generator, *, share: float) -> Tensor:
     """Store some of the images as JPEG of quality 40 to 95 and read them back."""
     chosen = np.flatnonzero(rng.random(len(images)) < share)
-    result = images.clone()
-    pixels = (images[chosen].permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
-    for i, image in zip(chosen, pixels, strict=True):
+    if not len(chosen):
+        return images
+    index = torch.from_numpy(chosen).to(images.device)
+    pixels = (images[index].permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+    decoded = []
+    for image in pixels:
         stream = streams.BytesIO()
         Image.fromarray(image).save(stream, "JPEG", quality=int(rng.integers(40, 96)))
-        decoded = torch.from_numpy(np.asarray(Image.open(stream)).copy())
-        result[i] = decoded.permute(2, 0, 1).to(images) / 255
-    return result
+        decoded.append(np.asarray(Image.open(stream)))
+    stored = torch.from_numpy(np.stack(decoded)).to(images.device).permute(0, 3, 1, 2)
+    return images.index_copy(0, index, stored.to(images.dtype) / 255)

@@ -7,6 +7,8 @@ filter agrees with Pillow's to one grey level.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,32 +26,31 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def augment(
-    image: Tensor,
-    mask: Tensor,
+    pairs: Sequence[tuple[Tensor, Tensor]],
     config: TrainConfig,
-    rng: np.random.Generator,
+    rngs: Sequence[np.random.Generator],
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """One training example of a photograph and its mask.
+    """Training examples of photographs and their masks.
 
     Parameters
     ----------
-    image
-        ``(3, H, W)`` uint8.
-    mask
-        ``(1, H, W)`` uint8, 255 = blurred; or ``(2, H, W)``, then also 255 = labelled.
+    pairs
+        N images ``(3, H, W)`` uint8 of any sizes, each with its mask ``(1, H, W)`` uint8, 255 =
+        blurred; or ``(2, H, W)``, then also 255 = labelled.
     config
         Size and kind of augmentation.
-    rng
-        Source of randomness.
+    rngs
+        Source of randomness of each.
     device
-        Where the example is to lie; what is cut out is resized on the CPU.
+        Where the examples are to lie; what is cut out is resized on the CPU.
 
     Returns
     -------
     tuple of Tensor
-        ``(3, S, S)`` float32 in 0..1 and, like ``mask``, ``(1, S, S)`` or ``(2, S, S)`` float32 of
-        0 and 1. A pixel is labelled where a fifth of what it covers is, so that strokes survive.
+        ``(N, 3, S, S)`` float32 in 0..1 and ``(N, 1, S, S)`` or, where any mask says what is
+        labelled, ``(N, 2, S, S)`` float32 of 0 and 1. A pixel is labelled where a fifth of what it
+        covers is, so that strokes survive.
 
     Notes
     -----
@@ -58,6 +59,24 @@ def augment(
     areas soft, so crops never fall below the size they are resized to (unless the photograph itself
     does).
     """
+    cut = [_cut(*pair, config, rng) for pair, rng in zip(pairs, rngs, strict=True)]
+    images = torch.stack([image for image, _ in cut]).to(device).float() / 255
+    if config.augmentation == "colour":
+        images = _recolour(images, rngs)
+    masks = [mask for _, mask in cut]
+    if all(len(mask) == 1 for mask in masks):
+        return images, (torch.stack(masks).to(device) > 127).float()
+    masks = [
+        mask if len(mask) == 2 else F.pad(mask, (0, 0, 0, 0, 0, 1), value=255) for mask in masks
+    ]
+    share, labelled = torch.stack(masks, dim=1).to(device).float()
+    return images, torch.stack([2 * share > labelled, labelled >= 51], dim=1).float()
+
+
+def _cut(
+    image: Tensor, mask: Tensor, config: TrainConfig, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """A part of an image and its mask, perhaps mirrored, at the size trained at; uint8."""
     if config.augmentation in ("crop", "colour"):
         top, left, height, width = _crop_box(image.shape[-2:], config, rng)
         image = image[:, top : top + height, left : left + width]
@@ -65,15 +84,7 @@ def augment(
     if config.augmentation != "none" and rng.random() < 0.5:
         image, mask = image.flip(-1), mask.flip(-1)
     size = (config.image_size_px, config.image_size_px)
-    image = resize_bytes(image, size).to(device).float() / 255
-    resized = resize_bytes(mask, size).to(device)
-    target = (resized > 127).float()
-    if len(mask) == 2:
-        share, labelled = resized.float()
-        target = torch.stack([2 * share > labelled, labelled >= 51]).float()
-    if config.augmentation == "colour":
-        image = _recolour(image, rng)
-    return image, target
+    return resize_bytes(image, size), resize_bytes(mask, size)
 
 
 def cutmix(
@@ -139,10 +150,18 @@ def _crop_box(
     return top, left, sides[0], sides[1]
 
 
-def _recolour(image: Tensor, rng: np.random.Generator) -> Tensor:
+def _recolour(images: Tensor, rngs: Sequence[np.random.Generator]) -> Tensor:
     """Random gain, gamma and saturation; none of them changes what is blurred."""
-    grey = image.mean(dim=0, keepdim=True)
-    saturation = 0.0 if rng.random() < 0.1 else rng.uniform(0.6, 1.3)
-    image = grey + (image - grey) * saturation
-    image = (image * rng.uniform(0.75, 1.25)).clamp(0, 1)
-    return image ** rng.uniform(0.8, 1.25)
+    drawn = [
+        (
+            0.0 if rng.random() < 0.1 else rng.uniform(0.6, 1.3),
+            rng.uniform(0.75, 1.25),
+            rng.uniform(0.8, 1.25),
+        )
+        for rng in rngs
+    ]
+    saturation, gain, exponent = images.new_tensor(drawn).t()[:, :, None, None, None]
+    grey = images.mean(dim=1, keepdim=True)
+    images = grey + (images - grey) * saturation
+    images = (images * gain).clamp(0, 1)
+    return torch.pow(images, exponent)

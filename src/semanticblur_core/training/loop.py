@@ -27,7 +27,7 @@ from torch import Tensor
 from semanticblur_core import io
 from semanticblur_core.config import TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs
-from semanticblur_core.data.defocus import SharpImages, defocus_photograph, synthesise
+from semanticblur_core.data.defocus import SharpImages, defocus_photographs, synthesise
 from semanticblur_core.data.transforms import augment, cutmix, normalise
 from semanticblur_core.device import DeviceChoice, is_out_of_memory
 from semanticblur_core.errors import ConfigError, TrainingError
@@ -481,8 +481,9 @@ def make_batches(
 ) -> Iterator[Batch]:
     """Images, targets and what of them is labelled, the next batches made while one is used.
 
-    Each example draws from a generator of its own, seeded by run, pass and image, so that the data
-    do not depend on where a run was interrupted; so do the synthetic images of each batch.
+    Each pair draws from a generator of its own, seeded by run, pass and image, so that the data do
+    not depend on where a run was interrupted; so do the synthetic images of each batch, and what is
+    defocused further of it.
 
     Threads make them. Where the device is a CUDA GPU what was cut out and resized is recoloured and
     defocused there, and the batches lie there; on the CPU where the GPU has no memory left for it.
@@ -508,23 +509,13 @@ def make_batches(
         return assemble(a_pass, indices, _CPU)
 
     def assemble(a_pass: int, indices: Sequence[int], on: torch.device) -> Batch:
-        examples = [
-            augment(*pairs[i], config, np.random.default_rng((config.seed, a_pass, i)), on)
-            for i in indices
-        ]
-        for place, i in enumerate(indices if config.redefocus_share else ()):
-            rng = np.random.default_rng((config.seed, a_pass, i, 3))
-            if rng.random() < config.redefocus_share:
-                examples[place] = defocus_photograph(*examples[place], rng)
-        images = torch.stack([image for image, _ in examples])
-        partial = any(len(target) == 2 for _, target in examples)
-        if partial:
-            examples = [
-                (image, target if len(target) == 2 else torch.cat([target, target * 0 + 1]))
-                for image, target in examples
-            ]
-        targets = torch.stack([target for _, target in examples])
+        rngs = [np.random.default_rng((config.seed, a_pass, i)) for i in indices]
+        images, targets = augment([pairs[i] for i in indices], config, rngs, on)
         # The first index names the batch: every image occurs once in a pass.
+        if config.redefocus_share:
+            rng = np.random.default_rng((config.seed, a_pass, indices[0], 3))
+            images, targets = _redefocus(images, targets, config.redefocus_share, rng)
+        partial = targets.shape[1] == 2
         if config.cutmix_share:
             rng = np.random.default_rng((config.seed, a_pass, indices[0], 2))
             images, targets = cutmix(images, targets, share=config.cutmix_share, rng=rng)
@@ -562,6 +553,20 @@ def make_batches(
                     # The allocator is to know that another stream reads it.
                     tensor.record_stream(torch.cuda.current_stream(tensor.device))
             yield batch
+
+
+def _redefocus(
+    images: Tensor, targets: Tensor, share: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Defocus a share of the images further; the targets say what is labelled then."""
+    chosen = np.flatnonzero(rng.random(len(images)) < share)
+    if not len(chosen):
+        return images, targets
+    if targets.shape[1] == 1:
+        targets = torch.cat([targets, torch.ones_like(targets)], dim=1)
+    index = torch.from_numpy(chosen).to(images.device)
+    made, made_targets = defocus_photographs(images[index], targets[index], rng)
+    return images.index_copy(0, index, made), targets.index_copy(0, index, made_targets)
 
 
 def n_loader_threads(device: torch.device) -> int:

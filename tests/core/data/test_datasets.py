@@ -70,9 +70,10 @@ def test_image_and_mask_move_together(kind: str) -> None:
     mask[:, 20:60, 30:80] = 255
     image = mask.repeat(3, 1, 1) // 2 + 40
     for seed in range(20):
-        x, y = augment(image, mask, config, np.random.default_rng(seed))
-        assert x.shape == (3, 48, 48)
-        assert y.shape == (1, 48, 48)
+        images, targets = augment([(image, mask)], config, [np.random.default_rng(seed)])
+        assert images.shape == (1, 3, 48, 48)
+        assert targets.shape == (1, 1, 48, 48)
+        x, y = images[0], targets[0]
         assert set(y.unique().tolist()) <= {0.0, 1.0}
         bright = x.mean(dim=0)
         middle = (bright.max() + bright.min()) / 2
@@ -95,6 +96,21 @@ def test_augmentation_depends_on_its_seed_alone() -> None:
     image = torch.randint(0, 256, (3, 90, 90), dtype=torch.uint8)
     mask = torch.zeros(1, 90, 90, dtype=torch.uint8)
     config = TrainConfig(image_size_px=48, augmentation="colour")
-    a, b, c = (augment(image, mask, config, np.random.default_rng(s))[0] for s in (1, 1, 2))
+    seeds = [np.random.default_rng(seed) for seed in (1, 1, 2)]
+    (a, b, c), _ = augment([(image, mask)] * 3, config, seeds)
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+def test_of_masks_some_of_which_are_partial_the_others_are_labelled_everywhere() -> None:
+    config = TrainConfig(image_size_px=48, augmentation="none")
+    image = torch.zeros(3, 48, 48, dtype=torch.uint8)
+    whole = torch.zeros(1, 48, 48, dtype=torch.uint8)
+    whole[:, 20:] = 255
+    labelled = torch.zeros(1, 48, 48, dtype=torch.uint8)
+    labelled[:, :, :10] = 255
+    partial = torch.cat([whole & labelled, labelled])
+    rngs = [np.random.default_rng(0)] * 2
+    _, targets = augment([(image, whole), (image, partial)], config, rngs)
+    expected = torch.stack([torch.cat([whole, whole * 0 + 255]), partial]) / 255
+    assert torch.equal(targets, expected)

@@ -14,7 +14,7 @@ from semanticblur_core.data.defocus import (
     aperture_kernels,
     blur_levels,
     defocus,
-    defocus_photograph,
+    defocus_photographs,
     is_held_out,
     synthesise,
 )
@@ -159,25 +159,29 @@ def test_a_photograph_that_is_defocused_further_keeps_true_labels() -> None:
     texture = torch.from_numpy(rng.random((1, 96, 96))).float().expand(3, -1, -1)
     target = torch.zeros(1, 96, 96)
     target[..., :48] = 1
+    # Where nothing was labelled, only what has become blurred is known.
+    none = torch.cat([target, torch.zeros_like(target)])
+    images, n = texture.expand(40, -1, -1, -1), 40
+    made, labels = defocus_photographs(
+        images, target.expand(n, -1, -1, -1), np.random.default_rng(0)
+    )
+    again, partial = defocus_photographs(
+        images, none.expand(n, -1, -1, -1), np.random.default_rng(0)
+    )
+    assert torch.equal(made, again)
+    assert (made.shape, labels.shape) == ((n, 3, 96, 96), (n, 2, 96, 96))
+    assert 0 <= float(made.min()) <= float(made.max()) <= 1
+    assert not (partial[:, 1] > 0)[~(partial[:, 0] > 0)].any()
     n_mixed = n_whole = 0
-    for seed in range(40):
-        made, labels = defocus_photograph(texture, target, np.random.default_rng(seed))
-        assert made.shape == (3, 96, 96)
-        assert labels.shape == (2, 96, 96)
-        assert 0 <= float(made.min()) <= float(made.max()) <= 1
-        blurred, labelled = labels > 0
+    for image, (blurred, labelled) in zip(made, labels > 0, strict=True):
         assert (blurred & labelled)[:, :48].all()
-        detail = made.mean(0).diff(dim=0)[:, 60:].abs()
-        there = labels[:, 1:, 60:] > 0
-        n_whole += bool(there.all())
-        becomes, stays = (detail[part] for part in (there[0] & there[1], ~there[0] & there[1]))
+        detail = image.mean(0).diff(dim=0)[:, 60:].abs()
+        there, known = blurred[1:, 60:], labelled[1:, 60:]
+        n_whole += bool((there & known).all())
+        becomes, stays = (detail[part] for part in (there & known, ~there & known))
         if len(becomes) > 200 and len(stays) > 200:
             assert becomes.mean() < 0.7 * stays.mean()
             n_mixed += 1
-        # Where nothing was labelled, only what has become blurred is known.
-        none = torch.cat([target, torch.zeros_like(target)])
-        _, partial = defocus_photograph(texture, none, np.random.default_rng(seed))
-        assert not (partial[1] > 0)[~(partial[0] > 0)].any()
     assert min(n_mixed, n_whole) >= 5
 
 
