@@ -57,15 +57,15 @@ def choose_device(device: str = "auto", precision: str = "auto") -> DeviceChoice
         else:
             chosen, why = torch.device("cpu"), "no GPU found"
     else:
-        chosen, why = _named_device(device), "as asked"
+        chosen, why = _named_device(device), f"{device} as asked"
     if precision == "float32":
-        return DeviceChoice(chosen, torch.float32, f"{why}; float32 as asked")
+        return DeviceChoice(chosen, torch.float32, f"{why}; float32")
     if precision == "bfloat16":
-        return DeviceChoice(chosen, torch.bfloat16, f"{why}; bfloat16 as asked")
+        return DeviceChoice(chosen, torch.bfloat16, f"{why}; bfloat16")
     if precision == "float16":
         if chosen.type != "cuda":
             raise ConfigError(f"precision float16: needs a CUDA GPU, not {chosen.type}")
-        return DeviceChoice(chosen, torch.float16, f"{why}; float16 as asked")
+        return DeviceChoice(chosen, torch.float16, f"{why}; float16")
     if precision != "auto":
         raise ConfigError(f"precision {precision!r}: expected auto, float32, bfloat16 or float16")
     if bfloat16_pays(chosen.type):

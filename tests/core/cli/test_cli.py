@@ -138,7 +138,7 @@ def test_train_resume_and_use(tmp_path: Path, pair_folders: tuple[Path, Path]) -
         torch.save(state, tmp_path / "run" / "last.ckpt")
         resumed = run(*arguments, "--resume", cwd=tmp_path)
         assert resumed.returncode == 0, resumed.stderr
-        assert f"{stored} as asked" in resumed.stdout
+        assert f"; {stored}\n" in resumed.stdout
     assert "all 1 epochs were done before" in resumed.stdout
     info = json.loads(run("models", "info", "run/best.safetensors", cwd=tmp_path).stdout)
     assert info["provenance"]["start"] == {"from": "random initialisation"}
