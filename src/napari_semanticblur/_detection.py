@@ -247,8 +247,8 @@ class Detection:
         else:
             parts += [f"--model={self._model[0]}", f"--device={settings.device}"]
             parts += [f"--backend={_models.BACKEND}", f"--size={settings.size}"]
-        parts.append(f"--threshold={settings.threshold:g}")
-        if len(self.source.axes.replace("S", "")) > 2 or self.source.axes != self.planes.axes:
+        parts.append(f"--threshold={self.threshold:g}")
+        if len(self.source.axes.replace("S", "")) > 2:
             parts.append(f"--axes={self.source.axes}")
         if settings.channels != "each":
             parts.append(f"--channels={settings.channels}")

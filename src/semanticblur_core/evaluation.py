@@ -32,7 +32,8 @@ F_BETA_OF: dict[str, str] = {
     "max-pr": "maximum over 256 thresholds, of mean precision and mean recall",
 }
 _N_THREADS = 2
-_ONE_FAILED = (SemanticBlurError, ValueError, OSError, MemoryError, RuntimeError)
+# What goes wrong with one image and is reported, so that the rest is scored.
+ONE_FAILED = (SemanticBlurError, ValueError, OSError, MemoryError, RuntimeError)
 
 Predict = Callable[[Pair], NDArray[np.float32]]
 
@@ -273,22 +274,33 @@ def match(
     return pairs, problems
 
 
+def _is_rounded(path: Path) -> bool:
+    """Whether it is a map of 8 bits rather than of floats."""
+    return path.suffix.lower() not in (".npy", *io.TIFF_SUFFIXES)
+
+
 def _group_maps(paths: Sequence[Path], masks: Container[str]) -> dict[str, list[Path]]:
     """Maps by the name of their mask; ``NAME_blur`` and ``NAME.EXT_blur`` are those of ``NAME``.
 
-    Overlays beside such maps are passed over.
+    Of several formats of one such map the most exact counts. Overlays beside maps are passed over.
     """
     grouped: dict[str, list[Path]] = {}
     stems = {path.stem for path in paths}
     for path in paths:
         name = path.stem
-        if name.endswith("_blur") and name not in masks:
+        if name in masks:
+            pass
+        elif name.endswith("_blur"):
             name = name.removesuffix("_blur")
-            is_file_name = Path(name).suffix.lower() in io.IMAGE_SUFFIXES
+            is_file_name = Path(name).suffix.lower() in (*io.IMAGE_SUFFIXES, ".npy")
             name = Path(name).stem if is_file_name and name not in masks else name
         elif name.endswith("_overlay") and f"{name.removesuffix('_overlay')}_blur" in stems:
             continue
-        grouped.setdefault(name, []).append(path)
+        others = grouped.setdefault(name, [])
+        if name != path.stem and others and others[0].stem == path.stem:
+            others[:] = [min(path, others[0], key=_is_rounded)]
+        else:
+            others.append(path)
     return grouped
 
 
@@ -389,7 +401,7 @@ def _evaluate(
             n_done += 1
             try:
                 measured, resized, note = future.result()
-            except _ONE_FAILED as error:
+            except ONE_FAILED as error:
                 problem = str(error) or f"{pair.image}: {type(error).__name__}"
                 yield EvalUpdate(pair.name, n_done, len(pairs), problem=problem)
                 continue
@@ -413,7 +425,7 @@ def _ahead(
         else:
             try:
                 waiting.append((pair, pool.submit(score, pair, predict(pair))))
-            except _ONE_FAILED as error:
+            except ONE_FAILED as error:
                 failed: Future[Any] = Future()
                 failed.set_exception(error)
                 waiting.append((pair, failed))

@@ -145,7 +145,7 @@ def read_orientation(path: Path) -> int:
 def to_stored_orientation(array: NDArray[Any], orientation: int) -> NDArray[Any]:
     """Undo an orientation: rows and columns ``(H, W, ...)`` as they lie in the file."""
     # 6 and 8 are each other's inverse, the others their own.
-    return _orient(array, {6: 8, 8: 6}.get(orientation, orientation))
+    return to_upright(array, {6: 8, 8: 6}.get(orientation, orientation))
 
 
 def read_rgb8(path: Path) -> NDArray[np.uint8]:
@@ -262,12 +262,10 @@ def to_unit_range(
     is_exact = array.dtype.itemsize < 4 or array.dtype == np.float32
     values: NDArray[Any] = np.array(array, np.float32 if is_exact else np.float64)
     if limits is None:
-        finite = values[np.isfinite(values)]
-        if finite.size == 0:
+        found = robust_limits(values)
+        if found is None:
             raise ImageError(f"{name}: no finite value (all NaN or infinite)")
-        low, high = (float(v) for v in np.percentile(finite, (0.1, 99.9)))
-        if low == high:  # fewer than one pixel in a thousand differs
-            low, high = float(finite.min()), float(finite.max())
+        low, high = found
     else:
         try:
             low, high = (float(value) for value in limits)
@@ -288,6 +286,20 @@ def to_unit_range(
     values /= high - low
     # Rounded, the limits of float32 values may lie beyond those given.
     return np.clip(values, 0, 1, out=values).astype(np.float32, copy=False)
+
+
+def robust_limits(values: NDArray[Any]) -> tuple[float, float] | None:
+    """The 0.1 and 99.9 percentiles, or the extremes where these coincide.
+
+    They are equal for a constant; None where no value is finite.
+    """
+    finite = values[np.isfinite(values)]
+    if finite.size == 0:
+        return None
+    low, high = (float(v) for v in np.percentile(finite, (0.1, 99.9)))
+    if low == high:  # fewer than one pixel in a thousand differs
+        low, high = float(finite.min()), float(finite.max())
+    return low, high
 
 
 def unmasked(array: Any) -> NDArray[Any]:
@@ -428,10 +440,10 @@ def temporary_name(path: Path, kind: str = "part") -> Path:
 
     Random, since the number of a process does not tell apart those of several machines.
     """
-    return path.with_name(f".{_shortened(path.name)}.{secrets.token_hex(4)}.{kind}")
+    return path.with_name(f".{shortened(path.name)}.{secrets.token_hex(4)}.{kind}")
 
 
-def _shortened(name: str) -> str:
+def shortened(name: str) -> str:
     """So much of a name that more fits behind it: file systems take 255 bytes."""
     return os.fsdecode(os.fsencode(name)[:220]) if len(os.fsencode(name)) > 220 else name
 
@@ -491,7 +503,7 @@ def _lock(path: Path) -> int | None:
 
 def left_behind(path: Path) -> list[Path]:
     """Temporary files beside ``path`` of writers that were killed."""
-    pattern = f".{glob.escape(_shortened(path.name))}.{'[0-9a-f]' * 8}.part"
+    pattern = f".{glob.escape(shortened(path.name))}.{'[0-9a-f]' * 8}.part"
     return sorted(path.parent.glob(pattern))
 
 
@@ -629,7 +641,7 @@ def _read_tiff(path: Path, max_pixels: int) -> NDArray[Any]:
         array = array.reshape(array.shape[len(lengths) :])
     if inverted:
         array = invert(array)
-    return _orient(array, orientation)
+    return to_upright(array, orientation)
 
 
 def _refuse_channels(path: Path, page: Any, axes: str, samples: int) -> None:
@@ -823,8 +835,8 @@ def _refuse_lying_jpeg(path: Path, image: Image.Image) -> None:
         )
 
 
-def _orient(array: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Apply an EXIF/TIFF orientation code (1 to 8) to rows and columns."""
+def to_upright(array: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Apply an EXIF/TIFF orientation code (1 to 8) to rows and columns ``(H, W, ...)``."""
     if orientation in (5, 6, 7, 8):
         array = np.swapaxes(array, 0, 1)
     if orientation in (3, 4, 7, 8):

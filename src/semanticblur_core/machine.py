@@ -19,6 +19,12 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def count_cores() -> int:
+    """Cores that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on all systems
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
 def processor_name() -> str:
     """The processor's name as the system gives it, with its family where the name says little."""
     try:

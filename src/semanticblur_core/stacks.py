@@ -118,12 +118,10 @@ def is_zarr(path: Path) -> bool:
     return False
 
 
-def is_stack(path: Path, *, axes: str | None = None) -> bool:
+def is_stack(path: Path) -> bool:
     """Whether a file holds more than one image: it is to be opened with `open_stack`."""
     suffix = path.suffix.lower()
-    if suffix in (".npy", ".zarr") or (axes is not None and suffix in STACK_SUFFIXES):
-        return True
-    if is_zarr(path):
+    if suffix in (".npy", ".zarr") or is_zarr(path):
         return True
     if suffix not in io.TIFF_SUFFIXES or not path.is_file() or path.stat().st_size == 0:
         return False

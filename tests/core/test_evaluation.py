@@ -102,17 +102,20 @@ def test_missing_and_ambiguous_partners_are_named(folders: tuple[Path, Path]) ->
 def test_maps_have_the_names_that_detect_gives_them(tmp_path: Path) -> None:
     maps, masks = tmp_path / "maps", tmp_path / "masks"
     for folder, names in (
-        (maps, ["a_blur", "a_overlay", "b.jpg_blur", "c_blur", "c.d_blur", "e_overlay"]),
-        (masks, ["a", "b", "c", "c_blur", "e_overlay"]),
+        (maps, ["a_blur", "a_overlay", "b.jpg_blur", "c_blur", "c.d_blur", "e_overlay", "e_blur"]),
+        (masks, ["a", "b", "c", "c_blur", "e", "e_overlay"]),
     ):
         folder.mkdir()
         for name in names:
             Image.new("L", (4, 4)).save(folder / f"{name}.png")
+    np.save(maps / "b.jpg_blur.npy", np.zeros((4, 4), np.float32))
     pairs, problems = match(maps, masks)
+    assert [pair.image.name for pair in pairs if pair.name == "b"] == ["b.jpg_blur.npy"]
     assert {pair.image.stem: pair.mask.stem for pair in pairs} == {
         "a_blur": "a",
         "b.jpg_blur": "b",
         "c_blur": "c_blur",
+        "e_blur": "e",
         "e_overlay": "e_overlay",
     }
     assert [Path(line.partition(":")[0]).name for line in problems] == ["c.png", "c.d_blur.png"]

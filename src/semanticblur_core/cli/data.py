@@ -8,7 +8,12 @@ from typing import Any
 
 import click
 
-from semanticblur_core.cli._options import PathType, mask_polarity_option, progress_bar
+from semanticblur_core.cli._options import (
+    PathType,
+    mask_polarity_option,
+    progress_bar,
+    refuse_clashes,
+)
 
 _folder = PathType(file_okay=False)
 _N_LISTED = 5
@@ -56,6 +61,8 @@ def check(
         raise click.UsageError("give both --images and --masks, or neither")
     if images is None or masks is None:
         images, masks = find_folders(folder)
+    read = (path for root in (images, masks) if root.is_dir() for path in root.iterdir())
+    refuse_clashes({"--json": json_file}, read)
     report = None
     with progress_bar() as progress:
         task = progress.add_task("Checking", total=None)
@@ -90,6 +97,7 @@ def _check_store(folder: Path, json_file: Path | None) -> None:
     from semanticblur_core import io
     from semanticblur_core.data.store import check_store
 
+    refuse_clashes({"--json": json_file}, folder.rglob("*"))
     rows, problems = check_store(folder)
     click.echo(f"annotation store: {folder}\nlabelled images: {len(rows)}")
     for row in rows:

@@ -276,7 +276,8 @@ def _eval_store(
     """Score a model on the labelled pixels of an annotation store."""
     from semanticblur_core import io
     from semanticblur_core.data.store import BLURRED, AnnotationStore
-    from semanticblur_core.errors import DataError, SemanticBlurError
+    from semanticblur_core.errors import DataError
+    from semanticblur_core.evaluation import ONE_FAILED
     from semanticblur_core.inference.detector import Detector
     from semanticblur_core.metrics import BlurScorer
     from semanticblur_core.training.finetune import PROTOCOL
@@ -284,6 +285,8 @@ def _eval_store(
     store = AnnotationStore(data)
     problems: list[str] = []
     items = store.items(problems.append)
+    own = [path for item in items for path in (item.image, item.labels)]
+    refuse_clashes({"--json": json_file}, [data / "dataset.json", *own])
     detector = Detector(model, device=device, precision=precision, flip=flip, backend="torch")
     scorer = BlurScorer(PROTOCOL)
     for problem in problems:
@@ -292,16 +295,17 @@ def _eval_store(
         for item in progress.track(items, description="Scoring"):
             try:
                 images = store.read(item)
-                for image in images:
-                    labelled = image.labels > 0
-                    blur = detector.detect(image.image, value_range=image.value_range)
-                    truth = image.labels[labelled] == BLURRED
-                    scorer.add(blur[labelled][None], truth[None], name=image.name)
-            except (SemanticBlurError, MemoryError, OSError) as error:
+                maps = [detector.detect(i.image, value_range=i.value_range) for i in images]
+            except ONE_FAILED as error:
                 reason = str(error) or "out of memory"
                 is_named = reason.startswith(str(data))
                 problems.append(reason if is_named else f"{item.image}: {reason}")
                 say(progress, f"semanticblur-core: {problems[-1]}", err=True)
+                continue
+            for image, blur in zip(images, maps, strict=True):
+                labelled = image.labels > 0
+                truth = image.labels[labelled] == BLURRED
+                scorer.add(blur[labelled][None], truth[None], name=image.name)
     if not scorer.images:
         found = "nothing could be scored" if problems else "nothing in it is labelled yet"
         raise DataError(f"{data}: {found}")

@@ -78,7 +78,7 @@ class LabelledImage:
                 f"{self.name}: expected uint8 labels of {self.image.shape[:2]} px, got "
                 f"{self.labels.dtype} {self.labels.shape}"
             )
-        if self.image.ndim not in (2, 3) or self.image.shape[2:] not in ((), (3,), (4,)):
+        if self.image.ndim not in (2, 3) or self.image.shape[2:] not in ((), (3,)):
             raise DataError(
                 f"{self.name}: expected an image (H, W) or (H, W, 3), got {self.image.shape}"
             )
@@ -659,15 +659,12 @@ def read_array(path: Path) -> NDArray[Any]:
 
 
 def _stack_range(stack: NDArray[Any]) -> tuple[float, float] | None:
-    """The percentiles that `io.to_unit_range` takes, of a whole stack, from a regular sample."""
+    """The limits that `io.to_unit_range` takes, of a whole stack, from a regular sample."""
     if stack.dtype in (np.uint8, np.bool_):
         return None
     flat = stack.reshape(-1)[:: max(1, stack.size // 4_000_000)]
-    flat = flat[np.isfinite(flat)]
-    if flat.size == 0:
-        return None
-    low, high = (float(v) for v in np.percentile(flat, (0.1, 99.9)))
-    return (low, high) if low < high else None
+    found = io.robust_limits(flat)
+    return found if found is not None and found[0] < found[1] else None
 
 
 def _sha256(path: Path) -> str:

@@ -83,7 +83,6 @@ class ClassicalDetector:
             )
         self.name = method
         self.reason = f"{method} on the CPU"
-        self.info = None
 
     def detect(
         self,

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -473,13 +474,14 @@ def all_in_focus(
     Parameters
     ----------
     array, axes, channels
-        See `semanticblur_core.inference.planes.Planes`. Each plane is read twice.
+        See `semanticblur_core.inference.planes.Planes`; ``"mean"`` is the mean of the channels'
+        own values. Each plane is read twice.
     along
         Axis of focus.
     at
         Index along the other axes.
     positions
-        Planes along `along` to take, in rising order; all by default.
+        Planes along `along` to take, rising; all by default.
 
     Yields
     ------
@@ -506,6 +508,11 @@ def all_in_focus(
         )
     taken = range(planes.lengths[place]) if positions is None else positions
     n_planes = len(taken)
+    last = planes.lengths[place] - 1
+    if not n_planes or any(b <= a for a, b in pairwise((-1, *taken, last + 1))):
+        raise ImageError(
+            f"positions: expected rising indices along {along}, from 0 to {last}, got {list(taken)}"
+        )
 
     lost = np.ones(planes.plane_shape, bool)
 

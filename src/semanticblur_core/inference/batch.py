@@ -334,7 +334,7 @@ def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileR
     with stacks.open_stack(path, axes=options.axes, level=options.level) as stack:
         try:
             planes = Planes(stack.array, stack.axes, options.channels)
-            box = chosen_planes(planes, options.planes)
+            box = planes.box(options.planes)
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from error
         shape = (*(len(axis) for axis in box), *planes.plane_shape)
@@ -451,29 +451,6 @@ def _is_streamed(path: Path, options: DetectOptions) -> bool:
     if options.size != "native" or path.suffix.lower() not in io.TIFF_SUFFIXES:
         return False
     return stacks.plane_pixels(path) > STREAMED_PIXELS
-
-
-def chosen_planes(planes: Planes, wanted: tuple[slice, ...] | None) -> list[range]:
-    """Indices along each walked axis.
-
-    Raises
-    ------
-    ImageError
-        If a slice is of no axis or names no plane.
-    """
-    chosen = wanted or ()
-    if len(chosen) > len(planes.lengths):
-        raise ImageError(
-            f"--planes: {len(chosen)} ranges for {len(planes.lengths)} axes "
-            f"({planes.walked_axes or 'none'})"
-        )
-    whole = [slice(None)] * (len(planes.lengths) - len(chosen))
-    box = [
-        range(length)[part] for length, part in zip(planes.lengths, [*whole, *chosen], strict=True)
-    ]
-    if any(len(axis) == 0 for axis in box):
-        raise ImageError(f"--planes: names no plane of {planes.lengths} along {planes.walked_axes}")
-    return box
 
 
 def job_outputs(job: Job, options: DetectOptions) -> list[Path]:

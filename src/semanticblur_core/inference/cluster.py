@@ -38,6 +38,7 @@ from semanticblur_core.inference.jobs import (
     possible_outputs,
     remove_stale_parts,
 )
+from semanticblur_core.machine import count_cores
 
 MakeDetector = Callable[[], MapMaker]
 
@@ -280,7 +281,7 @@ class DetectionCluster:
         distributed = _import_distributed()
         import dask
 
-        self._n_threads = max(1, _count_cores() // n_workers)
+        self._n_threads = max(1, count_cores() // n_workers)
         self._resources.callback(_restore_environment, dict(os.environ))
         with dask.config.set({"distributed.scheduler.allowed-failures": ALLOWED_DEATHS}):
             cluster = _deaf_to_interrupts(
@@ -461,11 +462,6 @@ def _deaf_to_interrupts(make: Callable[[], Any]) -> Any:
         with suppress(Exception):  # it sees that they died, and closes
             made.result(timeout=CONNECT_S).close()
         raise
-
-
-def _count_cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)  # not on all systems
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _quietly(close: Callable[[], object]) -> None:

@@ -25,11 +25,17 @@ def is_sample(source: str) -> bool:
 
 
 def load(source: str, *, max_pixels: int = io.MAX_PIXELS) -> NDArray[Any]:
-    """Image of a path, of at most so many pixels, or ``sample:NAME``."""
-    if source.startswith(_SAMPLE_PREFIX):
+    """Image of a path, of at most so many pixels, or ``sample:NAME``.
+
+    Raises
+    ------
+    ImageError
+        If there is no such sample, or the file cannot be read.
+    """
+    if is_sample(source):
         from skimage import data
 
-        array: NDArray[Any] = getattr(data, SAMPLES[source.removeprefix(_SAMPLE_PREFIX)])()
+        array: NDArray[Any] = getattr(data, SAMPLES[_sample_name(source)])()
         return array
     return io.read_image(Path(source), max_pixels=max_pixels)
 
@@ -70,11 +76,8 @@ def expand_input(
     OSError
         If a folder cannot be read.
     """
-    if text.startswith(_SAMPLE_PREFIX):
-        name = text.removeprefix(_SAMPLE_PREFIX)
-        if name not in SAMPLES:
-            raise ImageError(f"{text}: expected one of sample:{', sample:'.join(SAMPLES)}")
-        yield text, Path(name), True
+    if is_sample(text):
+        yield text, Path(_sample_name(text)), True
         return
     if not text.strip():
         raise ImageError("an input is empty; expected a path, a glob, a folder or sample:NAME")
@@ -126,6 +129,13 @@ def expand_inputs(
             unreadable(error, text)
         except ImageError as error:
             problems.append(str(error))
+
+
+def _sample_name(source: str) -> str:
+    name = source.removeprefix(_SAMPLE_PREFIX)
+    if name not in SAMPLES:
+        raise ImageError(f"{source}: expected one of sample:{', sample:'.join(SAMPLES)}")
+    return name
 
 
 def _source(path: Path) -> str:

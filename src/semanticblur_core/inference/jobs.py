@@ -41,11 +41,22 @@ class Job:
 class DetectOptions:
     """How blur maps are made and which files are written.
 
+    Results go to the folder ``output``; those that are there are an error, unless ``overwrite``
+    replaces them or ``resume`` keeps them. ``size`` is the side in pixels that images are squashed
+    to, or native; a pixel is blurred where its map is above ``threshold``, 0..1. ``overlay`` also
+    writes the picture, tinted. ``value_range`` are the intensities that count as black and white,
+    ``channel_ranges`` those of each channel of a stack.
+
     ``formats`` None is png for an image, tif for a stack and csv for a video; each takes those that
     are for its kind. ``axes``, ``channels``, ``planes`` and ``level`` say what a stack is and which
     planes of it are wanted: a slice for each walked axis, for the last ones where there are fewer.
     ``every`` is the step between frames of a video. Images, planes and frames of more than
     ``max_pixels`` are not read into memory.
+
+    Raises
+    ------
+    ConfigError
+        If the threshold is no share, or the step below 1.
     """
 
     output: Path
@@ -97,7 +108,8 @@ def find_jobs(
     tuple
         The jobs, and the files that a folder or a glob named but that lie in the output folder
         under the name of a result: those are taken for results of an earlier run and left out. A
-        job that would write the file of one before it, or the place of an input, is refused.
+        job that would write the file of one before it, or could in some format write that of an
+        input, is refused.
 
     Raises
     ------
@@ -238,7 +250,7 @@ def remove_stale_parts(jobs: Iterable[Job], options: DetectOptions) -> None:
             parts = [entry for entry in os.scandir(folder) if _part_of(entry)]
             # Names are made only where something is left behind: there may be a million.
             wanted = {
-                path.name
+                io.shortened(path.name)
                 for job in (own if parts else [])
                 for path in possible_outputs(job, options)
             }

@@ -138,6 +138,31 @@ class Planes:
         """Lengths of the walked axes."""
         return tuple(self.array.shape[self.axes.index(axis)] for axis in self.walked_axes)
 
+    def box(self, wanted: Sequence[slice] | None) -> list[range]:
+        """Indices along each walked axis that are chosen.
+
+        Parameters
+        ----------
+        wanted
+            A slice for each axis, for the last ones where there are fewer; None takes all.
+
+        Raises
+        ------
+        ImageError
+            If a slice is of no axis or names no plane.
+        """
+        chosen = tuple(wanted or ())
+        if len(chosen) > len(self.lengths):
+            raise ImageError(
+                f"planes: {len(chosen)} ranges for {len(self.lengths)} axes "
+                f"({self.walked_axes or 'none'})"
+            )
+        slices = [slice(None)] * (len(self.lengths) - len(chosen)) + list(chosen)
+        box = [range(length)[part] for length, part in zip(self.lengths, slices, strict=True)]
+        if any(len(axis) == 0 for axis in box):
+            raise ImageError(f"planes: none of {self.lengths} along {self.walked_axes} is chosen")
+        return box
+
     @property
     def plane_shape(self) -> tuple[int, int]:
         """Height and width in pixels."""
@@ -409,12 +434,10 @@ def range_of_samples(
 
 
 def _percentiles(values: NDArray[Any]) -> tuple[float, float]:
-    """Limits as `semanticblur_core.io.to_unit_range` takes them by itself; (0, 1) of a constant."""
-    finite = values[np.isfinite(values)]
-    if finite.size == 0:
+    """Limits as `semanticblur_core.io.to_unit_range` takes them by itself; above a constant one."""
+    found = io.robust_limits(values)
+    if found is None:
         raise ImageError("no finite value (all NaN or infinite)")
-    low, high = (float(v) for v in np.percentile(finite, (0.1, 99.9)))
-    if low == high:
-        low, high = float(finite.min()), float(finite.max())
+    low, high = found
     # Above 2^53 one more is no more.
     return (low, high) if low < high else (low, max(low + 1, math.nextafter(low, math.inf)))

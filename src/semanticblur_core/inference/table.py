@@ -189,7 +189,11 @@ def summary_table(
     """
     require_table_format(path)
     is_csv = path.suffix.lower() == ".csv"
-    parts = io.left_behind(path) if resume else []
+    parts = io.left_behind(path)
+    if not resume:  # what killed runs left
+        for part in parts:
+            io.remove_if_stale(part)
+        parts = []
     earlier = _read_rows([*parts, path], is_csv) if resume else {}
     stopped: BaseException | None = None
     with io.replacing(path) as temporary:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from semanticblur_core import io, stacks
-from semanticblur_core.inference.batch import chosen_planes
 from semanticblur_core.inference.choice import REMEMBERED_SIZE_PX
 from semanticblur_core.inference.inputs import is_sample, load
 from semanticblur_core.inference.jobs import DetectOptions, Job
@@ -60,7 +59,7 @@ def _planes_of_file(job: Job, options: DetectOptions) -> tuple[int, tuple[int, i
         return 1, io.read_shape(path)
     with stacks.open_stack(path, axes=options.axes, level=options.level) as stack:
         planes = Planes(stack.array, stack.axes, options.channels)
-        box = chosen_planes(planes, options.planes)
+        box = planes.box(options.planes)
         return math.prod(len(axis) for axis in box), planes.plane_shape
 
 

@@ -33,6 +33,7 @@ from semanticblur_core.device import DeviceChoice, is_out_of_memory
 from semanticblur_core.errors import ConfigError, TrainingError
 from semanticblur_core.inference.detector import Detector
 from semanticblur_core.losses import LabelCounts, blur_loss, label_counts
+from semanticblur_core.machine import count_cores
 from semanticblur_core.metrics import BlurScorer, Protocol, Scores
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.training.checkpoint import load_checkpoint, save_checkpoint
@@ -574,7 +575,7 @@ def n_loader_threads(device: torch.device) -> int:
 
     A GPU is fed by several; two CPU cores are better spent on the network.
     """
-    n_cores = os.cpu_count() or 1
+    n_cores = count_cores()
     if device.type == "cuda":
         n_cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return max(1, min(8, n_cores // 2))

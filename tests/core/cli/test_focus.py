@@ -173,7 +173,7 @@ def test_one_stack_of_several_is_composed(tmp_path: Path) -> None:
     names = [one["name"] for one in json.loads((tmp_path / "r.json").read_text())["images"]]
     assert names == [f"film.ome.tif[T=1,Z={z}]" for z in range(1, 5)]
     for arguments, message in (
-        (("--planes=7,:",), "--planes: names no plane"),
+        (("--planes=7,:",), "film.ome.tif: planes: none of (2, 6) along TZ is chosen"),
         (("--level=3",), "film.ome.tif: expected a level of 0 to 0, got 3"),
     ):
         done = run(*asked, "--overwrite", *arguments, cwd=tmp_path)
@@ -220,6 +220,40 @@ def test_an_interrupted_run_passes_nothing_and_replaces_nothing_with_nothing(
     told = json.loads(files[0].read_text())
     assert (len(told["images"]), told["passed"], told["interrupted"]) == (1, False, True)
     assert "earlier" not in files[2].read_text()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_masks_that_it_wrote_are_regions(tmp_path: Path, folder: Path, orientation: int) -> None:
+    """Each photograph looked at where it was found to be in focus, as turned as it is."""
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    half = np.array(Image.open(folder / "sharp.png"))
+    half[:, :90] = 128
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(half).save(tmp_path / "in" / "sub" / "half.png", exif=exif)
+    asked = ("--input=in", "--recursive", "--method=lbp", "--json=r.json")
+    done = run(*asked, "--mask-output=m", "--mask-margin=0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run(*asked, "--region=m", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    [image] = json.loads((tmp_path / "r.json").read_text())["images"]
+    assert image["in_focus_fraction"] == 1
+    done = run(*asked, "--region=nowhere", cwd=tmp_path)
+    assert (done.returncode, "nowhere: no such folder" in done.stderr) == (2, True)
+
+
+def test_what_is_of_stacks_or_of_files_is_refused_elsewhere(tmp_path: Path, folder: Path) -> None:
+    for arguments, words in (
+        (("--channels=mean",), "--channels: goes with --stack"),
+        (("--along=T",), "--along: goes with --stack"),
+        (("--depth=d.tif",), "--depth: goes with --stack"),
+        (("--stack", "--channels=mean"), "are of a stack's file, not of a folder"),
+        (("--stack", "--planes=7"), f"{folder}: planes: none of"),
+        (("--stack", f"--input={folder}"), "--stack takes one --input"),
+    ):
+        done = run(f"--input={folder}", "--method=lbp", *arguments, cwd=tmp_path)
+        assert done.returncode == 2
+        assert words in done.stderr, done.stderr
 
 
 def test_outputs_are_never_an_input_nor_each_other(tmp_path: Path, folder: Path) -> None:
@@ -366,8 +400,9 @@ def test_masks_and_maps_are_not_measured_beside_their_photographs(
 ) -> None:
     Image.open(folder / "soft.png").save(folder / "sharp_blur.png")
     Image.open(folder / "soft.png").save(folder / "my_blur.png")
+    Image.open(folder / "soft.png").save(folder / "soft.png_blur.png")
     made = ("--method=lbp", f"--mask-output={folder}", "--json=r.json")
-    for n_left_out in (1, 4):
+    for n_left_out in (2, 5):
         done = run(f"--input={folder}", *made, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         files = f"{n_left_out} file{'s' * (n_left_out > 1)}"

@@ -55,6 +55,10 @@ def test_a_store_is_trained_on_scored_and_checked(store: AnnotationStore, tmp_pa
     assert checked.returncode == 0, checked.stderr
     assert "labelled images: 8" in checked.stdout
     assert "photo0: 72 x 96 px, sharp 13.89%, blurred 13.89%, val" in checked.stdout
+    for command in (("eval", f"--data={store.folder}"), ("data", "check", str(store.folder))):
+        refused = run(*command, f"--json={store.folder / 'dataset.json'}")
+        assert refused.returncode == 2
+        assert "--json" in refused.stderr
     (store.folder / "labels" / "photo3.png").write_bytes(b"")
     (store.folder / "images" / "photo4.png").unlink()
     scored = run(

@@ -95,6 +95,13 @@ def test_a_stack_gives_its_labelled_planes_with_one_range_of_intensity(tmp_path:
     np.testing.assert_array_equal(planes[1].image, stack[2])
     low, high = np.percentile(stack, (0.1, 99.9))
     assert {plane.value_range for plane in planes} == {(low, high)}
+    # Fewer than one pixel in a thousand is bright, as of beads: the extremes count.
+    sparse = np.zeros((3, 100, 100), np.uint16)
+    sparse[1, 50, 50] = 4000
+    labels = np.ones(sparse.shape, np.uint8)
+    store.write("beads", labels, image=sparse, axes="ZYX")
+    found = {plane.value_range for plane in read_store(tmp_path) if "beads" in plane.name}
+    assert found == {(0, 4000)}
 
 
 @pytest.mark.parametrize("first_is_flat", [False, True])

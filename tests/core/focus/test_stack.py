@@ -220,6 +220,12 @@ def test_the_composite_of_a_real_stack_is_sharp(data_dir: Path) -> None:
     assert (tile_gradient(result.composite) >= 0.95 * best).mean() >= 0.99
 
 
+@pytest.mark.parametrize("positions", [[], [0, 0, 1], [2, 1], [1, 5], [-1, 0]])
+def test_positions_that_are_no_stack_are_refused(positions: list[int]) -> None:
+    with pytest.raises(ImageError, match="positions: expected rising indices along Z, from 0 to 4"):
+        list(all_in_focus(np.zeros((5, 20, 20), np.uint8), "ZYX", positions=positions))
+
+
 def test_a_composite_keeps_the_ends_of_a_type() -> None:
     top = np.iinfo(np.uint32).max
     composite = list(all_in_focus(np.full((2, 40, 40), top, np.uint32), "ZYX"))[-1].composite

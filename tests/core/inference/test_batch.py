@@ -142,7 +142,7 @@ def test_stacks_that_cannot_be_done_as_asked_are_one_line(
     for asked, message in (
         ({"formats": ("png",)}, "pictures hold one plane in memory"),
         ({"overlay": True}, "pictures hold one plane in memory"),
-        ({"planes": (slice(7, 9),)}, "names no plane"),
+        ({"planes": (slice(7, 9),)}, "planes: none of"),
         ({"planes": (slice(0, 1),) * 3}, "3 ranges for 1 axes"),
         ({"axes": "TCZYX"}, "do not fit an array of shape"),
         ({"channels": "mean"}, "name no channels"),

@@ -72,7 +72,7 @@ def serial(
 
 @pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("semanticblur_core.inference.cluster._count_cores", lambda: 2)
+    monkeypatch.setattr("semanticblur_core.inference.cluster.count_cores", lambda: 2)
 
 
 def assert_same(results: list[FileResult], serial: dict[str, FileResult]) -> None:

@@ -217,7 +217,7 @@ def test_workers_share_the_cores_in_onnxruntime_too(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("distributed")
-    monkeypatch.setattr("semanticblur_core.inference.cluster._count_cores", lambda: 6)
+    monkeypatch.setattr("semanticblur_core.inference.cluster.count_cores", lambda: 6)
     make = functools.partial(named_by_threads, str(exported), "onnxruntime")
     jobs, _ = find_jobs(["sample:cat"], tmp_path)
     with DetectionCluster(make, n_workers=2) as cluster:

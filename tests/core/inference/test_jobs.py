@@ -11,7 +11,7 @@ import torch
 import zarr
 from PIL import Image
 
-from semanticblur_core import Detector, stacks
+from semanticblur_core import Detector, io, stacks
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import ImageError
 from semanticblur_core.inference.batch import detect_files
@@ -64,6 +64,11 @@ def arrays(tmp_path: Path) -> Path:
     (root / "plain").mkdir()
     (root / "file.zarr").touch()
     return root
+
+
+def test_a_sample_that_is_none_is_told() -> None:
+    with pytest.raises(ImageError, match="sample:dog: expected one of sample:cat"):
+        load("sample:dog")
 
 
 def test_links_to_nothing_are_not_passed_over(tmp_path: Path) -> None:
@@ -276,6 +281,9 @@ def test_what_killed_runs_left_of_these_results_is_deleted(tmp_path: Path) -> No
         (out / name).touch()
     (out / ".a_blur.zarr.01234567.part" / "0").mkdir(parents=True)
     jobs = [Job("a.tif", "a"), Job("sub/b.tif", "sub/b"), Job("gone/d.tif", "gone/d")]
+    long = Job("long.tif", 215 * "l")
+    io.temporary_name(out / f"{long.output_stem}_blur.tif").touch()
+    jobs.append(long)
     options = DetectOptions(out, formats=("tif", "zarr"))
     with stacks.new_map(out / "a_blur.tif", (40, 50)):  # of a run that lives
         remove_stale_parts(jobs, options)

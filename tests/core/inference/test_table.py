@@ -127,6 +127,12 @@ def test_rows_of_a_run_that_was_killed_are_taken_over(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_killed_runs_left_is_deleted_by_one_that_begins_anew(path: Path) -> None:
+    io.temporary_name(path).write_bytes(b"input")
+    write(path, result("a"))
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_what_is_no_table_is_replaced(path: Path) -> None:
     for content in (b"", b"input,mean_blur\nin/a.png,0.5\n", b"\xff\x00PAR1"):
         path.write_bytes(content)

@@ -1,0 +1,183 @@
+"""What ``semanticblur-core focus`` checks: images, and stacks of files or folders."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from semanticblur_core.focus.check import FocusOptions, Source
+    from semanticblur_core.focus.stack import StackFocus
+
+
+@dataclass(frozen=True)
+class StackInput:
+    """A stack that is open: its planes, how to collect them, and the array of a composite."""
+
+    sources: list[Source]
+    collected: StackFocus
+    value_range: tuple[float, float] | None
+    array: Any
+    axes: str
+    pixel_size_um: Mapping[str, float]
+
+
+def find_sources(
+    inputs: tuple[str, ...], recursive: bool, problems: list[str] | None = None
+) -> list[Source]:
+    """Images of the inputs; what names none or cannot be read is told of where there are others.
+
+    Without ``problems``, which takes those lines, the first is raised.
+    """
+    from semanticblur_core.errors import ImageError
+    from semanticblur_core.focus.check import Source
+    from semanticblur_core.inference.inputs import expand_inputs, is_sample, load
+
+    sources: dict[str, Source] = {}
+    found: list[str] = []
+    listed = list(expand_inputs(inputs, recursive, found))
+    names = {Path(path).name for path, _, _ in listed}
+    stems = {Path(name).stem for name in names}
+    left_out = []
+    for path, relative, named in listed:
+        if not named and _is_made_of(Path(path).name, names, stems):
+            left_out.append(path)
+            continue
+        read = _loader(load, path) if is_sample(path) else None
+        sources.setdefault(path, Source(relative.as_posix(), Path(path), read))
+    if left_out:
+        n_files = f"{len(left_out)} file{'s' * (len(left_out) != 1)}"
+        click.echo(
+            f"semanticblur-core: {n_files} left out as masks or maps of the others, first "
+            f"{left_out[0]}; named as inputs they are measured",
+            err=True,
+        )
+    if found and (problems is None or not sources):
+        raise ImageError(found[0])
+    for line in found:
+        click.echo(f"semanticblur-core: {line}", err=True)
+    if problems is not None:
+        problems += found
+    return list(sources.values())
+
+
+def _is_made_of(name: str, names: set[str], stems: set[str]) -> bool:
+    """Whether it is named as the mask (NAME.png) or a map (STEM_blur.png) of one of the others."""
+    from semanticblur_core.inference.jobs import is_result_name
+
+    is_mask = name.endswith(".png") and name.removesuffix(".png") in names
+    return is_mask or (is_result_name(name) and name.rpartition("_")[0] in stems | names)
+
+
+def _loader(load: Callable[[str], Any], path: str) -> Callable[[], Any]:
+    return lambda: load(path)
+
+
+@contextmanager
+def open_stack(
+    text: str,
+    recursive: bool,
+    axes: str | None,
+    channels: Any,
+    wanted: tuple[slice, ...] | None,
+    level: int,
+    along: str,
+    options: FocusOptions,
+) -> Iterator[StackInput]:
+    """The planes of a folder, or of a file of any axes."""
+    from semanticblur_core import io, stacks
+
+    path = io.expand_home(text)
+    if path.suffix.lower() in stacks.STACK_SUFFIXES or stacks.is_zarr(path):
+        with stacks.open_stack(path, axes=axes, level=level) as opened:
+            yield _of_file(path, opened, channels, wanted, along, options)
+        return
+    if axes or level or channels != "each":
+        raise click.UsageError(
+            "--axes, --channels and --level are of a stack's file, not of a folder"
+        )
+    yield _of_folder(path, find_sources((text,), recursive), wanted, along, options)
+
+
+def _of_folder(
+    path: Path,
+    found: list[Source],
+    wanted: tuple[slice, ...] | None,
+    along: str,
+    options: FocusOptions,
+) -> StackInput:
+    from semanticblur_core.errors import ImageError
+    from semanticblur_core.focus.stack import FileStack, StackFocus, in_stack_order
+    from semanticblur_core.inference.planes import Planes
+
+    files = {source.path: source for source in found}
+    ordered = in_stack_order(list(files))
+    stack = FileStack(ordered, max_pixels=options.max_pixels)
+    try:
+        [box] = Planes(stack, stack.axes).box(wanted)
+        collected = StackFocus("Z", along=along)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
+    return StackInput(
+        sources=[
+            replace(files[ordered[i]], index=(i,), read=functools.partial(stack.read, i))
+            for i in box
+        ],
+        collected=collected,
+        value_range=options.value_range or stack.estimate_range(),
+        array=stack,
+        axes=stack.axes,
+        pixel_size_um={},
+    )
+
+
+def _of_file(
+    path: Path,
+    opened: Any,
+    channels: Any,
+    wanted: tuple[slice, ...] | None,
+    along: str,
+    options: FocusOptions,
+) -> StackInput:
+    from semanticblur_core import io
+    from semanticblur_core.errors import ImageError
+    from semanticblur_core.focus.session import plane_sources, unit_range
+    from semanticblur_core.focus.stack import StackFocus
+    from semanticblur_core.inference.planes import Planes
+
+    try:
+        planes = Planes(opened.array, opened.axes, channels)
+        box = planes.box(wanted)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
+    io.refuse_bomb(path, math.prod(planes.plane_shape), options.max_pixels)
+    if not planes.walked_axes:
+        is_read_as_image = path.suffix.lower() in io.TIFF_SUFFIXES
+        what = "check it without --stack" if is_read_as_image else "save it as tif or png"
+        raise ImageError(f"{path}: holds one plane and is no stack; {what}")
+    if along not in planes.walked_axes:
+        raise ImageError(
+            f"{path}: no axis {along} to find focus along; --along takes one of "
+            f"{planes.walked_axes}, --axes names them anew"
+        )
+    given = options.value_range
+    limits = planes.as_limits(given) if given else planes.estimate_range()
+
+    indices = itertools.product(*box)
+    sources = plane_sources(planes, indices, name=path.name, path=path, limits=limits)
+    return StackInput(
+        sources=sources,
+        collected=StackFocus(planes.walked_axes, along=along),
+        value_range=unit_range(planes, limits),
+        array=opened.array,
+        axes=opened.axes,
+        pixel_size_um=opened.pixel_size_um,
+    )
