@@ -22,16 +22,18 @@ from semanticblur_core.data.defocus import SharpImages
 from semanticblur_core.device import DeviceChoice
 from semanticblur_core.machine import describe_machine
 from semanticblur_core.network import SemanticBlur
-from semanticblur_core.training.loop import (
+from semanticblur_core.training.loader import (
     Batch,
+    make_batches,
+    n_loader_threads,
+    synthetic_sources,
+)
+from semanticblur_core.training.loop import (
     backward,
     count_steps,
     launch_fabric,
-    make_batches,
-    n_loader_threads,
     parameter_groups,
     set_training_mode,
-    synthetic_sources,
 )
 
 

@@ -240,12 +240,24 @@ def command(
         raise click.UsageError(
             f"--scales: {size} px times {max(scales):g} is more than {MAX_SIZE_PX} px"
         )
+    one_range = value_ranges is not None and len(value_ranges) == 1
     options = DetectOptions(
-        output, size, threshold, formats, overlay, overwrite, resume,
-        value_ranges[0] if value_ranges and len(value_ranges) == 1 else None,
-        axes, channels, planes, level, every, max_pixels,
-        value_ranges if value_ranges and len(value_ranges) > 1 else None,
-    )  # fmt: skip
+        output,
+        size=size,
+        threshold=threshold,
+        formats=formats,
+        overlay=overlay,
+        overwrite=overwrite,
+        resume=resume,
+        value_range=value_ranges[0] if value_ranges and one_range else None,
+        channel_ranges=None if one_range else value_ranges,
+        axes=axes,
+        channels=channels,
+        planes=planes,
+        level=level,
+        every=every,
+        max_pixels=max_pixels,
+    )
     problems: list[str] = []
     jobs, left_out = find_jobs(inputs, output, recursive=recursive, on_problem=problems.append)
     reports = {"--table": table_path, "--json": json_path}

@@ -136,8 +136,8 @@ def command(
 ) -> None:
     """Score blur maps, or a model on images, against masks.
 
-    Files are paired by name stem. Every number comes with its protocol. Exit code 2 if anything
-    could not be scored; the rest is scored all the same.
+    Files are paired by name stem, maps also as `detect` names them. Every number comes with its
+    protocol. Exit code 2 if anything could not be scored; the rest is scored all the same.
     """
     from semanticblur_core import io
     from semanticblur_core.data.datasets import list_images, read_split

@@ -8,35 +8,28 @@ import hashlib
 import io as streams
 import math
 import os
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from semanticblur_core import io
 from semanticblur_core.config import TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs
-from semanticblur_core.data.defocus import SharpImages, defocus_photographs, synthesise
-from semanticblur_core.data.transforms import augment, cutmix, normalise
+from semanticblur_core.data.defocus import SharpImages
+from semanticblur_core.data.transforms import normalise
 from semanticblur_core.device import DeviceChoice, is_out_of_memory
 from semanticblur_core.errors import ConfigError, TrainingError
 from semanticblur_core.inference.detector import Detector
 from semanticblur_core.losses import LabelCounts, blur_loss, label_counts
-from semanticblur_core.machine import count_cores
 from semanticblur_core.metrics import BlurScorer, Protocol, Scores
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.training.checkpoint import load_checkpoint, save_checkpoint
+from semanticblur_core.training.loader import Batch, make_batches, synthetic_sources
 
 LAST_CHECKPOINT = "last.ckpt"
 HISTORY = "history.csv"
@@ -44,10 +37,6 @@ VALIDATION_PROTOCOL = Protocol(
     analysis="images squashed to 320 x 320, maps brought back by nearest-exact"
 )
 
-_CPU = torch.device("cpu")
-_STREAM_LOCK = threading.Lock()
-
-Batch = tuple[Tensor, Tensor, Tensor | None]
 SaveBest = Callable[[SemanticBlur, Scores, int], None]
 
 
@@ -452,152 +441,6 @@ def validate(model: SemanticBlur, pairs: DecodedPairs, device: DeviceChoice) -> 
             blur, blurred = blur[mask[1]][None], blurred[mask[1]][None]
         scorer.add_tensor(blur, blurred, name=name)
     return scorer.result()
-
-
-def synthetic_sources(
-    config: TrainConfig, sharp: Mapping[str, SharpImages]
-) -> list[tuple[SharpImages, int]]:
-    """Sources of synthetic images and how many of each batch come from them."""
-    wanted = {
-        "photograph": config.synthetic_photographs,
-        "microscopy": config.synthetic_microscopy,
-    }
-    for kind, count in wanted.items():
-        if count and kind not in sharp:
-            raise TrainingError(
-                f"the recipe makes {count} of each batch from sharp images ({kind}), and none are "
-                "given"
-            )
-    return [(sharp[kind], count) for kind, count in wanted.items() if count]
-
-
-def make_batches(
-    pairs: DecodedPairs,
-    synthetic: Sequence[tuple[SharpImages, int]],
-    config: TrainConfig,
-    epoch: int,
-    *,
-    first: int = 0,
-    device: torch.device = _CPU,
-) -> Iterator[Batch]:
-    """Images, targets and what of them is labelled, the next batches made while one is used.
-
-    Each pair draws from a generator of its own, seeded by run, pass and image, so that the data do
-    not depend on where a run was interrupted; so do the synthetic images of each batch, and what is
-    defocused further of it.
-
-    Threads make them. Where the device is a CUDA GPU what was cut out and resized is recoloured and
-    defocused there, and the batches lie there; on the CPU where the GPU has no memory left for it.
-    """
-
-    def plan() -> Iterator[tuple[int, list[int]]]:
-        size, n_passes = config.n_pairs_per_batch, config.passes_per_epoch
-        for a_pass in range(epoch * n_passes, (epoch + 1) * n_passes):
-            order = np.random.default_rng((config.seed, a_pass)).permutation(len(pairs))
-            for i in range(0, len(order) - size + 1, size):
-                yield a_pass, order[i : i + size].tolist()
-
-    def make(a_pass: int, indices: Sequence[int]) -> Batch:
-        if device.type == "cuda":
-            try:
-                with _loader_stream(device):
-                    return assemble(a_pass, indices, device)
-            except RuntimeError as error:
-                # cuFFT has an error of its own for a lack of memory.
-                if not isinstance(error, torch.OutOfMemoryError) and "cuFFT" not in str(error):
-                    raise
-            # Outside the handler, which keeps the failed attempt's tensors alive.
-        return assemble(a_pass, indices, _CPU)
-
-    def assemble(a_pass: int, indices: Sequence[int], on: torch.device) -> Batch:
-        rngs = [np.random.default_rng((config.seed, a_pass, i)) for i in indices]
-        images, targets = augment([pairs[i] for i in indices], config, rngs, on)
-        # The first index names the batch: every image occurs once in a pass.
-        if config.redefocus_share:
-            rng = np.random.default_rng((config.seed, a_pass, indices[0], 3))
-            images, targets = _redefocus(images, targets, config.redefocus_share, rng)
-        partial = targets.shape[1] == 2
-        if config.cutmix_share:
-            rng = np.random.default_rng((config.seed, a_pass, indices[0], 2))
-            images, targets = cutmix(images, targets, share=config.cutmix_share, rng=rng)
-        labelled = None
-        if partial:
-            targets, labelled = targets[:, :1], targets[:, 1:] > 0
-        if not synthetic:
-            return images, targets, labelled
-        rng = np.random.default_rng((config.seed, a_pass, indices[0], 1))
-        made = [
-            synthesise(
-                *(sources, count, config.image_size_px, rng, on),
-                sharp_share=config.synthetic_sharp_share,
-            )
-            for sources, count in synthetic
-        ]
-        if labelled is None:
-            labelled = torch.ones_like(targets, dtype=torch.bool)
-        return (
-            torch.cat([images, *(example.image for example in made)]),
-            torch.cat([targets, *(example.blurred.float() for example in made)]),
-            torch.cat([labelled, *(example.labelled for example in made)]),
-        )
-
-    planned = islice(plan(), first, None)
-    n_workers = n_loader_threads(device)
-    with ThreadPoolExecutor(n_workers) as pool:
-        pending = deque(pool.submit(make, *given) for given in islice(planned, n_workers))
-        while pending:
-            ready = pending.popleft()
-            pending.extend(pool.submit(make, *given) for given in islice(planned, 1))
-            batch = ready.result()
-            for tensor in batch:
-                if tensor is not None and tensor.is_cuda:
-                    # The allocator is to know that another stream reads it.
-                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
-            yield batch
-
-
-def _redefocus(
-    images: Tensor, targets: Tensor, share: float, rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """Defocus a share of the images further; the targets say what is labelled then."""
-    chosen = np.flatnonzero(rng.random(len(images)) < share)
-    if not len(chosen):
-        return images, targets
-    if targets.shape[1] == 1:
-        targets = torch.cat([targets, torch.ones_like(targets)], dim=1)
-    index = torch.from_numpy(chosen).to(images.device)
-    made, made_targets = defocus_photographs(images[index], targets[index], rng)
-    return images.index_copy(0, index, made), targets.index_copy(0, index, made_targets)
-
-
-def n_loader_threads(device: torch.device) -> int:
-    """Threads that make batches, and so the batches made ahead.
-
-    A GPU is fed by several; two CPU cores are better spent on the network.
-    """
-    n_cores = count_cores()
-    if device.type == "cuda":
-        n_cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return max(1, min(8, n_cores // 2))
-    return max(1, min(4, n_cores // 4))
-
-
-@contextmanager
-def _loader_stream(device: torch.device) -> Iterator[None]:
-    """Compute beside the training step, not behind it; done at the end."""
-    with _STREAM_LOCK:  # the cache lets threads that ask together make one each
-        stream = _stream_of(device)
-    # Entering the device too: leaving a stream would otherwise select GPU 0 in this thread.
-    with torch.cuda.device(device), torch.cuda.stream(stream):
-        yield
-        done = stream.record_event()
-    done.synchronize()
-
-
-@lru_cache
-def _stream_of(device: torch.device) -> torch.cuda.Stream:
-    """The one stream of all loaders: memory freed in a stream is used again in that one only."""
-    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

@@ -19,10 +19,11 @@ from semanticblur_core.device import DeviceChoice
 from semanticblur_core.errors import ConfigError, TrainingError
 from semanticblur_core.metrics import Scores
 from semanticblur_core.network import SemanticBlur
-from semanticblur_core.training import loop
+from semanticblur_core.training import loader
 from semanticblur_core.training.checkpoint import load_checkpoint
+from semanticblur_core.training.loader import make_batches
 from semanticblur_core.training.logs import draw_curves
-from semanticblur_core.training.loop import TrainUpdate, learning_rate, make_batches, train
+from semanticblur_core.training.loop import TrainUpdate, learning_rate, train
 from semanticblur_core.training.recipes import recipe
 
 CPU = DeviceChoice(torch.device("cpu"), torch.float32, "test")
@@ -472,7 +473,7 @@ def test_batches_are_made_on_the_cpu_where_a_gpu_is_full(
     def full(_: torch.device) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loop, "_loader_stream", full)
+    monkeypatch.setattr(loader, "_loader_stream", full)
     batches = make_batches(pairs, [], CONFIG, 0, device=torch.device("cuda", 0))
     for batch, expected in zip(batches, make_batches(pairs, [], CONFIG, 0), strict=True):
         assert torch.equal(batch[0], expected[0])
