@@ -13,13 +13,13 @@ from magicgui.types import FileDialogMode
 from magicgui.widgets import (
     CheckBox,
     ComboBox,
-    Container,
     FileEdit,
     FloatSlider,
     Label,
     PushButton,
     Slider,
 )
+from qtpy.QtWidgets import QApplication, QFileDialog
 
 from napari_semanticblur import _labelling
 from napari_semanticblur._annotate_tools import Tools
@@ -33,8 +33,13 @@ from napari_semanticblur._annotation_source import (
 from napari_semanticblur._colors import BLURRED, SHARP, UNLABELLED
 from napari_semanticblur._detection import Detection, Settings
 from napari_semanticblur._dialogs import ask
-from napari_semanticblur._dock import Dock, wrap
-from napari_semanticblur._layers import METADATA_KEY, find_result, is_image, unwrapped
+from napari_semanticblur._dock import Dock, row, timer, wrap
+from napari_semanticblur._layers import (
+    METADATA_KEY,
+    find_result,
+    source_images,
+    unwrapped,
+)
 from napari_semanticblur._models import recommended
 from napari_semanticblur._recovery import Offer, find_offers, image_of, offer, strokes
 from napari_semanticblur._settings import preferences
@@ -133,18 +138,18 @@ class AnnotateWidget(Dock):
         self.next_button = PushButton(text="Next image (N)")
         self.progress = Label(value="")
         self.status = Label(value="Choose an image and press Annotate.")
-        self._recovery = _row(self.restore_button, self.discard_button)
+        self._recovery = row(self.restore_button, self.discard_button)
         self.where_next = WhereNext(self)
         super().__init__(
             widgets=[
-                self.layer, self.store, _row(self.start_button, self.save_button),
+                self.layer, self.store, row(self.start_button, self.save_button),
                 self.hold_out, self.found, self._recovery, self.take_back_button,
-                _row(self.sharp_button, self.blurred_button, self.erase_button), self.brush,
-                _row(self.polygon_button, self.superpixels), self.superpixel_px,
+                row(self.sharp_button, self.blurred_button, self.erase_button), self.brush,
+                row(self.polygon_button, self.superpixels), self.superpixel_px,
                 self.planes, self.confidence, self.map_button, self.where_next,
-                _row(self.fill_sharp_button, self.fill_blurred_button),
+                row(self.fill_sharp_button, self.fill_blurred_button),
                 self.import_from, self.import_meaning, self.import_button,
-                self.folder, _row(self.previous_button, self.next_button),
+                self.folder, row(self.previous_button, self.next_button),
                 self.progress, self.status,
             ]
         )  # fmt: skip
@@ -153,9 +158,16 @@ class AnnotateWidget(Dock):
             wrap(line)
         self._tools = Tools(self)
         self._adopt()
-        self._typing = _pause(self.native, self.guarded(self._folder_chosen))
+        # Fires once nobody types any more.
+        self._typing = timer(
+            self.native, self.guarded(self._folder_chosen), TYPING_MS, is_single=True
+        )
         self._connect()
-        self._timer = _timer(self.native, self._tick, self._closed)
+        self._timer = timer(self.native, self._tick, POLL_MS)
+        self._timer.start()
+        app = QApplication.instance()
+        if app is not None:
+            app.aboutToQuit.connect(self._closed)
         if not self._annotations:
             self._look_for_leftovers()
         self._show_what_applies()
@@ -236,11 +248,7 @@ class AnnotateWidget(Dock):
     # What can be chosen.
 
     def _images(self, _: Any) -> list[Image]:
-        return [
-            layer
-            for layer in map(unwrapped, self.viewer.layers)
-            if is_image(layer) and METADATA_KEY not in layer.metadata
-        ]
+        return source_images(self.viewer)
 
     def _importable(self, _: Any) -> list[Any]:
         from napari.layers import Labels
@@ -463,8 +471,6 @@ class AnnotateWidget(Dock):
         self._tick()
 
     def _ask_for_file(self) -> Path | None:
-        from qtpy.QtWidgets import QFileDialog
-
         path, _ = QFileDialog.getOpenFileName(
             self.native, "Open a mask", str(Path.home()), "Masks (*.png *.tif *.tiff *.npy *.bmp)"
         )
@@ -802,35 +808,6 @@ def _folder(edit: FileEdit) -> Path | None:
     """What is chosen; an empty line is nothing."""
     value = edit.value
     return Path(value) if isinstance(value, Path) and str(value) not in ("", ".") else None
-
-
-def _row(*widgets: Any) -> Container:  # type: ignore[type-arg]
-    return Container(widgets=list(widgets), layout="horizontal", labels=False, label="")
-
-
-def _timer(parent: Any, callback: Callable[[], None], at_end: Callable[[], None]) -> Any:
-    from qtpy.QtCore import QTimer
-    from qtpy.QtWidgets import QApplication
-
-    timer = QTimer(parent)
-    timer.setInterval(POLL_MS)
-    timer.timeout.connect(callback)
-    timer.start()
-    app = QApplication.instance()
-    if app is not None:
-        app.aboutToQuit.connect(at_end)
-    return timer
-
-
-def _pause(parent: Any, callback: Callable[[], None]) -> Any:
-    """A timer that fires once nobody types any more."""
-    from qtpy.QtCore import QTimer
-
-    timer = QTimer(parent)
-    timer.setSingleShot(True)
-    timer.setInterval(TYPING_MS)
-    timer.timeout.connect(callback)
-    return timer
 
 
 _POLYGON_TIP = "Click the corners; Enter or a double click closes the polygon, Escape drops it."

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from napari_semanticblur._layers import (
-    METADATA_KEY,
     Source,
     read_source,
+    record_of,
     shown_position,
     unwrapped,
 )
@@ -46,8 +46,7 @@ def annotated_level(image: Image) -> Source:
 def find_annotation(viewer: ViewerModel, image: Image) -> Labels | None:
     """The annotation layer of an image, or None."""
     for layer in viewer.layers:
-        record = layer.metadata.get(METADATA_KEY)
-        record = record if isinstance(record, dict) else {}
+        record = record_of(layer)
         ours = record.get("role") == "annotation"
         if ours and record.get("source_id") == str(image.unique_id):
             found: Labels = unwrapped(layer)

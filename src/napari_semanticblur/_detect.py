@@ -18,13 +18,14 @@ from magicgui.widgets import (
 )
 
 from napari_semanticblur._detection import Detection, Settings
-from napari_semanticblur._dock import Dock, wrap
+from napari_semanticblur._dock import Dock, timer, wrap
 from napari_semanticblur._layers import (
     METADATA_KEY,
     coarse_level,
     find_result,
-    is_image,
     read_source,
+    record_of,
+    source_images,
     unwrapped,
 )
 from napari_semanticblur._models import METHODS, exists, models
@@ -137,7 +138,7 @@ class DetectWidget(Dock):
         self.copy_button.changed.connect(self.copy_command)
         models.changed.connect(self._models_changed)
         models.recommended.connect(self._model_recommended)
-        self._timer = _timer(self.native, self._rethreshold_some)
+        self._timer = timer(self.native, self._rethreshold_some, 0)
         self.native.destroyed.connect(self._closed)
         self.on_taken_out(self._closed)
         self._followed: Image | None = None
@@ -149,12 +150,7 @@ class DetectWidget(Dock):
             self._say(f"{_unusable(chosen.size)}; {self.settings.size} is chosen")
 
     def _images(self, _: Any) -> list[Image]:
-        """Image layers but for the maps made here."""
-        return [
-            layer
-            for layer in map(unwrapped, self._viewer.layers)
-            if is_image(layer) and METADATA_KEY not in layer.metadata
-        ]
+        return source_images(self._viewer)
 
     def _models(self, _: Any) -> list[str]:
         """Packaged models, those made here, methods, files opened before, and the way to others."""
@@ -465,10 +461,10 @@ def _image_meant(viewer: Viewer) -> Any:
     layers = [unwrapped(layer) for layer in viewer.layers]
     layer = unwrapped(viewer.layers.selection.active)
     if layer is None:
-        images = [each for each in layers if is_image(each) and METADATA_KEY not in each.metadata]
+        images = source_images(viewer)
         return images[0] if len(images) == 1 else None
-    record = layer.metadata.get(METADATA_KEY)
-    if isinstance(record, dict) and "source_id" in record:
+    record = record_of(layer)
+    if "source_id" in record:
         meant = [each for each in layers if str(each.unique_id) == record["source_id"]]
         return meant[0] if meant else None
     return layer
@@ -493,15 +489,6 @@ def _unusable(size: str) -> str:
 
 def _known_models() -> list[str]:
     return [*weights.PACKAGED, *weights.own_models()]
-
-
-def _timer(parent: Any, callback: Any) -> Any:
-    from qtpy.QtCore import QTimer
-
-    timer = QTimer(parent)
-    timer.setInterval(0)
-    timer.timeout.connect(callback)
-    return timer
 
 
 _MODEL_TIP = (

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from magicgui.widgets import Container, Label, Widget
-from qtpy.QtCore import QEvent, QObject, Qt
+from qtpy.QtCore import QEvent, QObject, Qt, QTimer
 from qtpy.QtWidgets import QComboBox, QSizePolicy
 
 # Of a choice in letters. Layers have long names, and a dock is at least as wide as its widest line.
@@ -47,6 +47,22 @@ class Dock(Container):  # type: ignore[type-arg]
     def column(self) -> Any:
         """Layout of what it holds."""
         return super().native.layout()
+
+
+def row(*widgets: Widget) -> Container[Any]:
+    """Widgets beside each other."""
+    return Container(widgets=list(widgets), layout="horizontal", labels=False, label="")
+
+
+def timer(
+    parent: Any, callback: Callable[[], None], interval_ms: int, *, is_single: bool = False
+) -> QTimer:
+    """A timer, not started, that calls again and again or once for each start."""
+    made = QTimer(parent)
+    made.setSingleShot(is_single)
+    made.setInterval(interval_ms)
+    made.timeout.connect(callback)
+    return made
 
 
 def wrap(label: Label) -> None:

@@ -9,7 +9,6 @@ from magicgui.types import FileDialogMode
 from magicgui.widgets import (
     CheckBox,
     ComboBox,
-    Container,
     FileEdit,
     Label,
     LineEdit,
@@ -28,7 +27,7 @@ from napari_semanticblur._detect import (
     SMALLEST_PX,
     preferred_size,
 )
-from napari_semanticblur._dock import Dock, wrap
+from napari_semanticblur._dock import Dock, row, wrap
 from napari_semanticblur._layers import METADATA_KEY, is_image, unwrapped
 from napari_semanticblur._models import models, recommend
 from napari_semanticblur._outcome import ModelActions, cancelled_text, outcome_text
@@ -119,7 +118,7 @@ class FinetuneWidget(Dock):
                 self.layers, self.store, self.base, self.output, self.budget, self.n_steps,
                 self.seed, self.device, self.size, self.custom_size,
                 self.keep_photographs,
-                _row(self.start_button, self.pause_button, self.cancel_button),
+                row(self.start_button, self.pause_button, self.cancel_button),
                 self.progress, self.status, self.table, self.show_before, self.copy_button,
                 *self.actions.widgets,
             ],
@@ -418,10 +417,6 @@ class FinetuneWidget(Dock):
         models.changed.disconnect(self._models_changed, missing_ok=True)
         if self._tuning is not None:
             self._tuning.close()
-
-
-def _row(*widgets: Any) -> Container:  # type: ignore[type-arg]
-    return Container(widgets=list(widgets), layout="horizontal", labels=False, label="")
 
 
 _LAYERS_TIP = (

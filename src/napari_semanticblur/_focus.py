@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 from magicgui.widgets import (
     CheckBox,
     ComboBox,
-    Container,
     FloatSpinBox,
     Label,
     ProgressBar,
@@ -22,7 +21,7 @@ from magicgui.widgets import (
 )
 
 from napari_semanticblur._checking import CLASSICAL, NETWORK, Checking, Job, Settings, compose
-from napari_semanticblur._dock import Dock, wrap
+from napari_semanticblur._dock import Dock, row, timer, wrap
 from napari_semanticblur._focus_layers import look_at_tile, show_composite, show_heat_map
 from napari_semanticblur._focus_plot import FocusPlot
 from napari_semanticblur._focus_rows import (
@@ -33,13 +32,12 @@ from napari_semanticblur._focus_rows import (
 )
 from napari_semanticblur._focus_table import FocusTable, Row
 from napari_semanticblur._layers import (
-    METADATA_KEY,
     Source,
     coarse_level,
-    is_image,
     plane_index,
     read_source,
     show_plane,
+    source_images,
     unwrapped,
 )
 from napari_semanticblur._models import models
@@ -127,11 +125,11 @@ class FocusWidget(Dock):
             widgets=[
                 self.layer, self.method, self.model, self.planes, self.channels, self.region,
                 self.tile_size_px,
-                _row(self.check_button, self.again_button, self.cancel_button),
+                row(self.check_button, self.again_button, self.cancel_button),
                 self.follow, self.progress, self.status,
                 self.score, self.gate, self.limit, self.show_rows,
-                _row(self.best_button, self.heat_button, self.composite_button),
-                _row(self.csv_button, self.html_button),
+                row(self.best_button, self.heat_button, self.composite_button),
+                row(self.csv_button, self.html_button),
             ]
         )  # fmt: skip
         self.native.setObjectName("semanticblur-focus")
@@ -143,7 +141,7 @@ class FocusWidget(Dock):
         layout.insertWidget(layout.count() - 2, self.table, 1)
         self.plot.plane_chosen.connect(self._plane_chosen)
         self.table.row_chosen.connect(self._row_chosen)
-        self._refresh_timer = _timer(self.native, self._refresh)
+        self._refresh_timer = timer(self.native, self._refresh, _REFRESH_MS, is_single=True)
         self.layer.changed.connect(self._layer_chosen)
         self.method.changed.connect(self._show_what_applies)
         for control in (self.score, self.gate):
@@ -329,12 +327,7 @@ class FocusWidget(Dock):
     # Choices
 
     def _images(self, _: Any) -> list[Image]:
-        """Image layers but for results made here."""
-        return [
-            layer
-            for layer in map(unwrapped, self._viewer.layers)
-            if is_image(layer) and METADATA_KEY not in layer.metadata
-        ]
+        return source_images(self._viewer)
 
     def _regions(self, _: Any) -> list[Any]:
         """Everywhere, content, or where a labels layer is not 0."""
@@ -690,20 +683,6 @@ def _split(index: tuple[int, ...], walked_axes: str, along: str) -> tuple[int, t
     """Place along one axis, and along the others."""
     place = walked_axes.index(along)
     return index[place], (*index[:place], *index[place + 1 :])
-
-
-def _row(*buttons: PushButton) -> Container[Any]:
-    return Container(widgets=list(buttons), layout="horizontal", labels=False, label="")
-
-
-def _timer(parent: Any, callback: Callable[[], None]) -> Any:
-    from qtpy.QtCore import QTimer
-
-    timer = QTimer(parent)
-    timer.setSingleShot(True)
-    timer.setInterval(_REFRESH_MS)
-    timer.timeout.connect(callback)
-    return timer
 
 
 _METHOD_TIP = (

@@ -363,13 +363,27 @@ def labelled_region(
     return region
 
 
+def record_of(layer: Any) -> dict[str, Any]:
+    """What was noted on a layer when it was made here; empty on others."""
+    record = layer.metadata.get(METADATA_KEY)
+    return record if isinstance(record, dict) else {}
+
+
+def source_images(viewer: ViewerModel) -> list[Image]:
+    """Image layers but for results made here."""
+    return [
+        layer
+        for layer in map(unwrapped, viewer.layers)
+        if is_image(layer) and METADATA_KEY not in layer.metadata
+    ]
+
+
 def find_result(viewer: ViewerModel, layer: Image, kind: str) -> Any:
     """The result layer of that kind ("map" or "labels") made from a layer, or None."""
     layer = unwrapped(layer)
     for candidate in map(unwrapped, viewer.layers):
-        record = candidate.metadata.get(METADATA_KEY)
-        if isinstance(record, dict) and record.get("kind") == kind:
-            same = record.get("source_id") == str(layer.unique_id)
-            if same and candidate is not layer:
-                return candidate
+        record = record_of(candidate)
+        same = record.get("source_id") == str(layer.unique_id)
+        if record.get("kind") == kind and same and candidate is not layer:
+            return candidate
     return None

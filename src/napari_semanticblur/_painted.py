@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 from napari_semanticblur._annotation import live_annotation
 from napari_semanticblur._annotation_source import fingerprint, is_free_for, shows
 from napari_semanticblur._colors import BLURRED
-from napari_semanticblur._layers import METADATA_KEY, Source, is_image, read_source, unwrapped
+from napari_semanticblur._layers import (
+    METADATA_KEY,
+    Source,
+    is_image,
+    read_source,
+    record_of,
+    unwrapped,
+)
 from semanticblur_core.data.autosave import JOURNALS
 from semanticblur_core.data.journal import Lock, LockedError
 from semanticblur_core.data.store import AnnotationStore, Item, OtherImageError, is_store
@@ -71,8 +78,7 @@ def annotated_layers(viewer: ViewerModel) -> list[Annotated]:
     for layer in layers:
         if type(layer).__name__ != "Labels":
             continue
-        record = layer.metadata.get(METADATA_KEY)
-        record = record if isinstance(record, dict) else {}
+        record = record_of(layer)
         is_annotation = record.get("role") == "annotation"
         if record and not is_annotation:
             continue

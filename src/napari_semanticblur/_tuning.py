@@ -22,6 +22,7 @@ from napari_semanticblur._layers import (
     coarse_level,
     plane_index,
     read_source,
+    record_of,
     result_placement,
     unwrapped,
 )
@@ -181,9 +182,7 @@ class Tuning:
         name = f"{source.layer.name} blur map (fine-tuning)"
         key = {"kind": "preview", "source_id": str(source.layer.unique_id)}
         for layer in map(unwrapped, self.viewer.layers):
-            record = layer.metadata.get(METADATA_KEY)
-            record = record if isinstance(record, dict) else {}
-            if key.items() <= record.items() and list(layer.data.shape) == shape:
+            if key.items() <= record_of(layer).items() and list(layer.data.shape) == shape:
                 self.preview_layer, layer.name = layer, name
                 for attribute, value in placement.items():
                     setattr(layer, attribute, value)

@@ -148,18 +148,25 @@ def _read_remembered(path: Path) -> dict[str, bool]:
 
 
 def _bfloat16_is_faster() -> bool:
-    seconds = {torch.float32: [0.0] * 5, torch.bfloat16: [0.0] * 5}
+    n_rounds = 20
+    seconds = {torch.float32: [0.0] * n_rounds, torch.bfloat16: [0.0] * n_rounds}
     layers = {dtype: nn.Conv2d(128, 128, 3, padding=1).to(dtype) for dtype in seconds}
     inputs = {
         dtype: torch.ones(1, 128, 40, 40, dtype=dtype).to(memory_format=torch.channels_last)
         for dtype in seconds
     }
-    with torch.inference_mode():
-        for i in range(5):
-            for dtype, layer in layers.items():
-                start = time.perf_counter()
-                layer(inputs[dtype])
-                seconds[dtype][i] = time.perf_counter() - start
+    # In one thread: several wait for each other, on a busy machine for tens of milliseconds.
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            for i in range(n_rounds):
+                for dtype, layer in layers.items():
+                    start = time.perf_counter()
+                    layer(inputs[dtype])
+                    seconds[dtype][i] = time.perf_counter() - start
+    finally:
+        torch.set_num_threads(n_threads)
     return min(seconds[torch.bfloat16]) * 1.2 < min(seconds[torch.float32])
 
 

@@ -25,8 +25,8 @@ ProtocolName = Literal["dbd", "adaptive-1.5", "adaptive-2", "max-image", "max-me
 
 F_BETA_OF: dict[str, str] = {
     "dbd": "mean over images, binary at map > threshold",
-    "adaptive-1.5": "mean over images, binary at map >= 1.5 x its mean",
-    "adaptive-2": "mean over images, binary at map >= 2 x its mean",
+    "adaptive-1.5": "mean over images, binary at the 8-bit map >= 1.5 x its mean",
+    "adaptive-2": "mean over images, binary at the 8-bit map >= 2 x its mean",
     "max-image": "mean over images of each one's maximum over 256 thresholds",
     "max-mean": "maximum over 256 thresholds of the mean over images",
     "max-pr": "maximum over 256 thresholds, of mean precision and mean recall",

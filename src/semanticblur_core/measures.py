@@ -72,10 +72,13 @@ def adaptive_f(
 ) -> float:
     """F at the threshold ``factor`` x the map's mean, at most 1: binary at ``b >= threshold``.
 
+    Of the map in 8 bits, as the field keeps maps: whether a float is 1 or 1e-6 less says nothing.
+
     Achanta et al., Frequency-tuned salient region detection, CVPR 2009 (factor 2);
     doi:10.1109/CVPR.2009.5206596. The blur field uses 1.5 too. 0 for a wholly negative mask.
     """
-    binary = blur >= min(factor * float(blur.mean(dtype=np.float64)), 1.0)
+    levels = np.round(blur.astype(np.float64) * 255) / 255
+    binary = levels >= min(factor * float(levels.mean()), 1.0)
     tp = int(np.count_nonzero(binary & mask))
     precision = tp / max(int(np.count_nonzero(binary)), 1)
     recall = tp / max(int(np.count_nonzero(mask)), 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io as streams
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -288,7 +289,10 @@ def _eval_store(
     own = [path for item in items for path in (item.image, item.labels)]
     refuse_clashes({"--json": json_file}, [data / "dataset.json", *own])
     detector = Detector(model, device=device, precision=precision, flip=flip, backend="torch")
-    scorer = BlurScorer(PROTOCOL)
+    how = f"squashed to 320 x 320, maps brought back {detector.upsampling}"
+    where = f"{detector.precision} on {detector.device}"
+    protocol = replace(PROTOCOL, analysis=f"{PROTOCOL.analysis}; images {how}; {where}")
+    scorer = BlurScorer(protocol)
     for problem in problems:
         click.echo(f"semanticblur-core: {problem}", err=True)
     with progress_bar() as progress:
@@ -311,7 +315,7 @@ def _eval_store(
         raise DataError(f"{data}: {found}")
     scores = scorer.result()
     click.echo(f"model {model}: {scores.n_images} images of {data}")
-    click.echo(f"protocol: {PROTOCOL.describe()}")
+    click.echo(f"protocol: {protocol.describe()}")
     for name, value in (("MAE", scores.mae), ("F-beta", scores.f_beta), ("IoU", scores.iou)):
         click.echo(f"  {name:<28}{value:.4f}")
     if json_file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,4 +199,4 @@ def _print(result: FinetuneResult, protocol: str) -> None:
         click.echo("NOT better than before on these labels, by 0.002 or more; keep the base model")
     elif result.has_forgotten:
         click.echo("photographs were FORGOTTEN in part; use it for images like yours only")
-    click.echo(f"{result.path}: use it as --model={result.model}")
+    click.echo(f"{result.path}: use it as --model={shlex.quote(result.model or str(result.path))}")

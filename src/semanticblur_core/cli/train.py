@@ -308,7 +308,8 @@ def read_data(
         if not all(split):
             raise DataError(
                 f"{data}: {len(split[1])} of {len(labelled)} labelled images are marked val in its "
-                "dataset.json; some must be, and not all"
+                "dataset.json; some must be, and not all: by 'Hold out' in napari, or there by "
+                '{"format_version": 1, "items": {"NAME": {"split": "val"}}}'
             )
         return DecodedPairs.from_labels(split[0]), DecodedPairs.from_labels(split[1])
     assert images is not None

@@ -133,8 +133,8 @@ class AnnotationStore:
         If it is not there, or is not a store.
     """
 
-    def __init__(self, folder: Path, *, create: bool = False) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | Path, *, create: bool = False) -> None:
+        self.folder = folder = Path(folder)
         if create:
             for name in ("images", "labels"):
                 try:
@@ -560,7 +560,7 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*(n for n in shape[:-2] if n != 1), *shape[-2:])
 
 
-def read_store(folder: Path) -> list[LabelledImage]:
+def read_store(folder: str | Path) -> list[LabelledImage]:
     """Every image and plane of a store on which anything is labelled.
 
     Raises

@@ -147,9 +147,9 @@ def pick_backend(
     best = min(speeds.values(), key=total_s)
     if best.backend == "torch" or total_s(best) > WORTHWHILE * ours:
         return "torch", "measured: no other is faster by a tenth for so many images"
-    return best.backend, f"measured: {best.seconds_per_image * 1e3:.0f} ms an image, torch " + (
-        f"{speeds['torch'].seconds_per_image * 1e3:.0f} ms"
-    )
+    ms = {name: f"{speeds[name].seconds_per_image * 1e3:.0f} ms" for name in speeds}
+    reason = f"{best.backend}, measured: {ms[best.backend]} an image, torch {ms['torch']}"
+    return best.backend, reason
 
 
 # Roughly what an export takes.

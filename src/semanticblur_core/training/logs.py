@@ -37,7 +37,7 @@ class RunLog:
             if importlib.util.find_spec("tensorboard") is None:
                 raise TrainingError(
                     "--tensorboard: TensorBoard is not installed; "
-                    "pip install napari-semanticblur[tensorboard]"
+                    "pip install 'napari-semanticblur[tensorboard]'"
                 )
             from torch.utils.tensorboard import SummaryWriter
 

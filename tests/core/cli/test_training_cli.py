@@ -48,7 +48,8 @@ def test_a_store_is_trained_on_scored_and_checked(store: AnnotationStore, tmp_pa
     assert scored.returncode == 0, scored.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["n_images"] == 8
-    assert scores["protocol"]["analysis"] == "labelled pixels only"
+    assert scores["protocol"]["analysis"].startswith("labelled pixels only; images squashed to 320")
+    assert "float32 on cpu" in scores["protocol"]["analysis"]
     held_out = [row["mae"] for row in scores["per_image"] if row["name"] in ("photo0", "photo1")]
     assert float(row["val_mae"]) == pytest.approx(np.mean(held_out), abs=2e-3)
     checked = run("data", "check", str(store.folder))
