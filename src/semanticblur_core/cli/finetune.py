@@ -101,10 +101,12 @@ def command(
     Part of the labels is held out and scored before and after. Exit code 1 if the new model is not
     better there, or forgot photographs; it is written all the same, and never made the default.
     """
+    from semanticblur_core import weights
     from semanticblur_core.cli._options import override
     from semanticblur_core.config import FinetuneConfig
     from semanticblur_core.training.recipes import finetune_budget
 
+    weights.next_version(output)  # refuses what is no name, before anything is read
     config = finetune_budget(budget)
     values = dict(override(text, config) for text in overrides)
     if "seed" in values:
