@@ -106,7 +106,6 @@ def command(
     from semanticblur_core.config import FinetuneConfig
     from semanticblur_core.training.recipes import finetune_budget
 
-    weights.next_version(output)  # refuses what is no name, before anything is read
     config = finetune_budget(budget)
     values = dict(override(text, config) for text in overrides)
     if "seed" in values:
@@ -114,6 +113,7 @@ def command(
     if size != "native" and values.setdefault("image_size_px", size) != size:
         raise click.UsageError("--set=image_size_px: --size says it, but for native windows")
     config = FinetuneConfig.from_dict(config.to_dict() | values | {"seed": seed})
+    weights.next_version(output)  # refuses what is no name, before anything is read
     labelled = read_labelled(data, images, masks, mask_polarity)
 
     from semanticblur_core import io

@@ -160,6 +160,7 @@ def test_flags_that_a_run_would_not_heed_are_refused(
         (("train", data, "--mask-polarity=sharp"), "--mask-polarity: of --images and --masks"),
         (("finetune", data, "--set=seed=5"), "--set=seed: --seed says it"),
         (("finetune", data, "--set=image_size_px=64"), "--set=image_size_px: --size says it, but"),
+        (("finetune", data), "a name is of letters, digits"),
         (
             ("train", f"--images={pair_folders[0]}", f"--masks={store.folder / 'labels'}",
              f"--val-split={tmp_path / 'v.txt'}"),

@@ -294,7 +294,7 @@ def test_the_pick_counts_start_up(
     # The exported file is not there, so that it would have to be made first.
     assert pick_backend(info, 100)[0] == "torch"
     name, why = pick_backend(info, 1000)
-    assert (name, why) == ("openvino", "measured: 50 ms an image, torch 100 ms")
+    assert (name, why) == ("openvino", "openvino, measured: 50 ms an image, torch 100 ms")
     exported_file = choice.exported_file("0" * 64)
     exported_file.parent.mkdir(parents=True)
     exported_file.touch()
