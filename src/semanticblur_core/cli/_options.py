@@ -61,6 +61,13 @@ max_pixels_option = click.option(
     show_default=True,
     help="Larger images are refused instead of filling the memory.",
 )
+level_option = click.option(
+    "--level",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Resolution level of a pyramid, 0 is full.",
+)
 mask_polarity_option = click.option(
     "--mask-polarity",
     type=click.Choice(["blur", "sharp"]),
@@ -210,6 +217,13 @@ class PlanesType(_ParamType):
                 self.fail(f"expected a plane from 0 on or a rising range, got {part!r}", param, ctx)
             slices.append(slice(start, stop))
         return tuple(slices)
+
+
+planes_option = click.option(
+    "--planes",
+    type=PlanesType(),
+    help="Planes of a stack, from 0: 3, 2:5 (without 5) or one of these for each axis, 0,2:5.",
+)
 
 
 class ChannelsType(_ParamType):

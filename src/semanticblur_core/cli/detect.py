@@ -18,7 +18,6 @@ from semanticblur_core.cli._options import (
     ChannelsType,
     ListType,
     PathType,
-    PlanesType,
     RangesType,
     ScalesType,
     ShareType,
@@ -26,8 +25,10 @@ from semanticblur_core.cli._options import (
     backend_option,
     device_option,
     flip_option,
+    level_option,
     max_pixels_option,
     method_option,
+    planes_option,
     precision_option,
     progress_bar,
     refuse_clashes,
@@ -125,11 +126,7 @@ if TYPE_CHECKING:
     "Default: 0,255 for 8-bit images, else the 0.1 and 99.9 percentiles.",
 )
 @click.option("--axes", help="What the axes of a stack are, such as TZYX, if not as the file says.")
-@click.option(
-    "--planes",
-    type=PlanesType(),
-    help="Planes of a stack, from 0: 3, 2:5 (without 5) or one of these for each axis, 0,2:5.",
-)
+@planes_option
 @click.option(
     "--channels",
     type=ChannelsType(),
@@ -137,13 +134,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Channels (axis C): each of its own, mean, or the number of one.",
 )
-@click.option(
-    "--level",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Resolution level of a pyramid, 0 is full.",
-)
+@level_option
 @click.option(
     "--every",
     type=click.IntRange(1),

@@ -40,8 +40,8 @@ def command(model: str, form: str, output: Path, overwrite: bool) -> None:
     from semanticblur_core.errors import SemanticBlurError
     from semanticblur_core.inference import export
 
-    if form == "onnx" and output.suffix.lower() != ".onnx":
-        raise SemanticBlurError(f"{output}: expected a file named .onnx, as --model takes it")
+    if form == "onnx":
+        export.require_onnx_name(output)
     if output.exists() and not (overwrite and form == "onnx"):
         hint = "; --overwrite replaces it" if form == "onnx" else "; name a new folder"
         raise SemanticBlurError(f"{output}: exists already{hint}")

@@ -16,13 +16,14 @@ from semanticblur_core.cli._focus_results import Results, write_composite
 from semanticblur_core.cli._options import (
     ChannelsType,
     PathType,
-    PlanesType,
     RangeType,
     ShareType,
     SizeType,
     device_option,
+    level_option,
     max_pixels_option,
     method_option,
+    planes_option,
     precision_option,
     progress_bar,
     refuse_clashes,
@@ -132,18 +133,8 @@ class _TileType(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--channels", type=ChannelsType(), default="each", show_default=True, help="Of a stack's file."
 )
-@click.option(
-    "--planes",
-    type=PlanesType(),
-    help="Planes of a stack, from 0: 3, 2:5 (without 5) or one of these for each axis, 0,:.",
-)
-@click.option(
-    "--level",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Resolution level of a stack that is a pyramid, 0 is full.",
-)
+@planes_option
+@level_option
 @click.option(
     "--along", default="Z", show_default=True, help="Axis of a stack to find focus along."
 )
@@ -426,7 +417,7 @@ def _detector(
     region: str,
     subject: Any,
     value_range: tuple[float, float] | None,
-    max_pixels: int,
+    **_: Any,
 ) -> tuple[MapMaker, dict[str, Any]]:
     """What finds blur, and how things are measured, for calibrations."""
     refuse_network_flags(method, "model", "device", "precision", "size")

@@ -337,8 +337,7 @@ def synthesise(
         for name in ("alpha", "hidden", "radius_px")
     )
     front_radius = torch.tensor([scene.front_radius_px for scene in drawn], device=device)
-    blades = torch.from_numpy(rng.choice([0, 0, 0, 5, 6, 7, 8], n)).to(device)
-    rotation = torch.from_numpy(rng.uniform(0, math.pi, n)).float().to(device)
+    blades, rotation = _draw_apertures(n, rng, device)
     gamma = GAMMA if sources.kind == "photograph" else 1.0
     linear_back, linear_front = back**gamma, front**gamma
     if gamma != 1:
@@ -403,6 +402,7 @@ def defocus_photographs(
     boost = torch.from_numpy(rng.choice([0.0, 0.0, 1.0, 4.0], n)).float().to(device)
     bright = ((images - 0.85) / 0.15).clamp(0, 1)
     linear = images**GAMMA * (1 + boost[:, None, None, None] * bright)
+    blades, rotation = _draw_apertures(n, rng, device)
     made, share = defocus(
         linear,
         radius,
@@ -410,8 +410,8 @@ def defocus_photographs(
         alpha=alpha,
         hidden=alpha,
         front_radius_px=torch.zeros(n, device=device),
-        n_blades=torch.from_numpy(rng.choice([0, 0, 0, 5, 6, 7, 8], n)).to(device),
-        rotation_rad=torch.from_numpy(rng.uniform(0, math.pi, n)).float().to(device),
+        n_blades=blades,
+        rotation_rad=rotation,
     )
     coc = torch.where(share > 0.5, 0.0, radius)
     low, high = DOUBTFUL_RADIUS_PX
@@ -422,6 +422,14 @@ def defocus_photographs(
     blurred = was_blurred | (coc > BLURRED_RADIUS_PX)
     made = _develop(made, GAMMA, "photograph", rng)
     return made, torch.cat([blurred, labelled], dim=1).float()
+
+
+def _draw_apertures(
+    n: int, rng: np.random.Generator, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Blades, below 3 for a disc, and turn of n apertures."""
+    blades = torch.from_numpy(rng.choice([0, 0, 0, 5, 6, 7, 8], n)).to(device)
+    return blades, torch.from_numpy(rng.uniform(0, math.pi, n)).float().to(device)
 
 
 def _draw_further(size_px: int, rng: np.random.Generator) -> tuple[_Map, _Map]:

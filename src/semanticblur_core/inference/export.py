@@ -96,6 +96,18 @@ def _resize_like(x: Tensor, other: Tensor) -> Tensor:
     return functional.interpolate(x, size=other.shape[2:], mode="bilinear")
 
 
+def require_onnx_name(path: Path) -> None:
+    """Refuse a file that could not be used by its name, before the work.
+
+    Raises
+    ------
+    SemanticBlurError
+        If it does not end in .onnx.
+    """
+    if path.suffix.lower() != ".onnx":
+        raise SemanticBlurError(f"{path}: expected a file named .onnx, as --model takes it")
+
+
 def export_onnx(model: str, path: Path) -> float:
     """Write a model as one ONNX file and check it.
 
@@ -126,8 +138,7 @@ def export_onnx(model: str, path: Path) -> float:
     least 64. Output ``blur``: ``(N, 1, H, W)`` float32, 1 = out of focus. The metadata under the
     key ``semanticblur`` names architecture, provenance and the sha256 of the weights.
     """
-    if path.suffix.lower() != ".onnx":
-        raise SemanticBlurError(f"{path}: expected a file named .onnx, as --model takes it")
+    require_onnx_name(path)
     onnx = _require_onnx()
     network, info = weights.load(model)
     form = _ExportForm(network).eval()

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,6 @@ from command_line import run
 
 from semanticblur_core import io
 from semanticblur_core.data.store import AnnotationStore
-
-COMMAND = [sys.executable, "-m", "semanticblur_core"]
 
 
 @pytest.fixture

@@ -22,23 +22,6 @@ from semanticblur_core.inference.planes import ALL, DetectUpdate
 from semanticblur_core.network import SemanticBlur
 
 
-@pytest.fixture(scope="module")
-def detector() -> Detector:
-    torch.manual_seed(1)
-    return Detector(SemanticBlur(ModelConfig(backbone="resnet34")), device="cpu")
-
-
-@pytest.fixture
-def folder(tmp_path: Path, rng: np.random.Generator) -> Path:
-    root = tmp_path / "in"
-    for name in ("a.png", "b.jpg", "b.png", "sub/a.png"):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
-    (root / "notes.txt").write_text("no image")
-    return root
-
-
 def test_formats_agree_and_have_the_size_of_the_image(folder: Path, detector: Detector) -> None:
     out = folder.parent / "out"
     options = DetectOptions(out, size=64, formats=("png", "tif", "npy"), overlay=True)
