@@ -12,7 +12,8 @@ from scipy import stats
 
 from semanticblur_core import Detector, io
 from semanticblur_core.focus.classical import as_grey
-from semanticblur_core.focus.scores import in_focus_fraction, tenengrad_map, tile_means
+from semanticblur_core.focus.scores import in_focus_fraction, tile_means
+from semanticblur_core.focus.sharpness import tenengrad_map
 from semanticblur_core.focus.stack import (
     StackFocus,
     all_in_focus,

@@ -21,7 +21,8 @@ from napari_semanticblur._colors import FAILED_COLOR, PASSED_COLOR
 from napari_semanticblur._layers import find_result
 from semanticblur_core import weights
 from semanticblur_core.focus import calibration
-from semanticblur_core.focus.scores import HIGHER_IS_SHARPER, tenengrad_map, tile_means
+from semanticblur_core.focus.scores import HIGHER_IS_SHARPER, tile_means
+from semanticblur_core.focus.sharpness import tenengrad_map
 
 PEAK = 5
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from semanticblur_core.cli._options import progress_bar, say
+from semanticblur_core.cli._stop import Stop
 
 if TYPE_CHECKING:
     from semanticblur_core.cli._focus_inputs import StackInput
     from semanticblur_core.focus.check import FocusOptions, ImageFocus, Source
+    from semanticblur_core.focus.earlier import EarlierRun
     from semanticblur_core.inference.batch import MapMaker
 
 _WORST_PRINTED = 20
+_SAVED_EVERY_S = 30
 
 
 class Results:
@@ -31,37 +36,105 @@ class Results:
         opened: StackInput | None,
         sort: str | None,
         keep_best: int | None,
+        tile_size: tuple[float, str] | None,
     ) -> None:
+        from semanticblur_core import __version__
+
         self._detector, self._protocol, self._options = detector, protocol, options
         self._opened, self._sort, self._keep_best = opened, sort, keep_best
         self._gated = bool(options.gates)
+        self._measured_with: dict[str, Any] = {
+            "software": f"napari-semanticblur {__version__}",
+            "protocol": protocol,
+            "tile_size": list(tile_size) if tile_size else None,
+        }
+        if options.mask_folder is not None:
+            self._measured_with["mask_margin_px"] = options.mask_margin_px
         self.images: list[ImageFocus] = []
+        self._order: dict[tuple[str, str], int] = {}
+        self._n_before = 0
         self._finished = False
 
-    def run(self, sources: list[Source], report: Path | None) -> None:
-        from semanticblur_core.focus.check import focus_report
+    def run(
+        self,
+        sources: list[Source],
+        *,
+        report: Path | None,
+        json_file: Path | None,
+        csv_file: Path | None,
+        resume: bool,
+    ) -> None:
+        """Check all, and write what is wanted; what was done also where it is stopped."""
+        for source in sources:
+            self._order.setdefault((source.name, str(source.path)), len(self._order))
+        try:
+            self._measure(sources, report, json_file, resume=resume)
+        finally:
+            self._write(json_file, csv_file)
+
+    def _measure(
+        self, sources: list[Source], report: Path | None, json_file: Path | None, *, resume: bool
+    ) -> None:
+        from semanticblur_core import io
         from semanticblur_core.focus.report import HtmlReport
 
+        parts = io.left_behind(report) if report else []
+        earlier = None
+        if resume and json_file:
+            # Also of reports that a killed run left: they hold the pictures that it made.
+            earlier = self._earlier(json_file, [*parts, report] if report else None)
+        saved_at = time.monotonic()
         with ExitStack() as resources:
             progress = resources.enter_context(progress_bar())
             html = resources.enter_context(HtmlReport(report)) if report else None
             task = progress.add_task("Checking focus", total=len(sources))
+            stop = Stop()
+            resources.enter_context(stop.heeded())
+            coming = resources.enter_context(closing(self._images(sources, earlier)))
             try:
-                for update in focus_report(sources, self._detector, self._options):
-                    image = update.image
+                for image in stop.each(coming):
                     if html is not None:
                         html.add(image)
                     # A report of many images holds their pictures; memory does not.
                     self.images.append(replace(image, thumbnail=None, overlay=None))
                     if self._opened and image.plane is not None:
                         self._opened.collected.add(image.plane)
-                    progress.update(task, completed=update.n_done)
+                    progress.advance(task)
                     if image.error is not None:
                         say(progress, f"semanticblur-core: {image.error}", err=True)
+                    if json_file and time.monotonic() - saved_at > _SAVED_EVERY_S:
+                        self._write(json_file, None)  # whatever happens, this much is kept
+                        saved_at = time.monotonic()
                 self._finished = True
             finally:
                 if html is not None:
                     html.summary = self._summary()
+        for part in parts:
+            io.remove_if_stale(part)
+
+    def _earlier(self, json_file: Path, reports: list[Path] | None) -> EarlierRun:
+        from semanticblur_core.focus.earlier import EarlierRun
+
+        return EarlierRun(
+            json_file, self._measured_with, reports=reports, mask_folder=self._options.mask_folder
+        )
+
+    def _images(
+        self, sources: list[Source], earlier: EarlierRun | None
+    ) -> Generator[ImageFocus, None, None]:
+        """Those taken over, then those measured, each in the order of the sources."""
+        from semanticblur_core.focus.check import focus_report, judge
+
+        known = [s for s in sources if earlier is not None and earlier.holds(s)]
+        if earlier is not None and known:
+            # First, so that a run that is stopped has lost none of them.
+            for source in known:
+                yield judge(earlier.image(source), self._options.gates)
+            self._n_before = len(known)
+            left = set(known)
+            sources = [source for source in sources if source not in left]
+        with closing(focus_report(sources, self._detector, self._options)) as measured:
+            yield from (update.image for update in measured)
 
     @property
     def n_failed(self) -> int:
@@ -73,7 +146,7 @@ class Results:
         """Whether all that the gates are for keep them."""
         return self._finished and all(image.passed for image in self._judged())
 
-    def write(self, json_file: Path | None, csv_file: Path | None) -> None:
+    def _write(self, json_file: Path | None, csv_file: Path | None) -> None:
         from semanticblur_core.focus.report import to_row, write_csv, write_json
 
         if not (self._finished or self.images):
@@ -86,11 +159,8 @@ class Results:
         if csv_file:
             write_csv(csv_file, rows)
         if json_file:
-            from semanticblur_core import __version__
-
             document = {
-                "software": f"napari-semanticblur {__version__}",
-                "protocol": self._protocol,
+                **self._measured_with,
                 "gates": [gate.describe() for gate in self._options.gates],
                 "passed": self.passed and not self.n_failed,
                 "interrupted": not self._finished,
@@ -124,6 +194,8 @@ class Results:
         n_read = len(self.images) - self.n_failed
         text = f"{n_read} {'plane' if self._opened else 'image'}{'s' * (n_read != 1)}"
         text += f", {self.n_failed} unreadable"
+        if self._n_before:
+            text += f", {self._n_before} measured before"
         if self._gated:
             judged = self._judged()
             kind = "best planes" if self._opened else "images"
@@ -133,7 +205,9 @@ class Results:
     def _ordered(self) -> list[ImageFocus]:
         from semanticblur_core.focus.report import ranked
 
-        return ranked(self.images, self._sort, best_first=True) if self._sort else self.images
+        if self._sort:
+            return ranked(self.images, self._sort, best_first=True)
+        return sorted(self.images, key=lambda image: self._order[image.name, image.source])
 
     def _worst(self) -> list[ImageFocus]:
         from semanticblur_core.focus.report import ranked

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import signal
-from collections.abc import Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +33,7 @@ from semanticblur_core.cli._options import (
     refuse_network_flags,
     say,
 )
+from semanticblur_core.cli._stop import Stop
 from semanticblur_core.config import MAX_SIZE_PX
 
 if TYPE_CHECKING:
@@ -297,7 +296,7 @@ def command(
     if method != "network" or alone:
         detector = make()
     with ExitStack() as resources:
-        stop = _Stop()
+        stop = Stop()
         resources.enter_context(stop.heeded())
         progress = resources.enter_context(progress_bar())
         table = None
@@ -404,46 +403,6 @@ def _unless_of_another(result: FileResult, claims: Owners) -> FileResult:
         return result
     error = f"{found[0]} is the result of {found[1]}; detect it into another output folder"
     return replace(result, error=f"{result.source}: {error}", skipped=False, outputs=[])
-
-
-class _Stop:
-    """Ctrl+C, and what ends a batch job or a container (SIGTERM): both stop in order.
-
-    While a result is told of, they wait, so that no report lacks it.
-    """
-
-    def __init__(self) -> None:
-        self._is_busy = self.is_asked_for = False
-
-    def __call__(self, *_: object) -> None:
-        if not self._is_busy:
-            raise KeyboardInterrupt
-        self.is_asked_for = True
-
-    @contextmanager
-    def heeded(self) -> Iterator[None]:
-        names = [signal.SIGTERM]
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not what runs under `&`
-            names.append(signal.SIGINT)
-        before = {name: signal.signal(name, self) for name in names}
-        try:
-            yield
-        finally:
-            for name, handler in before.items():
-                signal.signal(name, handler)
-
-    def each(self, coming: Generator[FileResult]) -> Iterator[FileResult]:
-        """The results, and when it is asked to stop, those that are there already."""
-        with suppress(StopIteration):
-            while True:
-                self._is_busy = False
-                if self.is_asked_for:
-                    self.is_asked_for = False
-                    result = coming.throw(KeyboardInterrupt)
-                else:
-                    result = next(coming)
-                self._is_busy = True
-                yield result
 
 
 def _write_json(

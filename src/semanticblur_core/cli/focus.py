@@ -151,6 +151,12 @@ class _TileType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--report", type=_file, help="Write an HTML page that works offline.")
 @click.option("--csv", "csv_file", type=_file, help="Write a line an image.")
 @click.option("--json", "json_file", type=_file, help="Write everything that was measured.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Take over from --json what an earlier run measured of files that have not changed; "
+    "gates are applied anew.",
+)
 @click.option("--min-in-focus", type=_share, help="Gate: in-focus fraction at least, 0..1.")
 @click.option("--max-mean-blur", type=_share, help="Gate: mean blur at most, 0..1.")
 @click.option("--min-largest", type=_share, help="Gate: largest part in focus at least, 0..1.")
@@ -274,6 +280,7 @@ def _check(
     report: Path | None,
     csv_file: Path | None,
     json_file: Path | None,
+    resume: bool,
     calibration: str | None,
     sort: str | None,
     keep_best: int | None,
@@ -290,10 +297,14 @@ def _check(
             "goes with --stack",
             *("axes", "channels", "planes", "level", "along", "measure", "composite", "depth"),
         )
-    elif mask_output or keep_best:
-        raise click.UsageError("--mask-output and --keep-best go without --stack")
+    elif mask_output or keep_best or resume:
+        raise click.UsageError("--mask-output, --keep-best and --resume go without --stack")
     elif len(inputs) > 1:
         raise click.UsageError("--stack takes one --input")
+    if resume and not json_file:
+        raise click.UsageError("--resume goes with --json, the file that it goes on from")
+    if resume and flags["region"] not in ("image", "content"):
+        raise click.UsageError("--resume goes without masks of --region, which may have changed")
     outputs = {
         "--composite": composite,
         "--depth": depth,
@@ -332,12 +343,8 @@ def _check(
         if calibration:
             gates.append(_calibrated(calibration, protocol))
         options = replace(options, gates=tuple(gates), tile_size_px=_tile_px(tile_size, opened))
-        results = Results(detector, protocol, options, opened, sort, keep_best)
-        try:
-            results.run(sources, report)
-        finally:
-            # Written after an interruption too: they tell what was done.
-            results.write(json_file, csv_file)
+        results = Results(detector, protocol, options, opened, sort, keep_best, tile_size)
+        results.run(sources, report=report, json_file=json_file, csv_file=csv_file, resume=resume)
         results.print()
         if opened and (composite or depth):
             write_composite(opened, channels, along, composite, depth)

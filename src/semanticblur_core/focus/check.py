@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 
 from semanticblur_core import io, stacks
 from semanticblur_core.config import require_choice, require_share
@@ -25,6 +24,7 @@ from semanticblur_core.focus import scores
 from semanticblur_core.focus.calibration import Gate
 from semanticblur_core.focus.classical import as_grey
 from semanticblur_core.focus.stack import TILE_SIZE_PX, PlaneFocus, focus_measure, plane_focus
+from semanticblur_core.machine import count_cores
 
 if TYPE_CHECKING:
     from semanticblur_core.inference.batch import MapMaker
@@ -33,8 +33,7 @@ RegionKind = Literal["image", "content"]
 
 THUMBNAIL_PX = 160
 _MAP_PX = 40
-_N_THREADS = 2
-_AHEAD = 2
+_MAX_THREADS = 6
 # Levels of blur in a thumbnail's overlay; few, for small files.
 _OVERLAY_LEVELS = 8
 _OVERLAY_COLOR = (0xE6, 0x9F, 0x00)
@@ -135,6 +134,8 @@ class ImageFocus:
         JPEG and PNG of the same shape, base64.
     elapsed_s
         Detection and scores, without waiting.
+    stamp
+        Bytes and time of change (ns) of its file, by which it is known again.
     """
 
     name: str
@@ -150,6 +151,7 @@ class ImageFocus:
     thumbnail: str | None = field(default=None, repr=False)
     overlay: str | None = field(default=None, repr=False)
     elapsed_s: float = 0.0
+    stamp: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -203,19 +205,20 @@ def focus_report(
         for one in ([sources] if isinstance(sources, (str, Path)) else sources)
     ]
     # Files are read and scored in threads while the network works on the image between.
-    with ThreadPoolExecutor(_N_THREADS) as pool:
+    n_threads = min(_MAX_THREADS, max(2, count_cores() // 2))
+    with ThreadPoolExecutor(n_threads) as pool:
         read: deque[Future[_Prepared]] = deque()
         scored: deque[Future[ImageFocus]] = deque()
         waiting = iter(listed)
         n_done = 0
         try:
             while n_done < len(listed):
-                while len(read) < _AHEAD and (source := next(waiting, None)) is not None:
+                while len(read) < n_threads and (source := next(waiting, None)) is not None:
                     read.append(pool.submit(_prepare, source, options))
                 if read:
                     prepared = _detect(read.popleft().result(), detector, options)
                     scored.append(pool.submit(_score, prepared, options))
-                if len(scored) >= _AHEAD or not read:
+                if len(scored) >= n_threads or not read:
                     n_done += 1
                     yield FocusUpdate(scored.popleft().result(), n_done, len(listed))
         finally:
@@ -280,11 +283,35 @@ def colmap_mask(
     """
     if margin_px < 0:
         raise ImageError(f"mask margin: expected at least 0 px, got {margin_px}")
-    keep = blur <= threshold
-    if margin_px and not keep.all():
-        keep = ndimage.distance_transform_edt(keep) > margin_px
-    mask = np.where(keep, np.uint8(255), np.uint8(0))
+    ignored = blur > threshold
+    if margin_px and ignored.any():
+        ignored = _widened(ignored, margin_px)
+    mask = np.where(ignored, np.uint8(0), np.uint8(255))
     return io.to_stored_orientation(mask, orientation)
+
+
+def _widened(area: NDArray[np.bool_], margin_px: int) -> NDArray[np.bool_]:
+    """With all that is no further than this from it; some rows at a time, in the cache."""
+    height, width = area.shape
+    columns = np.arange(width, dtype=np.int32)
+    nowhere = width + margin_px
+    wide = np.zeros_like(area)
+    n_rows = max(64, 2 * margin_px)
+    for top in range(0, height, n_rows):
+        out = wide[top : top + n_rows]
+        first, end = max(0, top - margin_px), min(height, top + len(out) + margin_px)
+        inside = area[first:end]
+        before = np.maximum.accumulate(np.where(inside, columns, -nowhere), axis=1)
+        after = np.where(inside, columns, width + nowhere)[:, ::-1]
+        after = np.minimum.accumulate(after, axis=1)[:, ::-1]
+        distance = np.minimum(columns - before, after - columns)  # along each row
+        for down in range(-margin_px, margin_px + 1):
+            low, high = max(first, top + down), min(end, top + len(out) + down)
+            reach = math.isqrt(margin_px**2 - down**2)
+            if low < high:
+                rows = np.s_[low - down - top : high - down - top]
+                out[rows] |= distance[low - first : high - first] <= reach
+    return wide
 
 
 @dataclass(frozen=True)
@@ -297,12 +324,14 @@ class _Prepared:
     blur: NDArray[np.float32] | None = None
     error: str | None = None
     elapsed_s: float = 0.0
+    stamp: tuple[int, int] | None = None
 
 
 def _prepare(source: Source, options: FocusOptions) -> _Prepared:
     def work() -> _Prepared:
         if source.read is None and stacks.is_stack(source.path):
             raise ImageError(f"{source.path}: a stack; --stack checks its planes")
+        stamp = file_stamp(source.path) if source.read is None else None
         read = source.read or (lambda: io.read_image(source.path, max_pixels=options.max_pixels))
         image = io.to_unit_range(
             io.without_alpha(read()), limits=options.value_range, name=source.name
@@ -314,7 +343,7 @@ def _prepare(source: Source, options: FocusOptions) -> _Prepared:
             raise ImageError(
                 f"{source.name}: region of {region.shape} for an image of {image.shape[:2]}"
             )
-        return _Prepared(source, image, region)
+        return _Prepared(source, image, region, stamp=stamp)
 
     return _guarded(work, _Prepared(source))
 
@@ -374,8 +403,18 @@ def _score(prepared: _Prepared, options: FocusOptions) -> ImageFocus:
         thumbnail=thumbnail,
         overlay=overlay,
         elapsed_s=prepared.elapsed_s + time.perf_counter() - start,
+        stamp=prepared.stamp,
     )
     return judge(scored, options.gates)
+
+
+def file_stamp(path: Path) -> tuple[int, int] | None:
+    """Bytes and time of change (ns) of a file; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def judge(image: ImageFocus, gates: Sequence[Gate]) -> ImageFocus:

@@ -104,6 +104,8 @@ def to_row(image: ImageFocus) -> dict[str, Any]:
         "width": image.width,
         "elapsed_s": round(image.elapsed_s, 4),
     }
+    if image.stamp is not None:
+        row["file_bytes"], row["modified_ns"] = image.stamp
     if image.plane is not None:
         row["plane_score"] = _number(image.plane.score)
     if image.tiles is not None:

@@ -17,6 +17,13 @@ from numpy.typing import NDArray
 from scipy import fft, ndimage
 
 from semanticblur_core.errors import ImageError
+from semanticblur_core.focus.sharpness import (
+    blur_effect,
+    normalised_variance,
+    spectrum_slope,
+    tenengrad,
+    variance_of_laplacian,
+)
 
 Bools = NDArray[np.bool_]
 Subject = Literal["centre", "saliency"]
@@ -344,90 +351,6 @@ def tile_size_in_px(tile_size_um: float, pixel_size_um: float | None) -> int:
             f"{pixel_size_um:g} um"
         )
     return max(1, round(tile_size_um / pixel_size_um))
-
-
-def variance_of_laplacian(grey: NDArray[np.float32]) -> float:
-    """Variance of the 4-neighbour Laplacian; 255^2 times it is what 8-bit code prints.
-
-    References
-    ----------
-    Pech-Pacheco et al., ICPR 2000, doi:10.1109/ICPR.2000.903548.
-    """
-    return float(ndimage.laplace(grey, mode="nearest").var(dtype=np.float64))
-
-
-def tenengrad_map(grey: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Squared magnitude of the Sobel gradient, per pixel of distance: ``(H, W)`` float32."""
-    squares = np.zeros(grey.shape, np.float32)
-    for axis in (0, 1):
-        gradient = ndimage.sobel(grey, axis, mode="nearest")
-        gradient *= np.float32(1 / 8)
-        squares += gradient**2
-    return squares
-
-
-def tenengrad(grey: NDArray[np.float32]) -> float:
-    """Mean squared magnitude of the Sobel gradient.
-
-    References
-    ----------
-    Krotkov, International Journal of Computer Vision 1 (1988), doi:10.1007/BF00127822.
-    """
-    return float(tenengrad_map(grey).mean(dtype=np.float64))
-
-
-def normalised_variance(grey: NDArray[np.float32]) -> float:
-    """Variance over mean; 0 of a black image.
-
-    References
-    ----------
-    Groen, Young and Ligthart, Cytometry 6 (1985), doi:10.1002/cyto.990060202.
-    """
-    mean = float(grey.mean(dtype=np.float64))
-    return float(grey.var(dtype=np.float64)) / mean if mean > 0 else 0.0
-
-
-def spectrum_slope(grey: NDArray[np.float32]) -> float:
-    """Slope of log power against log frequency, radially averaged; about -2 where sharp.
-
-    Blur makes it more negative. Frequencies from 2 cycles a side to half the sampling rate, by
-    least squares over rings of equal weight; NaN of images below 8 px or of one intensity.
-
-    References
-    ----------
-    Field and Brady, Vision Research 37 (1997), doi:10.1016/S0042-6989(97)00181-8; as a focus score
-    Bray et al., Journal of Biomolecular Screening 17 (2012), doi:10.1177/1087057111420292.
-    """
-    height, width = grey.shape
-    side = min(height, width)
-    if side < 8:
-        return math.nan
-    taper = np.outer(np.hanning(height), np.hanning(width)).astype(np.float32)
-    power = np.abs(fft.rfft2((grey - grey.mean()) * taper)) ** 2
-    frequency = np.hypot(fft.fftfreq(height)[:, None], fft.rfftfreq(width)[None]) * side
-    ring = np.rint(frequency).astype(np.intp).ravel()
-    counts = np.bincount(ring)
-    mean = np.bincount(ring, weights=power.ravel().astype(np.float64)) / np.maximum(counts, 1)
-    radii = np.arange(2, side // 2 + 1)
-    if not (mean[radii] > 0).all():
-        return math.nan
-    # Equal weight for equal steps of log frequency.
-    x, y, weight = np.log(radii), np.log(mean[radii]), 1 / np.sqrt(radii)
-    return float(np.polyfit(x, y, 1, w=weight)[0])
-
-
-def blur_effect(grey: NDArray[np.float32]) -> float:
-    """Perceptual blur of scikit-image, 0 sharp to 1 blurred; NaN of images too small for it.
-
-    References
-    ----------
-    Crete et al., Proc. SPIE 6492 (2007), doi:10.1117/12.702790.
-    """
-    from skimage.measure import blur_effect as measured
-
-    if min(grey.shape) < 3 or float(grey.max()) <= float(grey.min()):
-        return math.nan
-    return float(measured(grey))
 
 
 def _require_same_shape(*arrays: NDArray[Any] | None) -> None:

@@ -22,7 +22,8 @@ from scipy import ndimage, stats
 from semanticblur_core import io
 from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.focus.classical import as_grey
-from semanticblur_core.focus.scores import tenengrad_map, tile_means
+from semanticblur_core.focus.scores import tile_means
+from semanticblur_core.focus.sharpness import tenengrad_map
 from semanticblur_core.inference.planes import (
     RANGE_PLANES,
     RANGE_SAMPLES_PER_PLANE,

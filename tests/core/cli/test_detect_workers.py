@@ -20,6 +20,7 @@ from PIL import Image
 
 from semanticblur_core import device
 from semanticblur_core.cli import detect as detect_module
+from semanticblur_core.cli._stop import Stop
 from semanticblur_core.cli.detect import command
 from semanticblur_core.errors import ConfigError
 from semanticblur_core.inference import batch
@@ -235,7 +236,7 @@ def test_asked_to_stop_while_a_result_is_told_of_it_waits_for_those_that_are_the
             yield FileResult("finished by then")
             raise
 
-    stop, told = detect_module._Stop(), []
+    stop, told = Stop(), []
 
     def tell() -> None:
         for result in stop.each(coming()):

@@ -18,6 +18,7 @@ from command_line import run as run_command
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from semanticblur_core.cli import _focus_results
 from semanticblur_core.cli.focus import command
 from semanticblur_core.data.focal_stack import focal_stack
 from semanticblur_core.focus import check
@@ -412,3 +413,125 @@ def test_masks_and_maps_are_not_measured_beside_their_photographs(
     named = run(f"--input={folder / 'sharp_blur.png'}", *made[:1], cwd=tmp_path)
     assert named.returncode == 0
     assert "sharp_blur.png" in named.stdout
+
+
+def test_resume_measures_what_is_new_or_changed_and_judges_all_anew(
+    tmp_path: Path, folder: Path
+) -> None:
+    made = ("--method=lbp", "--json=r.json", "--csv=r.csv", "--report=r.html", "--mask-output=m")
+    (folder / "bad.png").write_bytes(b"")
+    done = run(f"--input={folder}", *made, cwd=tmp_path)
+    assert done.returncode == 2
+    before = images_of(tmp_path / "r.json")
+    pictures = pictures_of(tmp_path / "r.html")
+
+    Image.open(folder / "soft.png").save(folder / "bad.png")  # now it can be read
+    resumed = (f"--input={folder}", *made, "--resume")
+    done = run(*resumed, "--min-in-focus=0.5", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "3 images, 0 unreadable, 2 measured before; 1 of 3 images passed" in done.stdout
+    after = images_of(tmp_path / "r.json")
+    assert list(after) == ["bad.png", "sharp.png", "soft.png"]
+    assert after["sharp.png"] == before["sharp.png"]
+    assert after["soft.png"]["failed_gates"]
+    assert pictures_of(tmp_path / "r.html").items() > pictures.items()
+    with (tmp_path / "r.csv").open(newline="") as stream:
+        assert [row["name"] for row in csv.DictReader(stream)] == list(after)
+
+    Image.open(folder / "soft.png").save(folder / "sharp.png")  # another picture
+    (tmp_path / "m" / "bad.png.png").unlink()
+    done = run(*resumed, cwd=tmp_path)
+    assert "3 images, 0 unreadable, 1 measured before" in done.stdout
+    now = images_of(tmp_path / "r.json")
+    assert now["sharp.png"]["in_focus_fraction"] == now["soft.png"]["in_focus_fraction"]
+    (tmp_path / "r.html").unlink()
+    done = run(*resumed, cwd=tmp_path)  # without pictures no page can be made of them
+    assert "measured before" not in done.stdout
+    assert len(pictures_of(tmp_path / "r.html")) == 3
+
+
+def test_a_run_that_was_stopped_is_resumed(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = (f"--input={folder}", "--method=lbp", "--json=r.json", "--report=r.html")
+    whole = check.focus_report
+
+    def stopped(*arguments: Any) -> Iterator[Any]:
+        yield from islice(whole(*arguments), 1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "focus_report", stopped)
+    assert run(*made, cwd=tmp_path).returncode == 130
+    monkeypatch.undo()
+    done = run(*made, "--resume", cwd=tmp_path)
+    assert "2 images, 0 unreadable, 1 measured before" in done.stdout
+    document = json.loads((tmp_path / "r.json").read_text())
+    assert (len(document["images"]), document["interrupted"]) == (2, False)
+
+
+def test_a_killed_run_leaves_what_it_had_saved(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_focus_results, "_SAVED_EVERY_S", -1)
+    made = (f"--input={folder}", "--method=lbp", "--json=r.json", "--report=r.html")
+    whole, seen = check.focus_report, []
+
+    def looked_at(*arguments: Any) -> Iterator[Any]:
+        for update in whole(*arguments):
+            yield update
+            seen.append(json.loads((tmp_path / "r.json").read_text()))
+            part = next(tmp_path.glob(".r.html.*.part"))  # as a killed run leaves it
+            (tmp_path / "left").write_bytes(part.read_bytes())
+
+    monkeypatch.setattr(check, "focus_report", looked_at)
+    assert run(*made, cwd=tmp_path).returncode == 0
+    monkeypatch.undo()
+    assert [len(document["images"]) for document in seen] == [1, 2]
+    assert all(document["interrupted"] for document in seen)
+
+    (tmp_path / "r.json").write_text(json.dumps(seen[0]))
+    (tmp_path / "r.html").unlink()
+    (tmp_path / "left").rename(tmp_path / ".r.html.0123abcd.part")
+    done = run(*made, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 images, 0 unreadable, 1 measured before" in done.stdout
+    assert not list(tmp_path.glob(".r.html.*"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--threshold=0.4"], "measured with threshold 0.5, and this run has 0.4"),
+        (["--tile-size=16"], "measured with tile_size None, and this run has [16.0, 'px']"),
+        (["--region=content"], "measured with region image, and this run has content"),
+    ],
+)
+def test_resume_refuses_other_settings(
+    changed: list[str], said: str, tmp_path: Path, folder: Path
+) -> None:
+    made = (f"--input={folder}", "--method=lbp", "--json=r.json")
+    assert run(*made, cwd=tmp_path).returncode == 0
+    before = (tmp_path / "r.json").read_bytes()
+    done = run(*made, *changed, "--resume", cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert (tmp_path / "r.json").read_bytes() == before
+
+
+def test_resume_refuses_what_it_cannot_go_on_from(tmp_path: Path, folder: Path) -> None:
+    done = run(f"--input={folder}", "--method=lbp", "--resume", cwd=tmp_path)
+    assert "--resume goes with --json" in done.stderr
+    (tmp_path / "r.json").write_text('{"images": []}')
+    done = run(f"--input={folder}", "--method=lbp", "--json=r.json", "--resume", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "r.json: no result of focus to go on from" in done.stderr
+    assert (tmp_path / "r.json").read_text() == '{"images": []}'
+
+
+def images_of(path: Path) -> dict[str, dict[str, Any]]:
+    return {image["name"]: image for image in json.loads(path.read_text())["images"]}
+
+
+def pictures_of(path: Path) -> dict[str, str]:
+    rows = path.read_text().partition('type="application/json">')[2].partition("</script>")[0]
+    return {row["name"]: row["thumbnail"] for row in json.loads(rows) if row["thumbnail"]}

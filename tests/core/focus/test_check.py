@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from semanticblur_core import DetectOptions, FocusOptions, focus_report
 from semanticblur_core.errors import ConfigError, ImageError
@@ -180,6 +181,17 @@ def test_masks_keep_a_margin() -> None:
     assert (colmap_mask(np.zeros((4, 4), np.float32), margin_px=3) == 255).all()
     with pytest.raises(ImageError, match="at least 0 px, got -1"):
         colmap_mask(blur, margin_px=-1)
+
+
+@pytest.mark.parametrize("margin_px", [1, 5, 40])
+@pytest.mark.parametrize("shape", [(1, 70), (63, 20), (150, 90)])
+def test_margins_are_as_wide_as_the_distance_says(
+    shape: tuple[int, int], margin_px: int, rng: np.random.Generator
+) -> None:
+    blur = (rng.random(shape) > 0.99).astype(np.float32)
+    blur[0, 0] = 1
+    near = ndimage.distance_transform_edt(blur == 0) <= margin_px
+    assert ((colmap_mask(blur, margin_px=margin_px) == 0) == near).all()
 
 
 def test_masks_lie_as_the_file_is_stored(tmp_path: Path) -> None:
