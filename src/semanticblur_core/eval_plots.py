@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,18 @@ from semanticblur_core.errors import SemanticBlurError
 from semanticblur_core.evaluation import Evaluation
 
 _N_EXAMPLES = 3
+
+
+def require_matplotlib() -> None:
+    """Refuse to plot where matplotlib is not installed.
+
+    Raises
+    ------
+    SemanticBlurError
+        Saying how it is installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise SemanticBlurError('plots need matplotlib: pip install "napari-semanticblur[all]"')
 
 
 def write_plots(
@@ -48,12 +61,9 @@ def write_plots(
     SemanticBlurError
         If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SemanticBlurError(
-            'plots need matplotlib: pip install "napari-semanticblur[all]"'
-        ) from error
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     folder.mkdir(parents=True, exist_ok=True)
     curve = Figure(figsize=(4.5, 4), layout="constrained")
     axes = curve.subplots()

@@ -564,6 +564,9 @@ def _open_zarr(path: Path, level: int) -> tuple[Any, str, dict[str, float]]:
     opened: Any = zarr.open(path, mode="r")
     if isinstance(opened, zarr.Array):
         _refuse_level(path, level)
+        axes, sizes = _described_above(path) or ("", {})
+        if len(axes) == opened.ndim:
+            return opened, axes, sizes
         return opened, _dimension_axes(opened) or _guess_axes(opened.shape), {}
     attributes = _ome_attributes(opened)
     if "bioformats2raw.layout" in attributes and "multiscales" not in attributes and "0" in opened:
@@ -580,15 +583,21 @@ def _open_zarr(path: Path, level: int) -> tuple[Any, str, dict[str, float]]:
     if not 0 <= level < len(datasets):
         raise ImageError(f"{path}: expected a level of 0 to {len(datasets) - 1}, got {level}")
     array = opened[datasets[level]["path"]]
-    described = scales[0].get("axes") or []
+    axes, sizes = _described(scales[0], datasets[level])
+    return array, axes or _guess_axes(array.shape), sizes
+
+
+def _described(image: dict[str, Any], dataset: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """Axes, empty if they are not named, and sizes of one level of an OME-Zarr image."""
+    described = image.get("axes") or []
     names = [axis["name"] if isinstance(axis, dict) else axis for axis in described]
-    axes = "".join(name[0].upper() for name in names) or _guess_axes(array.shape)
+    axes = "".join(name[0].upper() for name in names)
     sizes: dict[str, float] = {}
     # What a file says wrong of its pixels' size spoils no image.
     with suppress(TypeError, ValueError, KeyError, AttributeError):
         # That of all levels comes after that of the level.
         steps = [1.0] * len(axes)
-        for each in (datasets[level], scales[0]):
+        for each in (dataset, image):
             for transform in each.get("coordinateTransformations") or []:
                 if transform["type"] == "scale":
                     steps = [a * float(b) for a, b in zip(steps, transform["scale"], strict=True)]
@@ -597,7 +606,24 @@ def _open_zarr(path: Path, level: int) -> tuple[Any, str, dict[str, float]]:
             factor = _factor(axis.get("unit", ""), known) if isinstance(axis, dict) else None
             if factor is not None and 0 < step * factor < math.inf:
                 sizes[letter] = step * factor
-    return array, axes, sizes
+    return axes, sizes
+
+
+def _described_above(path: Path) -> tuple[str, dict[str, float]] | None:
+    """What the image that an array is a level of says of it, if there is one."""
+    import zarr
+
+    path = path.absolute()
+    for folder in path.parents[:2]:  # levels lie in the image's group or in a group of their own
+        if not is_zarr(folder):
+            return None
+        # A parent that is no group, or one that is damaged, describes nothing.
+        with suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
+            for image in _ome_attributes(zarr.open_group(folder, mode="r"))["multiscales"]:
+                for dataset in image["datasets"]:
+                    if folder / dataset["path"] == path:
+                        return _described(image, dataset)
+    return None
 
 
 def _dimension_axes(array: Any) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -149,7 +150,15 @@ def delete_model(name: str) -> None:
     if not versions:
         raise WeightsError(f"model {name}: there is no such version")
     for path in versions:
+        with suppress(WeightsError):  # damaged, and never exported
+            for exported in exported_files(read_info(path).sha256):
+                exported.unlink()
         path.unlink()
+
+
+def exported_files(sha256: str) -> list[Path]:
+    """Exported forms that are kept of these weights, of any version of this package."""
+    return list((io.user_folder() / "exported").glob(f"{sha256[:32]}-*.onnx"))
 
 
 def _own_files() -> list[Path]:

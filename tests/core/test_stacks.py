@@ -438,7 +438,7 @@ def test_an_image_of_bioformats2raw_is_found_at_the_top_and_by_its_own_folder(
             "datasets": [{"path": "0", "coordinateTransformations": [scale]}],
         }
     ]
-    for place in (path, path / "0"):
+    for place in (path, path / "0", path / "0" / "0"):  # the level's own folder, too
         assert stacks.is_stack(place)
         with stacks.open_stack(place) as stack:
             assert stack.axes == "ZYX"

@@ -83,6 +83,13 @@ def cli() -> None:
     """
 
 
+class _Echo(logging.Handler):
+    """What the library tells of long work, on the error stream."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"semanticblur-core: {record.getMessage()}", err=True)
+
+
 def _is_torch_out_of_memory(error: Exception) -> bool:
     if not isinstance(error, RuntimeError) or "torch" not in sys.modules:
         return False
@@ -102,6 +109,9 @@ def main() -> None:
     # They log what they then raise; one line is enough.
     for library in ("tifffile", "PIL"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    ours = logging.getLogger("semanticblur_core")
+    ours.setLevel(logging.INFO)
+    ours.handlers = [_Echo()]
     try:
         sys.exit(cli.main(prog_name="semanticblur-core", standalone_mode=False))
     except click.ClickException as error:

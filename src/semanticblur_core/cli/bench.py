@@ -161,7 +161,10 @@ def bench_backends(
             f"{values['largest_difference']:.2g}"
         )
     picks = {}
-    if size_px == choice.REMEMBERED_SIZE_PX:
+    scatter = max((speed["scatter"] for speed in alone), default=0.0)
+    if scatter > choice.MOST_SCATTER:
+        click.echo(f"Not remembered: times scattered by {scatter:.0%}; run it on an idle machine")
+    elif size_px == choice.REMEMBERED_SIZE_PX:
         info = weights.read_info(weights.resolve(model))
         for n in (1, 10, 100, 1000, 10000):
             picks[n] = choice.pick_backend(info, n, device=device)[0]

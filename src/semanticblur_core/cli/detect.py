@@ -30,6 +30,7 @@ from semanticblur_core.cli._options import (
     precision_option,
     progress_bar,
     refuse_clashes,
+    refuse_flags,
     refuse_network_flags,
     say,
 )
@@ -209,6 +210,7 @@ def command(
     from semanticblur_core.errors import SemanticBlurError
     from semanticblur_core.inference.backends import is_exported
     from semanticblur_core.inference.batch import detect_files
+    from semanticblur_core.inference.inputs import is_video
     from semanticblur_core.inference.jobs import (
         DetectOptions,
         find_jobs,
@@ -249,7 +251,11 @@ def command(
         max_pixels=max_pixels,
     )
     problems: list[str] = []
-    jobs, left_out = find_jobs(inputs, output, recursive=recursive, on_problem=problems.append)
+    jobs, left_out = find_jobs(
+        inputs, output, recursive=recursive, on_problem=problems.append, options=options
+    )
+    if not any(is_video(job.source) for job in jobs):
+        refuse_flags("of videos, and no input is one", "every")
     reports = {"--table": table_path, "--json": json_path}
     suspects = any(path and is_result_name(path.name) for path in reports.values())
     refuse_clashes(
@@ -341,6 +347,11 @@ def command(
             # Written after an interruption too: it tells what was done.
             if json_path is not None and is_begun:
                 _write_json(json_path, results, detector, options, earlier)
+    if table is not None and table.n_of_other_settings and json_path is None:
+        click.echo(
+            f"{table.n_of_other_settings} of the files done before were made with other settings, "
+            f"which {table_path} keeps beside each"
+        )
     if len(jobs) > 1:
         kept = f", {n_skipped} of them before" if n_skipped else ""
         click.echo(f"{len(jobs) - n_failed} of {len(jobs)} images done{kept} ({detector.reason})")

@@ -157,6 +157,10 @@ def command(
         raise click.UsageError("give --masks")
     if flip and images is None:
         raise click.UsageError("--flip goes with --images")
+    if plots:
+        from semanticblur_core.eval_plots import require_matplotlib
+
+        require_matplotlib()
     is_onnx = model is not None and model.lower().endswith(".onnx")
     if is_onnx and model is not None:
         from semanticblur_core.inference.backends import is_own_export

@@ -469,7 +469,8 @@ def _region(text: str) -> Any:
     def region(source: Source) -> Any:
         as_written = folder / f"{source.name}.png"  # by --mask-output, as the photograph is stored
         if as_written.is_file():
-            turned = 1 if source.read is not None else io.read_orientation(source.path)
+            is_file = source.path.name == Path(source.name).name and source.path.is_file()
+            turned = io.read_orientation(source.path) if is_file else 1
             return io.to_upright(io.read_mask(as_written), turned)
         found = by_stem().get(Path(source.name).stem, [])
         if len(found) != 1:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from semanticblur_core import io, stacks
 from semanticblur_core.errors import ImageError, SemanticBlurError
-from semanticblur_core.inference.inputs import is_sample, load
+from semanticblur_core.inference.inputs import is_sample, is_video, load
 from semanticblur_core.inference.jobs import DetectOptions, Job, is_done, result_paths
 from semanticblur_core.inference.overlay import draw_overlay
 from semanticblur_core.inference.planes import BATCH_PIXELS, Channels, DetectUpdate, Planes
@@ -204,10 +204,6 @@ def _require_one_range(job: Job, options: DetectOptions) -> None:
         )
 
 
-def _is_video(job: Job) -> bool:
-    return Path(job.source).suffix.lower() in io.VIDEO_SUFFIXES
-
-
 def _is_photograph(job: Job, options: DetectOptions) -> bool:
     """Whether it is neither a video nor a stack nor to be read piece by piece."""
     path = Path(job.source)
@@ -215,7 +211,8 @@ def _is_photograph(job: Job, options: DetectOptions) -> bool:
         return True
     # With such options also a TIFF of one image, which may be a pyramid.
     as_stack = bool(_stack_options(options)) and path.suffix.lower() in stacks.STACK_SUFFIXES
-    return not (_is_video(job) or as_stack or stacks.is_stack(path) or _is_streamed(path, options))
+    is_read_in_parts = as_stack or stacks.is_stack(path) or _is_streamed(path, options)
+    return not (is_video(job.source) or is_read_in_parts)
 
 
 def _stack_options(options: DetectOptions) -> list[str]:
@@ -262,7 +259,7 @@ def _picture_outputs(
 def _finish(begun: _Begun, detector: MapMaker, options: DetectOptions) -> FileResult:
     """Detect what is not detected yet, and write."""
     job, image, blur = begun.job, begun.image, begun.blur
-    if image is None and _is_video(job):
+    if image is None and is_video(job.source):
         from semanticblur_core.inference.video import detect_video
 
         _require_one_range(job, options)
@@ -461,7 +458,7 @@ def job_outputs(job: Job, options: DetectOptions) -> list[Path]:
     ImageError
         If it can have none of the formats.
     """
-    if _is_video(job):
+    if is_video(job.source):
         from semanticblur_core.inference.video import FORMATS
 
         return list(result_paths(job, options, "csv", FORMATS).values())

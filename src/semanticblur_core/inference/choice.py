@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import statistics
@@ -24,8 +25,12 @@ from semanticblur_core.errors import SemanticBlurError
 from semanticblur_core.inference.backends import BACKENDS, BackendName, installed
 from semanticblur_core.machine import processor_name
 
+_log = logging.getLogger(__name__)
+
 # Speeds are remembered for squares of this size only; other sizes count by their area.
 REMEMBERED_SIZE_PX = 320
+# Beyond it other work slowed some rounds down, and perhaps not each back end's alike.
+MOST_SCATTER = 0.3
 # Below this gain another back end is not worth a second code path.
 WORTHWHILE = 0.9
 _Records = dict[str, dict[str, dict[str, Any]]]
@@ -37,13 +42,17 @@ _TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class BackendSpeed:
-    """Seconds from the start of a process to its first map, and for each further one."""
+    """Seconds from the start of a process to its first map, and for each further one.
+
+    ``scatter`` is the middle half of the latter's range, as a share of their median.
+    """
 
     backend: BackendName
     startup_s: float
     seconds_per_image: float
     precision: str
     device: str
+    scatter: float = 0.0
 
 
 def measure_backends(
@@ -55,7 +64,8 @@ def measure_backends(
 ) -> Iterator[BackendSpeed | SemanticBlurError]:
     """Time each back end that is installed; remember the results if the size is 320 px.
 
-    They count for this machine, the model's architecture and the device that was asked for.
+    They count for this machine, the model's architecture and the device that was asked for. Times
+    that scatter by more than `MOST_SCATTER`, as beside other work, are not remembered.
 
     Parameters
     ----------
@@ -82,7 +92,7 @@ def measure_backends(
         if isinstance(found, BackendSpeed):
             speeds.append(found)
         yield found
-    if size_px != REMEMBERED_SIZE_PX:
+    if size_px != REMEMBERED_SIZE_PX or any(speed.scatter > MOST_SCATTER for speed in speeds):
         return
     config = weights.read_info(weights.resolve(model)).architecture
     asked = {device}
@@ -173,6 +183,7 @@ def ensure_exported(model: str) -> Path:
     if not path.is_file():
         from semanticblur_core.inference.export import export_onnx
 
+        _log.info("%s: its exported form is made, once; about %.0f s", model, _EXPORT_S)
         export_onnx(model, path)
     return path
 
@@ -219,9 +230,11 @@ def _measure_here(backend: str, model: str, device: str, size_px: int, n_rounds:
         start = time.perf_counter()
         detector.detect(image, size=size_px)
         seconds.append(time.perf_counter() - start)
+    low, median, high = statistics.quantiles(seconds[2:], n=4)
     values = {
         "first_map_at": first_map_at,
-        "seconds_per_image": statistics.median(seconds[2:]),
+        "seconds_per_image": median,
+        "scatter": (high - low) / median,
         "precision": detector.precision,
         "device": detector.device,
     }

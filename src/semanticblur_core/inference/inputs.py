@@ -24,6 +24,11 @@ def is_sample(source: str) -> bool:
     return source.startswith(_SAMPLE_PREFIX)
 
 
+def is_video(source: str) -> bool:
+    """Whether a source is a video, by its name."""
+    return Path(source).suffix.lower() in io.VIDEO_SUFFIXES
+
+
 def load(source: str, *, max_pixels: int = io.MAX_PIXELS) -> NDArray[Any]:
     """Image of a path, of at most so many pixels, or ``sample:NAME``.
 
@@ -89,7 +94,7 @@ def expand_input(
         images = [p for p in _entries(path, recursive, on_error) if _is_image(p, arrays)]
         if not images:
             where = "" if recursive else "; --recursive looks into its subfolders"
-            video = next((p for p in path.iterdir() if p.suffix.lower() in io.VIDEO_SUFFIXES), None)
+            video = next((p for p in path.iterdir() if is_video(p.name)), None)
             if video is not None and arrays:
                 where = f"; videos are taken by name or by a glob, '{path}/*{video.suffix}'"
             raise ImageError(f"{text}: no images in this folder{where}")

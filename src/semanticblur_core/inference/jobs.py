@@ -92,6 +92,7 @@ def find_jobs(
     *,
     recursive: bool = False,
     on_problem: Callable[[str], None] | None = None,
+    options: DetectOptions | None = None,
 ) -> tuple[list[Job], list[str]]:
     """Images named by paths, globs, folders and ``sample:NAME``, in order, each once.
 
@@ -102,14 +103,15 @@ def find_jobs(
     on_problem
         Called with a line for each input that names nothing and each folder that cannot be read,
         where there are others; without it the first of them is raised.
+    options
+        Formats that will be written; without them any might be.
 
     Returns
     -------
     tuple
         The jobs, and the files that a folder or a glob named but that lie in the output folder
         under the name of a result: those are taken for results of an earlier run and left out. A
-        job that would write the file of one before it, or could in some format write that of an
-        input, is refused.
+        job that would write the file of one before it, or might write that of an input, is refused.
 
     Raises
     ------
@@ -145,7 +147,7 @@ def find_jobs(
         stem = _stem(relative)
         shared = stems[stem] > 1 or is_raw(relative)
         jobs.append(Job(source, str(relative) if shared else stem))
-    return list(_without_clashes(jobs, output)), left_out
+    return list(_without_clashes(jobs, output, options)), left_out
 
 
 def _placer() -> Callable[[str], str]:
@@ -159,7 +161,9 @@ def _placer() -> Callable[[str], str]:
     return place
 
 
-def _without_clashes(jobs: Sequence[Job], output: Path) -> Iterator[Job]:
+def _without_clashes(
+    jobs: Sequence[Job], output: Path, options: DetectOptions | None
+) -> Iterator[Job]:
     """The jobs, those refused that would write the file of another or the place of an input."""
     named_as_results = {
         os.path.realpath(job.source): job.source
@@ -168,7 +172,8 @@ def _without_clashes(jobs: Sequence[Job], output: Path) -> Iterator[Job]:
     }
     # By the name first: there may be a million outputs, and each look at the disk takes its time.
     names = {Path(path).name for path in named_as_results}
-    everything = DetectOptions(output, formats=_RESULT_FORMATS, overlay=True)
+    if options is None:
+        options = DetectOptions(output, formats=_RESULT_FORMATS, overlay=True)
     writers: dict[str, Job] = {}
     for job in jobs:
         first = writers.setdefault(job.output_stem, job)
@@ -180,7 +185,7 @@ def _without_clashes(jobs: Sequence[Job], output: Path) -> Iterator[Job]:
                     "detect it into another output folder",
                 )
             continue
-        for path in possible_outputs(job, everything) if names else ():
+        for path in possible_outputs(job, options) if names else ():
             taken = named_as_results.get(os.path.realpath(path)) if path.name in names else None
             if taken is not None:
                 refusal = f"its result would take the place of {taken}, an input; detect it into "

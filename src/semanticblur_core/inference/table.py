@@ -44,6 +44,8 @@ class SummaryTable:
     ----------
     claims
         Of the rows of earlier runs.
+    n_of_other_settings
+        Files that are skipped and were measured with other settings before.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class SummaryTable:
         self._earlier = earlier
         self._settings = settings
         self.claims = owners(earlier)
+        self.n_of_other_settings = 0
 
     def add(self, result: FileResult) -> None:
         """Add the row of a file; what is known of a skipped one from before is kept."""
@@ -66,6 +69,11 @@ class SummaryTable:
         if before is not None and still_holds(before, result):
             told = "error" if result.error is not None else "outputs"
             row = before | {name: row[name] for name in ("input", "status", told)}
+            told_before = {name: row[name] for name in self._settings}
+            self.n_of_other_settings += result.skipped and any(
+                value not in (None, "") and str(value) != str(self._settings[name])
+                for name, value in told_before.items()
+            )
         self._writer.add(row)
         if self._earlier and not result.skipped:  # what was another's results is this one's now
             for output in result.outputs:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from semanticblur_core import io, stacks
 from semanticblur_core.inference.choice import REMEMBERED_SIZE_PX
-from semanticblur_core.inference.inputs import is_sample, load
+from semanticblur_core.inference.inputs import is_sample, is_video, load
 from semanticblur_core.inference.jobs import DetectOptions, Job
 from semanticblur_core.inference.planes import Planes
 from semanticblur_core.inference.tiling import TileGrid
@@ -50,7 +50,7 @@ def _planes_of_file(job: Job, options: DetectOptions) -> tuple[int, tuple[int, i
     if is_sample(job.source):
         height, width = load(job.source).shape[:2]
         return 1, (height, width)
-    if path.suffix.lower() in io.VIDEO_SUFFIXES:
+    if is_video(job.source):
         from semanticblur_core.inference.video import count_frames
 
         n_frames, shape = count_frames(path)

@@ -380,6 +380,7 @@ def test_what_cannot_be_done_is_said_before_the_work(tmp_path: Path) -> None:
         (("--workers=2", "--scheduler=tcp://127.0.0.1:1"), "--scheduler has workers of its own"),
         (("--table=t.xlsx",), "t.xlsx: expected a table named .csv or .parquet"),
         (("--json=file/below/j.json",), "j.json: cannot be written: Not a directory"),
+        (("--every=2",), "--every: of videos, and no input is one"),
     ):
         done = detect(*sample, *flags, cwd=tmp_path)
         assert done.returncode == 2
@@ -387,21 +388,25 @@ def test_what_cannot_be_done_is_said_before_the_work(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
+_DETECT = ["detect", "--input=sample:cat", "--output=out"]
+
+
 @pytest.mark.parametrize(
-    ("module", "flags", "message"),
+    ("module", "command", "flags", "message"),
     [
-        ("distributed", ["--workers=2"], "pip install 'napari-semanticblur[cluster]'"),
-        ("pyarrow", ["--table=t.parquet"], "Parquet needs pyarrow"),
-        ("av", ["--input=clip.mp4"], "pip install 'napari-semanticblur[video]'"),
+        ("distributed", _DETECT, ["--workers=2"], "pip install 'napari-semanticblur[cluster]'"),
+        ("pyarrow", _DETECT, ["--table=t.parquet"], "Parquet needs pyarrow"),
+        ("av", _DETECT, ["--input=clip.mp4"], "pip install 'napari-semanticblur[video]'"),
+        ("matplotlib", ["eval", "--maps=.", "--masks=."], ["--plots=p"], "plots need matplotlib"),
     ],
 )
 def test_a_missing_extra_is_one_line(
-    tmp_path: Path, module: str, flags: list[str], message: str
+    tmp_path: Path, module: str, command: list[str], flags: list[str], message: str
 ) -> None:
     code = (
         f"import sys; sys.modules[{module!r}] = None; from semanticblur_core.cli import main;main()"
     )
-    sample = ["detect", "--input=sample:cat", "--output=out", *flags]
+    sample = [*command, *flags]
     done = subprocess.run(
         [sys.executable, "-c", code, *sample],
         capture_output=True,

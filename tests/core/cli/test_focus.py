@@ -239,6 +239,12 @@ def test_masks_that_it_wrote_are_regions(tmp_path: Path, folder: Path, orientati
     assert done.returncode == 0, done.stderr
     [image] = json.loads((tmp_path / "r.json").read_text())["images"]
     assert image["in_focus_fraction"] == 1
+    (tmp_path / "in" / "sub" / "half.png").rename(tmp_path / "in" / "half.png")
+    (tmp_path / "m" / "sub" / "half.png.png").rename(tmp_path / "m" / "half.png.png")
+    done = run("--input=in", *asked[2:], "--region=m", "--stack", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    [image] = json.loads((tmp_path / "r.json").read_text())["images"]
+    assert image["in_focus_fraction"] == 1
     done = run(*asked, "--region=nowhere", cwd=tmp_path)
     assert (done.returncode, "nowhere: no such folder" in done.stderr) == (2, True)
 

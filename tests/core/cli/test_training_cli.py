@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from command_line import run
 
-from semanticblur_core import io
+from semanticblur_core import io, weights
 from semanticblur_core.data.store import AnnotationStore
 
 
@@ -100,7 +100,12 @@ def test_models_of_ones_own_are_listed_renamed_and_deleted(
     assert "mine@1: " in run("models", "list", home=tmp_path).stdout
     assert run("models", "rename", "mine", "ours", home=tmp_path).returncode == 0
     assert run("models", "verify", "ours", home=tmp_path).returncode == 0
+    sha256 = weights.read_info(random_weights).sha256
+    (tmp_path / "exported").mkdir()
+    for digest in (sha256, "0" * 64):
+        (tmp_path / "exported" / f"{digest[:32]}-2.onnx").touch()
     assert run("models", "delete", "ours", home=tmp_path).returncode == 0
+    assert [path.name[0] for path in (tmp_path / "exported").iterdir()] == ["0"]
     gone = run("models", "verify", "ours", home=tmp_path)
     assert gone.returncode == 2
     assert "model ours: neither a model (default) nor a file" in gone.stderr

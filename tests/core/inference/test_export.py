@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -311,6 +312,7 @@ def test_speeds_are_measured_and_remembered(
     monkeypatch.setattr(choice, "BACKENDS", ("torch", "onnxruntime"))
     monkeypatch.setattr(choice, "ensure_exported", lambda model: exported)
     monkeypatch.setattr(choice, "REMEMBERED_SIZE_PX", 64)
+    monkeypatch.setattr(choice, "MOST_SCATTER", math.inf)
     home = choice.exported_file(weights.read_info(random_weights).sha256)
     home.parent.mkdir(parents=True, exist_ok=True)
     home.write_bytes(exported.read_bytes())
@@ -330,6 +332,23 @@ def test_speeds_are_measured_and_remembered(
         assert many.backend == fastest
     choice._record_file().unlink()
     assert choice.remembered(ModelConfig(), "cpu") == {}
+
+
+def test_speeds_that_scatter_are_not_remembered(
+    random_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scatter = 0.5
+
+    def measure(backend: BackendName, *_: object) -> BackendSpeed:
+        return BackendSpeed(backend, 1.0, 0.1, "float32", "cpu", scatter)
+
+    monkeypatch.setattr(choice, "_measure_apart", measure)
+    assert list(choice.measure_backends(str(random_weights)))
+    assert choice.remembered(ModelConfig()) == {}
+    scatter = 0.1
+    list(choice.measure_backends(str(random_weights)))
+    assert choice.remembered(ModelConfig()) != {}
+    choice._record_file().unlink()
 
 
 def test_speeds_of_another_size_architecture_or_device_do_not_count(

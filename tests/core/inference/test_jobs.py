@@ -128,6 +128,14 @@ def test_no_result_takes_the_place_of_an_input(folder: Path, detector: Detector)
     assert (folder / "a_blur_blur.png").is_file()
 
 
+def test_formats_that_are_not_wanted_take_no_place(folder: Path) -> None:
+    inputs = [f"{folder}/a.png", f"{folder}/a_blur.png"]
+    (folder / "b.jpg").rename(folder / "a_blur.png")
+    for formats, is_refused in ((("tif", "npy"), False), (("npy", "png"), True), (None, True)):
+        jobs, _ = find_jobs(inputs, folder, options=DetectOptions(folder, formats=formats))
+        assert (jobs[0].refusal is not None) == is_refused
+
+
 @pytest.mark.skipif(os.name == "nt", reason="links need rights there")
 def test_links_are_followed_but_not_in_circles(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()

@@ -73,6 +73,7 @@ def test_each_row_says_what_it_was_measured_with(path: Path) -> None:
         with summary_table(path, resume=True, settings=settings) as table:
             for one in results:
                 table.add(one)
+        assert table.n_of_other_settings == (threshold == 0.25)
     if path.suffix == ".csv":
         with path.open(newline="") as stream:
             rows: list[dict[str, Any]] = list(csv.DictReader(stream))
