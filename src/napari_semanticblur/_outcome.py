@@ -12,7 +12,7 @@ from magicgui.widgets import ComboBox, Container, PushButton
 from napari_semanticblur._dialogs import ask, ask_file, ask_text
 from napari_semanticblur._models import exists, models, recommend
 from napari_semanticblur._settings import preferences, set_default_model
-from semanticblur_core import io, weights
+from semanticblur_core import disk, weights
 from semanticblur_core.errors import SemanticBlurError
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class ModelActions:
         target = self.ask_file(Path.home() / f"{name}.safetensors")
         if target is None:
             return
-        with io.replacing(target, durable=True) as temporary:
+        with disk.replacing(target, durable=True) as temporary:
             shutil.copyfile(source, temporary)
         self._say(f"{name} was copied to {target}.")
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from semanticblur_core import io
+from semanticblur_core import disk
 from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.machine import processor_name
 
@@ -128,14 +128,14 @@ def bfloat16_pays(device_type: str) -> bool:
         return False
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    path = io.user_folder() / "precision.json"
+    path = disk.user_folder() / "precision.json"
     key = f"{processor_name()}, {os.cpu_count()} cores, torch {torch.__version__}"
     known = _read_remembered(path)
     if key not in known:
         pays = _bfloat16_is_faster()
         known = {key: pays} | _read_remembered(path)  # of two processes the first one counts
         with suppress(ImageError):  # a folder that cannot be written: measured again next time
-            io.write_text(path, json.dumps(known, indent=1) + "\n")
+            disk.write_text(path, json.dumps(known, indent=1) + "\n")
     return known[key]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from semanticblur_core import io
+from semanticblur_core import disk, io
 from semanticblur_core.data.datasets import Pair
 from semanticblur_core.errors import SemanticBlurError
 from semanticblur_core.evaluation import Evaluation
@@ -93,6 +93,6 @@ def write_plots(
         places[0].set_title(f"{kind}: {score.name}, MAE {score.mae:.3f}", fontsize=7)
     written = [folder / "pr_curve.png", folder / "examples.png"]
     for figure, path in zip((curve, examples), written, strict=True):
-        with io.replacing(path) as part:
+        with disk.replacing(path) as part:
             figure.savefig(part, dpi=110, format="png")
     return written

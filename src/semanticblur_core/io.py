@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import math
-import os
-import secrets
-import shutil
 import struct
-import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from semanticblur_core import camera, disk
 from semanticblur_core.errors import DataError, ImageError
 
 TIFF_SUFFIXES = (".tif", ".tiff")
@@ -33,23 +28,8 @@ VIDEO_SUFFIXES = (
     *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv"),
 )
 IMAGE_SUFFIXES = (*PILLOW_SUFFIXES, *TIFF_SUFFIXES)
-RAW_SUFFIXES = (
-    *(
-        ".arw",
-        ".cr2",
-        ".cr3",
-        ".dng",
-        ".nef",
-        ".nrw",
-        ".orf",
-        ".pef",
-        ".raf",
-        ".raw",
-        ".rw2",
-        ".srw",
-    ),
-    *(".heic", ".heif"),
-)
+# Read with the extra `camera`.
+CAMERA_SUFFIXES = (*camera.RAW_SUFFIXES, *camera.HEIC_SUFFIXES)
 MAX_PIXELS = 1_000_000_000
 # What others' maps may be off 0..1 by: the last bits of a sum or a sigmoid in float32.
 _ROUNDING = 1e-6
@@ -63,7 +43,8 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any
     ----------
     path
         JPEG, PNG, WebP, AVIF, BMP, PNM, GIF, TGA, JPEG 2000 or TIFF; of what is animated the first
-        frame.
+        frame. Camera raw (see `semanticblur_core.camera.read_raw`) and HEIC with the extra
+        ``camera``.
     max_pixels
         Rows times columns (times planes) above which the file is refused unread.
 
@@ -77,15 +58,14 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any
     Raises
     ------
     ImageError
-        If the file is missing, empty, damaged, of a format that is not read, or not one 2D image.
+        If the file is missing, empty, damaged, of a format that is not read (or not without a
+        library that is not installed), or not one 2D image.
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    require_file(path)
-    if suffix in RAW_SUFFIXES:
-        raise ImageError(
-            f"{path}: camera raw and HEIC files are not read; export it as TIFF or JPEG first"
-        )
+    disk.require_file(path)
+    if suffix in camera.RAW_SUFFIXES:
+        return camera.read_raw(path, max_pixels)
     read = _read_tiff if suffix in TIFF_SUFFIXES else _read_pillow
     array = read(path, max_pixels)
     if array.ndim == 3 and array.shape[2] in (2, 4):
@@ -116,7 +96,7 @@ def read_shape(path: Path) -> tuple[int, int]:
             with _open_pillow(path) as opened:
                 return opened.height, opened.width
     except Exception as error:  # Pillow raises many kinds
-        raise unreadable(path, error) from error
+        raise disk.unreadable(path, error) from error
 
 
 def read_orientation(path: Path) -> int:
@@ -127,6 +107,8 @@ def read_orientation(path: Path) -> int:
     ImageError
         If the file cannot be read.
     """
+    if path.suffix.lower() in camera.RAW_SUFFIXES:
+        return 1  # the picture in it is given upright, whatever way that is stored
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -139,7 +121,7 @@ def read_orientation(path: Path) -> int:
                     code = opened.getexif().get(ExifTags.Base.Orientation, 1)
         return int(code) if code in range(1, 9) else 1
     except Exception as error:  # tifffile and Pillow raise many kinds
-        raise unreadable(path, error) from error
+        raise disk.unreadable(path, error) from error
 
 
 def to_stored_orientation(array: NDArray[Any], orientation: int) -> NDArray[Any]:
@@ -323,7 +305,7 @@ def as_rgb(array: NDArray[Any]) -> NDArray[Any]:
 
 def write_png(path: Path, array: NDArray[np.uint8]) -> None:
     """Write ``(H, W)`` or ``(H, W, 3)`` uint8."""
-    with replacing(path) as temporary:
+    with disk.replacing(path) as temporary:
         Image.fromarray(array).save(temporary, format="PNG", compress_level=3)
 
 
@@ -331,7 +313,7 @@ def write_tiff(path: Path, array: NDArray[np.float32]) -> None:
     """Write a ``(H, W)`` float32 map, deflate-compressed."""
     import tifffile
 
-    with replacing(path) as temporary:
+    with disk.replacing(path) as temporary:
         tifffile.imwrite(temporary, array, compression="zlib", photometric="minisblack")
 
 
@@ -358,7 +340,7 @@ def write_image(
     import tifffile
 
     metadata = ome_metadata("YX" if array.ndim == 2 else "YXS", pixel_size_um or {})
-    with replacing(path) as temporary:
+    with disk.replacing(path) as temporary:
         tifffile.imwrite(
             temporary,
             array,
@@ -385,186 +367,11 @@ def ome_metadata(
 
 def write_npy(path: Path, array: NDArray[np.float32]) -> None:
     """Write a numpy file."""
-    with replacing(path) as temporary, temporary.open("wb") as stream:
+    with disk.replacing(path) as temporary, temporary.open("wb") as stream:
         # Not np.save: on a full disk it does not say that it is full.
         header = {"descr": "<f4", "fortran_order": False, "shape": array.shape}
         np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[no-untyped-call]
         stream.write(np.ascontiguousarray(array, dtype="<f4").data)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text."""
-    with replacing(path) as temporary:
-        # Names of files that are not UTF-8 keep their bytes.
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-
-
-def require_writable(path: Path) -> None:
-    """Refuse a file that cannot be written, before the work; what is there is not touched.
-
-    Raises
-    ------
-    ImageError
-        With the system's reason.
-    """
-    if _is_special(path):
-        return
-    temporary = temporary_name(_target(path))
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        temporary.unlink()
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def user_folder() -> Path:
-    """Folder of what the user makes here; it need not exist.
-
-    ``SEMANTICBLUR_HOME``, or else the platform's folder for a user's data.
-    """
-    home = os.environ.get("SEMANTICBLUR_HOME")
-    if home:
-        return Path(home)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
-    else:
-        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    return base / "semanticblur"
-
-
-def temporary_name(path: Path, kind: str = "part") -> Path:
-    """A hidden name beside ``path`` that no other writer takes.
-
-    Random, since the number of a process does not tell apart those of several machines.
-    """
-    return path.with_name(f".{shortened(path.name)}.{secrets.token_hex(4)}.{kind}")
-
-
-def shortened(name: str) -> str:
-    """So much of a name that more fits behind it: file systems take 255 bytes."""
-    return os.fsdecode(os.fsencode(name)[:220]) if len(os.fsencode(name)) > 220 else name
-
-
-@contextmanager
-def held(temporary: Path) -> Iterator[None]:
-    """Lock a temporary file or folder, made if it is not there, for as long as it is written.
-
-    The lock goes with its process, however that ends. Without effect where the system or the disk
-    has no such locks.
-    """
-    if not temporary.is_dir():
-        temporary.touch()
-    descriptor = _lock(temporary)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def remove_if_stale(temporary: Path) -> None:
-    """Delete a temporary file or folder, unless a process may still be writing it."""
-    if os.name == "nt":  # without such locks, but a file that is open cannot be deleted
-        with suppress(OSError):
-            temporary.unlink()
-        return
-    descriptor = _lock(temporary)
-    if descriptor is None:
-        return
-    try:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock; None where another has it or it cannot be had."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    try:
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def left_behind(path: Path) -> list[Path]:
-    """Temporary files beside ``path`` of writers that were killed."""
-    pattern = f".{glob.escape(shortened(path.name))}.{'[0-9a-f]' * 8}.part"
-    return sorted(path.parent.glob(pattern))
-
-
-@contextmanager
-def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """A temporary name beside ``path`` that takes its place when the block succeeds.
-
-    Parameters
-    ----------
-    path
-        File to write or replace; of a link, the file that it leads to. A pipe or a device is
-        written to when the block has succeeded.
-    durable
-        Wait until the content is on the disk before it takes its place, so that not even a power
-        cut leaves an empty file.
-
-    Raises
-    ------
-    ImageError
-        If the file cannot be written, with the system's reason.
-    """
-    if _is_special(path):
-        with tempfile.TemporaryDirectory() as folder:
-            temporary = Path(folder, path.name)
-            yield temporary
-            try:
-                with temporary.open("rb") as source, path.open("wb") as special:
-                    shutil.copyfileobj(source, special)
-            except OSError as error:
-                reason = error.strerror or error
-                raise ImageError(f"{path}: cannot be written: {reason}") from error
-        return
-    target = _target(path)
-    temporary = temporary_name(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with held(temporary):
-            yield temporary
-        if durable:
-            with temporary.open("rb") as stream:
-                os.fsync(stream.fileno())
-        temporary.replace(target)
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def _target(path: Path) -> Path:
-    """The file that is to be replaced: not the link that leads to it."""
-    return Path(os.path.realpath(path)) if path.is_symlink() else path
-
-
-def _is_special(path: Path) -> bool:
-    """Whether it is a pipe or a device, such as /dev/stdout, that no file can take the place of."""
-    with suppress(OSError):
-        # /dev/stdout may lead to a file, which the shell holds open under its own name.
-        is_device = path.absolute().parent in (Path("/dev"), Path("/dev/fd"))
-        return path.exists() and (is_device or not (path.is_file() or path.is_dir()))
-    return False
 
 
 def _read_pillow(path: Path, max_pixels: int) -> NDArray[Any]:
@@ -572,20 +379,17 @@ def _read_pillow(path: Path, max_pixels: int) -> NDArray[Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with _open_pillow(path) as opened:
-                refuse_bomb(path, opened.width * opened.height, max_pixels)
+                disk.refuse_bomb(path, opened.width * opened.height, max_pixels)
                 _refuse_lying_jpeg(path, opened)
                 return _pillow_array(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
         if path.suffix.lower() in VIDEO_SUFFIXES:
             raise ImageError(f"{path}: a video, not an image; `detect` reads its frames") from None
-        with path.open("rb") as stream:
-            is_heic = stream.read(12)[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1")
-        hint = "; it is HEIC whatever its name says, export it as JPEG" if is_heic else ""
-        raise ImageError(f"{path}: not an image that can be read{hint}") from None
+        raise ImageError(f"{path}: not an image that can be read") from None
     except ImageError:
         raise
     except Exception as error:  # its decoders raise many kinds
-        raise unreadable(path, error) from error
+        raise disk.unreadable(path, error) from error
 
 
 def _open_pillow(path: Path) -> Image.Image:
@@ -593,6 +397,11 @@ def _open_pillow(path: Path) -> Image.Image:
     with _pillow_limit:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
+            return Image.open(path)
+        except UnidentifiedImageError:
+            if not camera.is_heic(path):  # whatever its name says
+                raise
+            camera.learn_heic(path)
             return Image.open(path)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
@@ -625,7 +434,7 @@ def _read_tiff(path: Path, max_pixels: int) -> NDArray[Any]:
             axes = series.axes
             samples = series.shape[axes.index("S")] if "S" in axes else 1
             _refuse_channels(path, page, axes, samples)
-            refuse_bomb(path, math.prod(series.shape) // max(samples, 1), max_pixels)
+            disk.refuse_bomb(path, math.prod(series.shape) // max(samples, 1), max_pixels)
             array: NDArray[Any] = series.asarray()
             tag = page.tags.get("Orientation")
             orientation = int(tag.value) if tag is not None else 1
@@ -633,7 +442,7 @@ def _read_tiff(path: Path, max_pixels: int) -> NDArray[Any]:
     except ImageError:
         raise
     except Exception as error:  # tifffile and its codecs raise many kinds
-        raise unreadable(path, error) from error
+        raise disk.unreadable(path, error) from error
     if axes.startswith("S") and array.ndim == 3:
         array = np.moveaxis(array, 0, -1)
     lengths = array.shape[: max(0, array.ndim - (3 if axes.endswith("S") else 2))]
@@ -658,40 +467,6 @@ def _refuse_channels(path: Path, page: Any, axes: str, samples: int) -> None:
             f"{path}: holds {samples} channels that are not said to be colours; detect "
             f"--axes={axes.replace('S', 'C')} takes each for an image, or save the wanted one"
         )
-
-
-def expand_home(path: str | Path) -> Path:
-    """With the home folder for a leading ``~``; as it is where there is no such user."""
-    with suppress(RuntimeError):
-        return Path(path).expanduser()
-    return Path(path)
-
-
-def require_file(path: Path) -> None:
-    """Refuse what is no file, or one without a byte.
-
-    Raises
-    ------
-    ImageError
-        If it is so.
-    """
-    if not path.is_file():
-        what = "a link to a file that is not there" if path.is_symlink() else "no such file"
-        raise ImageError(f"{path}: {what}")
-    if path.stat().st_size == 0:
-        raise ImageError(f"{path}: the file is empty (0 bytes)")
-
-
-def unreadable(path: Path, error: Exception) -> ImageError:
-    """What to raise for a library's error about a file: one line that a person understands."""
-    text = getattr(error, "strerror", None) or str(error)
-    reason = text.splitlines()[0] if text else ""
-    if isinstance(error, MemoryError):
-        return ImageError(f"{path}: out of memory")
-    if not isinstance(error, (OSError, ValueError, RuntimeError, SyntaxError)) or not reason:
-        # Of others the text alone, such as the key that lacks, says nothing.
-        reason = ": ".join(part for part in (type(error).__name__, reason) if part)
-    return ImageError(f"{path}: damaged or unreadable: {reason}")
 
 
 @contextmanager
@@ -844,18 +619,3 @@ def to_upright(array: NDArray[Any], orientation: int) -> NDArray[Any]:
     if orientation in (2, 3, 6, 7):
         array = array[:, ::-1]
     return np.ascontiguousarray(array)
-
-
-def refuse_bomb(path: Path, n_pixels: int, max_pixels: int) -> None:
-    """Refuse an image that would fill the memory, by what its header says.
-
-    Raises
-    ------
-    ImageError
-        If it has more pixels than the limit.
-    """
-    if n_pixels > max_pixels:
-        raise ImageError(
-            f"{path}: {n_pixels / 1e6:.4g} million pixels, more than the limit of "
-            f"{max_pixels / 1e6:.4g} million; --max-pixels of detect and focus raises it"
-        )

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from semanticblur_core import io
+from semanticblur_core import disk, io
 from semanticblur_core.errors import ImageError
 
 STACK_SUFFIXES = (*io.TIFF_SUFFIXES, ".npy", ".zarr")
@@ -83,7 +83,7 @@ def open_stack(path: str | Path, *, axes: str | None = None, level: int = 0) -> 
     path = Path(path)
     suffix = path.suffix.lower()
     if not path.is_dir():
-        io.require_file(path)
+        disk.require_file(path)
     with ExitStack() as resources:
         with _explained(path):
             if suffix == ".npy":
@@ -208,7 +208,7 @@ def new_map(path: Path, shape: tuple[int, ...]) -> Iterator[MapFile]:
     ImageError
         If there is no room for it.
     """
-    temporary = io.temporary_name(path, "map.part")
+    temporary = disk.temporary_name(path, "map.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         free, needed = shutil.disk_usage(path.parent).free, math.prod(shape) * 4
@@ -217,7 +217,7 @@ def new_map(path: Path, shape: tuple[int, ...]) -> Iterator[MapFile]:
                 f"{path}: a map of {needed / 2**30:.1f} GiB does not fit on the disk, "
                 f"{free / 2**30:.1f} GiB are free"
             )
-        with io.held(temporary), temporary.open("w+b") as stream:
+        with disk.held(temporary), temporary.open("w+b") as stream:
             yield MapFile(stream, shape)
     except OSError as error:
         raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
@@ -228,7 +228,7 @@ def new_map(path: Path, shape: tuple[int, ...]) -> Iterator[MapFile]:
 def write_npy(path: Path, maps: MapFile) -> None:
     """Write a numpy file."""
     header = {"descr": "<f4", "fortran_order": False, "shape": maps.shape}
-    with io.replacing(path) as temporary, temporary.open("wb") as stream:
+    with disk.replacing(path) as temporary, temporary.open("wb") as stream:
         np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[no-untyped-call]
         maps.copy_to(stream)
 
@@ -251,7 +251,7 @@ def write_tiff(
         pieces = (tile for index in planes for tile in _tiles(maps, index))
     else:
         pieces = (maps.read(index, slice(None)) for index in planes)
-    with io.replacing(path) as temporary:
+    with disk.replacing(path) as temporary:
         tifffile.imwrite(
             temporary,
             pieces,
@@ -278,7 +278,7 @@ def write_zarr(
     """Write an OME-Zarr (NGFF 0.4), each resolution level half the one before."""
     import zarr
 
-    temporary = io.temporary_name(path)
+    temporary = disk.temporary_name(path)
     kinds = {"T": "time", "C": "channel", "Z": "space", "Y": "space", "X": "space"}
     # The standard wants time first, then channels or what else there is, then space.
     ranks = {"T": 0, "Z": 2, "Y": 3, "X": 4}
@@ -300,7 +300,7 @@ def write_zarr(
     resources = ExitStack()
     try:
         group = zarr.open_group(temporary, mode="w", zarr_format=2)
-        resources.enter_context(io.held(temporary))
+        resources.enter_context(disk.held(temporary))
         shape, finer = tuple(maps.shape[i] for i in order), None
         while True:
             chunks = (*(1 for _ in shape[:-2]), *(min(BLOCK_PX, n) for n in shape[-2:]))
@@ -336,7 +336,7 @@ def write_zarr(
 
 def _take_place(temporary: Path, path: Path) -> None:
     """Rename a folder to ``path``; what was there is deleted under another name, never half."""
-    old = io.temporary_name(path)
+    old = disk.temporary_name(path)
     if path.exists():
         path.rename(old)
     try:
@@ -382,7 +382,7 @@ def _explained(path: Path) -> Iterator[None]:
     except ImageError:
         raise
     except Exception as error:  # the libraries raise many kinds
-        raise io.unreadable(path, error) from error
+        raise disk.unreadable(path, error) from error
 
 
 def _guess_axes(shape: tuple[int, ...]) -> str:

@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from semanticblur_core import io
+from semanticblur_core import disk
 from semanticblur_core.config import Method, ModelConfig
 from semanticblur_core.errors import ConfigError, WeightsError
 
@@ -78,7 +78,7 @@ def resolve(name: str) -> Path:
 
 def models_folder() -> Path:
     """Folder of the user's own models; it need not exist."""
-    return io.user_folder() / "models"
+    return disk.user_folder() / "models"
 
 
 def own_models() -> list[str]:
@@ -158,7 +158,7 @@ def delete_model(name: str) -> None:
 
 def exported_files(sha256: str) -> list[Path]:
     """Exported forms that are kept of these weights, of any version of this package."""
-    return list((io.user_folder() / "exported").glob(f"{sha256[:32]}-*.onnx"))
+    return list((disk.user_folder() / "exported").glob(f"{sha256[:32]}-*.onnx"))
 
 
 def _own_files() -> list[Path]:
@@ -318,7 +318,7 @@ def save(
         "licence": licence,
         "sha256": digest(tensors),
     }
-    with io.replacing(path, durable=True) as temporary:
+    with disk.replacing(path, durable=True) as temporary:
         # Not save_file: it makes a file that nobody else may read.
         temporary.write_bytes(serialised(tensors, metadata={METADATA_KEY: json.dumps(metadata)}))
 

@@ -1,7 +1,5 @@
 """Files that people have: kinds, depths, orientations, compressions, and broken ones."""
 
-import os
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from semanticblur_core import io
+from semanticblur_core import disk, io
 from semanticblur_core.errors import DataError, ImageError
 
 
@@ -39,12 +37,6 @@ def test_of_an_animation_the_first_frame_is_read(tmp_path: Path) -> None:
         lossless = {"lossless": True} if name == "a.webp" else {}
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **lossless)
         assert (io.read_image(tmp_path / name) == (10, 0, 0)).all(), name
-
-
-def test_heic_by_another_name_is_told(tmp_path: Path) -> None:
-    (tmp_path / "IMG_1.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40))
-    with pytest.raises(ImageError, match="can be read; it is HEIC whatever its name says"):
-        io.read_image(tmp_path / "IMG_1.jpg")
 
 
 @pytest.mark.parametrize("compression", ["lzw", "zlib", "packbits", "zstd", "jpeg", None])
@@ -147,8 +139,7 @@ def test_nan_and_constant_images_are_defined() -> None:
         ("empty.png", b"", "empty"),
         ("text.jpg", b"not an image at all", "not an image"),
         ("text.tif", b"not an image at all", "damaged or unreadable"),
-        ("raw.nef", b"x" * 100, "camera raw"),
-        ("phone.heic", b"x" * 100, "camera raw and HEIC"),
+        ("phone.heic", b"x" * 100, "not an image"),
     ],
 )
 def test_what_is_no_image_is_refused(
@@ -221,9 +212,9 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, photo: np.ndarray) -> N
         with pytest.raises(ImageError, match=r"more than the limit of 0\.0001 million"):
             io.read_image(tmp_path / name, max_pixels=100)
         assert io.read_image(tmp_path / name, max_pixels=photo.size).shape == photo.shape
-    io.refuse_bomb(tmp_path / "a.png", 1_200_000_000, 1_200_000_000)
+    disk.refuse_bomb(tmp_path / "a.png", 1_200_000_000, 1_200_000_000)
     with pytest.raises(ImageError, match="--max-pixels"):
-        io.refuse_bomb(tmp_path / "a.png", 1_200_000_001, 1_200_000_000)
+        disk.refuse_bomb(tmp_path / "a.png", 1_200_000_001, 1_200_000_000)
 
 
 def test_masks(tmp_path: Path) -> None:
@@ -237,64 +228,10 @@ def test_masks(tmp_path: Path) -> None:
         io.read_mask(tmp_path / "ones.png")
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
-    path = tmp_path / "file.txt"
-    path.write_text("old")
-
-    def write_half() -> None:
-        with io.replacing(path) as temporary:
-            temporary.write_text("new")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        write_half()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_an_unwritable_place_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ImageError, match=r"map\.png: cannot be written: "):
         io.write_png(tmp_path / "file" / "map.png", np.zeros((2, 2), np.uint8))
-
-
-def test_two_writers_of_one_file_do_not_share_a_temporary_one(tmp_path: Path) -> None:
-    """Workers of several machines may have the same number of process."""
-    path = tmp_path / "map.txt"
-    with io.replacing(path) as slow, slow.open("w") as stream:
-        stream.write("who")
-        stream.flush()
-        with io.replacing(path) as fast:
-            fast.write_text("all of it")
-        stream.write("le")
-        stream.flush()
-        assert path.read_text() == "all of it"
-    assert path.read_text() == "whole"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["map.txt"]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="links and pipes as on Unix")
-def test_links_are_followed_and_pipes_stay_pipes(tmp_path: Path) -> None:
-    kept = tmp_path / "folder" / "kept.txt"
-    kept.parent.mkdir()
-    kept.write_text("old")
-    (tmp_path / "link.txt").symlink_to(kept)
-    io.write_text(tmp_path / "link.txt", "new")
-    assert (tmp_path / "link.txt").is_symlink()
-    assert kept.read_text() == "new"
-    assert list(kept.parent.iterdir()) == [kept]
-
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    io.require_writable(pipe)
-    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
-    read: list[str] = []
-    reader.start()
-    io.write_text(pipe, "through")
-    reader.join()
-    assert read == ["through"]
-    assert pipe.is_fifo()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "link.txt", "pipe"]
 
 
 def test_masked_and_very_wide_images_have_no_nan() -> None:

@@ -12,7 +12,7 @@ import pytest
 import tifffile
 import zarr
 
-from semanticblur_core import io, stacks
+from semanticblur_core import disk, io, stacks
 from semanticblur_core.errors import ImageError
 from semanticblur_core.inference.planes import Planes
 
@@ -472,7 +472,7 @@ def test_what_is_being_written_is_not_stale(
 
     def sweep() -> None:
         for path in tmp_path.glob(".*.part"):
-            io.remove_if_stale(path)
+            disk.remove_if_stale(path)
             assert path.exists()
             seen.append(path.name[:6])
 
@@ -486,7 +486,7 @@ def test_what_is_being_written_is_not_stale(
     monkeypatch.setattr(stacks, "COARSEST_SIDE_PX", 30)
     monkeypatch.setattr(stacks, "_halved", watched)
     written(tmp_path / "m.zarr", np.zeros((1, 41, 50), np.float32), "ZYX")
-    with io.replacing(tmp_path / "m.npy") as temporary:
+    with disk.replacing(tmp_path / "m.npy") as temporary:
         temporary.write_bytes(b"half")
         sweep()
     assert set(seen) == {".m.zar", ".m.npy"}
@@ -494,7 +494,7 @@ def test_what_is_being_written_is_not_stale(
     for name in (".m.npy.01234567.part", ".m.zarr.01234567.part", ".m.tif.01234567.map.part"):
         stale = tmp_path / name
         stale.mkdir() if "zarr" in name else stale.touch()
-        io.remove_if_stale(stale)
+        disk.remove_if_stale(stale)
         assert not stale.exists()
 
 

@@ -93,9 +93,9 @@ def open_stack(
     options: FocusOptions,
 ) -> Iterator[StackInput]:
     """The planes of a folder, or of a file of any axes."""
-    from semanticblur_core import io, stacks
+    from semanticblur_core import disk, stacks
 
-    path = io.expand_home(text)
+    path = disk.expand_home(text)
     if path.suffix.lower() in stacks.STACK_SUFFIXES or stacks.is_zarr(path):
         with stacks.open_stack(path, axes=axes, level=level) as opened:
             yield _of_file(path, opened, channels, wanted, along, options)
@@ -147,7 +147,7 @@ def _of_file(
     along: str,
     options: FocusOptions,
 ) -> StackInput:
-    from semanticblur_core import io
+    from semanticblur_core import disk, io
     from semanticblur_core.errors import ImageError
     from semanticblur_core.focus.session import plane_sources, unit_range
     from semanticblur_core.focus.stack import StackFocus
@@ -158,7 +158,7 @@ def _of_file(
         box = planes.box(wanted)
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error
-    io.refuse_bomb(path, math.prod(planes.plane_shape), options.max_pixels)
+    disk.refuse_bomb(path, math.prod(planes.plane_shape), options.max_pixels)
     if not planes.walked_axes:
         is_read_as_image = path.suffix.lower() in io.TIFF_SUFFIXES
         what = "check it without --stack" if is_read_as_image else "save it as tif or png"

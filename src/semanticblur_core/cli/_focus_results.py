@@ -75,10 +75,10 @@ class Results:
     def _measure(
         self, sources: list[Source], report: Path | None, json_file: Path | None, *, resume: bool
     ) -> None:
-        from semanticblur_core import io
+        from semanticblur_core import disk
         from semanticblur_core.focus.report import HtmlReport
 
-        parts = io.left_behind(report) if report else []
+        parts = disk.left_behind(report) if report else []
         earlier = None
         if resume and json_file:
             # Also of reports that a killed run left: they hold the pictures that it made.
@@ -110,7 +110,7 @@ class Results:
                 if html is not None:
                     html.summary = self._summary()
         for part in parts:
-            io.remove_if_stale(part)
+            disk.remove_if_stale(part)
 
     def _earlier(self, json_file: Path, reports: list[Path] | None) -> EarlierRun:
         from semanticblur_core.focus.earlier import EarlierRun

@@ -88,12 +88,12 @@ class PathType(click.Path):
         self.writes = writes
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from semanticblur_core.io import expand_home
+        from semanticblur_core.disk import expand_home
 
         path = expand_home(value)
         super().convert(path, param, ctx)
         if self.writes:
-            from semanticblur_core.io import require_writable
+            from semanticblur_core.disk import require_writable
 
             require_writable(path)
         return path

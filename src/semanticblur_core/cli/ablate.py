@@ -81,7 +81,7 @@ def command(
     if config.synthetic_photographs or config.synthetic_microscopy:
         raise ConfigError(f"recipe {recipe}: the tables are of photographs with masks alone")
 
-    from semanticblur_core import io
+    from semanticblur_core import disk
     from semanticblur_core.cli.train import read_data, read_imagenet
     from semanticblur_core.device import choose_device, keep_freed_memory
     from semanticblur_core.training.ablation import PUBLISHED_ON, ablate
@@ -126,7 +126,7 @@ def command(
         "published_on": PUBLISHED_ON[table],
         "rows": [row.to_dict() for row in rows],
     }
-    io.write_text(output / f"table{table}.json", json.dumps(report, indent=1) + "\n")
+    disk.write_text(output / f"table{table}.json", json.dumps(report, indent=1) + "\n")
 
 
 def _resumed_precision(output: Path, precision: str) -> str:

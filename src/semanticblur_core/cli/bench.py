@@ -65,7 +65,7 @@ def bench_model(
     Images a second, and floating-point operations a second beside those of a large matrix product,
     in practice the most that the processor does.
     """
-    from semanticblur_core import benchmarks, io
+    from semanticblur_core import benchmarks, disk
     from semanticblur_core.device import choose_device, keep_freed_memory
 
     keep_freed_memory()
@@ -98,7 +98,7 @@ def bench_model(
         f"backbone, {counts['channel_attention'] / 1e6:.3f} M channel attention"
     )
     if json_path is not None:
-        io.write_text(json_path, json.dumps(result, indent=1) + "\n")
+        disk.write_text(json_path, json.dumps(result, indent=1) + "\n")
 
 
 @command.command(name="backends")
@@ -122,7 +122,7 @@ def bench_backends(
     torchvision's bare ResNet-50 on the CPU. What is remembered counts for models of the same
     architecture.
     """
-    from semanticblur_core import benchmarks_inference, io, weights
+    from semanticblur_core import benchmarks_inference, disk, weights
     from semanticblur_core.errors import SemanticBlurError
     from semanticblur_core.inference import choice
     from semanticblur_core.inference.backends import is_exported
@@ -174,7 +174,7 @@ def bench_backends(
         click.echo(f"Not remembered: Detector goes by times at {choice.REMEMBERED_SIZE_PX} px")
     if json_path is not None:
         document = {**result, "alone": alone, "picks": picks}
-        io.write_text(json_path, json.dumps(document, indent=1) + "\n")
+        disk.write_text(json_path, json.dumps(document, indent=1) + "\n")
 
 
 @command.command(name="image")
@@ -195,7 +195,7 @@ def bench_image(
     json_path: Path | None,
 ) -> None:
     """Time one large photograph, from its JPEG to the PNG of its map, model loaded."""
-    from semanticblur_core import benchmarks_inference, io
+    from semanticblur_core import benchmarks_inference, disk
     from semanticblur_core.inference.detector import Detector
 
     detector = Detector(model, device=device, backend=backend)
@@ -213,7 +213,7 @@ def bench_image(
     if result["peak_memory_mib"]:
         click.echo(f"  at most {result['peak_memory_mib']:.0f} MiB of memory")
     if json_path is not None:
-        io.write_text(json_path, json.dumps(result, indent=1) + "\n")
+        disk.write_text(json_path, json.dumps(result, indent=1) + "\n")
 
 
 @command.command(name="batch")
@@ -226,7 +226,7 @@ def bench_batch(
     n_images: int, model: str, device: str, backend: str, json_path: Path | None
 ) -> None:
     """Time a folder of one-megapixel JPEGs, files read and maps written."""
-    from semanticblur_core import benchmarks_inference, io
+    from semanticblur_core import benchmarks_inference, disk
     from semanticblur_core.inference.detector import Detector
 
     detector = Detector(model, device=device, backend=backend, n_images=n_images)
@@ -236,7 +236,7 @@ def bench_batch(
         f"({detector.backend} in {detector.precision} on {detector.device})"
     )
     if json_path is not None:
-        io.write_text(json_path, json.dumps(result, indent=1) + "\n")
+        disk.write_text(json_path, json.dumps(result, indent=1) + "\n")
 
 
 @command.command(name="train")
@@ -263,7 +263,7 @@ def bench_train(
     json_path: Path | None,
 ) -> None:
     """Time the loader with a warm cache, a training step, and both together."""
-    from semanticblur_core import benchmarks, io
+    from semanticblur_core import benchmarks, disk
     from semanticblur_core.data.datasets import DecodedPairs, find_pairs, list_images
     from semanticblur_core.data.defocus import SharpImages
     from semanticblur_core.device import choose_device, keep_freed_memory
@@ -295,7 +295,7 @@ def bench_train(
         f"{result['training_over_step']:.0%} of that"
     )
     if json_path is not None:
-        io.write_text(json_path, json.dumps(result, indent=1) + "\n")
+        disk.write_text(json_path, json.dumps(result, indent=1) + "\n")
 
 
 def _run(measuring: Generator[tuple[int, int], None, dict[str, Any]]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def check(
     """
     import statistics
 
-    from semanticblur_core import io
+    from semanticblur_core import disk
     from semanticblur_core.data.check import check_data, find_folders
     from semanticblur_core.data.store import is_store
 
@@ -86,7 +86,7 @@ def check(
     for group in report.duplicates[:_N_LISTED]:
         click.echo(f"  {', '.join(group)}")
     if json_file:
-        io.write_text(json_file, json.dumps(report.to_dict(), indent=1) + "\n")
+        disk.write_text(json_file, json.dumps(report.to_dict(), indent=1) + "\n")
     for problem in report.problems:
         click.echo(f"semanticblur-core: {problem}", err=True)
     if report.problems:
@@ -94,7 +94,7 @@ def check(
 
 
 def _check_store(folder: Path, json_file: Path | None) -> None:
-    from semanticblur_core import io
+    from semanticblur_core import disk
     from semanticblur_core.data.store import check_store
 
     refuse_clashes({"--json": json_file}, folder.rglob("*"))
@@ -109,7 +109,7 @@ def _check_store(folder: Path, json_file: Path | None) -> None:
         )
     if json_file:
         report = {"store": str(folder), "items": rows, "problems": problems}
-        io.write_text(json_file, json.dumps(report, indent=1) + "\n")
+        disk.write_text(json_file, json.dumps(report, indent=1) + "\n")
     for problem in problems:
         click.echo(f"semanticblur-core: {problem}", err=True)
     if problems:

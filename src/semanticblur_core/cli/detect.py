@@ -424,7 +424,7 @@ def _write_json(
     earlier: dict[str, dict[str, Any]],
 ) -> None:
     """What was measured, on resume before too; ``detector`` or what is known of a worker's."""
-    from semanticblur_core import __version__, io
+    from semanticblur_core import __version__, disk
     from semanticblur_core.inference.table import place, still_holds
 
     protocol: dict[str, Any] = {
@@ -478,7 +478,7 @@ def _write_json(
         "skipped": [result.source for result in results if result.skipped],
         "failures": [{"input": r.source, "error": r.error} for r in results if r.error is not None],
     }
-    io.write_text(path, json.dumps(document, indent=1) + "\n")
+    disk.write_text(path, json.dumps(document, indent=1) + "\n")
 
 
 def _image(result: FileResult, detector: Any, options: DetectOptions) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def command(
     Files are paired by name stem, maps also as `detect` names them. Every number comes with its
     protocol. Exit code 2 if anything could not be scored; the rest is scored all the same.
     """
-    from semanticblur_core import io
+    from semanticblur_core import disk, io
     from semanticblur_core.data.datasets import list_images, read_split
     from semanticblur_core.evaluation import Evaluator, evaluate, match, resize_map
 
@@ -249,9 +249,9 @@ def command(
         _print_comparison(result, compare.partition(":")[2] or "cuhk", described)
     report = result.to_dict() | {"method": described, "n_failed": n_failed, "split": split}
     if json_file:
-        io.write_text(json_file, json.dumps(report, indent=1) + "\n")
+        disk.write_text(json_file, json.dumps(report, indent=1) + "\n")
     if csv_file:
-        io.write_text(csv_file, _csv(report["per_image"]))
+        disk.write_text(csv_file, _csv(report["per_image"]))
     if plots:
         from semanticblur_core.eval_plots import write_plots
 
@@ -279,7 +279,7 @@ def _eval_store(
     data: Path, model: str, device: str, precision: str, flip: bool, json_file: Path | None
 ) -> None:
     """Score a model on the labelled pixels of an annotation store."""
-    from semanticblur_core import io
+    from semanticblur_core import disk
     from semanticblur_core.data.store import BLURRED, AnnotationStore
     from semanticblur_core.errors import DataError
     from semanticblur_core.evaluation import ONE_FAILED
@@ -326,7 +326,7 @@ def _eval_store(
         rows = [score.to_dict() for score in scorer.images]
         report = scores.to_dict() | {"method": f"model {model}", "per_image": rows}
         report |= {"n_failed": len(problems)}
-        io.write_text(json_file, json.dumps(report, indent=1) + "\n")
+        disk.write_text(json_file, json.dumps(report, indent=1) + "\n")
     if problems:
         raise SystemExit(2)
 

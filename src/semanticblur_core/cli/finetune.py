@@ -116,7 +116,7 @@ def command(
     weights.next_version(output)  # refuses what is no name, before anything is read
     labelled = read_labelled(data, images, masks, mask_polarity)
 
-    from semanticblur_core import io
+    from semanticblur_core import disk
     from semanticblur_core.device import keep_freed_memory
     from semanticblur_core.training.finetune import PROTOCOL, finetune
 
@@ -168,7 +168,7 @@ def command(
     assert update.result is not None
     _print(update.result, PROTOCOL.describe())
     if json_file:
-        io.write_text(json_file, json.dumps(update.result.to_dict(), indent=1) + "\n")
+        disk.write_text(json_file, json.dumps(update.result.to_dict(), indent=1) + "\n")
     if not update.result.is_better:
         raise SystemExit(1)
 

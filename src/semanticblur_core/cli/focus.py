@@ -454,11 +454,11 @@ def _detector(
 def _region(text: str) -> Any:
     if text in ("image", "content"):
         return text
-    from semanticblur_core import io
+    from semanticblur_core import disk, io
     from semanticblur_core.data.datasets import group_by_stem, list_images
     from semanticblur_core.errors import DataError
 
-    folder = io.expand_home(text)
+    folder = disk.expand_home(text)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
 

@@ -141,7 +141,7 @@ def command(
     last.ckpt (to --resume from), history.csv and, with matplotlib, curves.png. Under `torchrun`
     several GPUs or machines share each batch.
     """
-    from semanticblur_core import io
+    from semanticblur_core import disk
     from semanticblur_core.config import TrainConfig
     from semanticblur_core.errors import ConfigError, TrainingError
     from semanticblur_core.training.recipes import recipe as find_recipe
@@ -178,7 +178,7 @@ def command(
     keep_freed_memory()
     say = click.echo if is_first_process() else _say_nothing
     if is_first_process():
-        io.require_writable(output / BEST)
+        disk.require_writable(output / BEST)
     state = load_checkpoint(output / "last.ckpt") if resume else None
     if state is not None and precision == "auto":
         precision = precision_of(state)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from semanticblur_core import io
+from semanticblur_core import disk
 from semanticblur_core.data.journal import (
     Change,
     JournalWriter,
@@ -38,7 +38,7 @@ N_RECENT = 20
 
 def user_journals() -> Path:
     """Folder of journals of what is painted outside any store."""
-    return io.user_folder() / JOURNALS
+    return disk.user_folder() / JOURNALS
 
 
 def _require_fitting(name: str, labels: NDArray[np.uint8], saved: NDArray[np.uint8] | None) -> None:

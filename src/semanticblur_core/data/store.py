@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from semanticblur_core import io
+from semanticblur_core import disk, io
 from semanticblur_core.data.datasets import Pair, list_images
 from semanticblur_core.data.journal import Lock, LockedError
 from semanticblur_core.errors import DataError, SemanticBlurError
@@ -264,7 +264,7 @@ class AnnotationStore:
             if image is not None:
                 values["sha256"] = self._put_image(name, image, held)
             self._keep_previous(path)
-            with io.replacing(path, durable=True) as temporary:
+            with disk.replacing(path, durable=True) as temporary:
                 if stacked:
                     import tifffile
 
@@ -410,7 +410,7 @@ class AnnotationStore:
             if not same:
                 raise OtherImageError(f"{held}: is another image of that name; choose another name")
             return _sha256(held)
-        with io.replacing(target, durable=True) as temporary:
+        with disk.replacing(target, durable=True) as temporary:
             if isinstance(image, Path):
                 shutil.copyfile(image, temporary)
             elif target.suffix == ".png":
@@ -429,7 +429,7 @@ class AnnotationStore:
             return
         number = int(kept[-1].stem.rpartition(".")[2]) + 1 if kept else 1
         target = self.folder / "previous" / f"{path.stem}.{number:06d}{path.suffix}"
-        with io.replacing(target, durable=True) as temporary:
+        with disk.replacing(target, durable=True) as temporary:
             shutil.copyfile(path, temporary)
         for old in [*kept, target][:-N_PREVIOUS]:
             old.unlink(missing_ok=True)
@@ -453,7 +453,7 @@ class AnnotationStore:
         return result
 
     def _write_index(self, index: dict[str, Any]) -> None:
-        with io.replacing(self.folder / "dataset.json", durable=True) as temporary:
+        with disk.replacing(self.folder / "dataset.json", durable=True) as temporary:
             temporary.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", "utf-8")
 
     @contextmanager
@@ -654,7 +654,7 @@ def read_array(path: Path) -> NDArray[Any]:
     except SemanticBlurError:
         raise
     except Exception as error:  # tifffile and its codecs raise many kinds
-        raise io.unreadable(path, error) from error
+        raise disk.unreadable(path, error) from error
     return io.read_image(path)
 
 

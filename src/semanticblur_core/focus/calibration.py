@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from semanticblur_core import io, weights
+from semanticblur_core import disk, weights
 from semanticblur_core.errors import ConfigError, DataError
 from semanticblur_core.focus.scores import HIGHER_IS_SHARPER, MAP_SCORES
 
@@ -211,7 +211,7 @@ def stored_names() -> list[str]:
 def save(calibration: Calibration, path: Path) -> None:
     """Write a calibration as JSON."""
     document = {"format_version": FORMAT_VERSION, **asdict(calibration)}
-    io.write_text(path, json.dumps(document, indent=1) + "\n")
+    disk.write_text(path, json.dumps(document, indent=1) + "\n")
 
 
 def load(path: Path) -> Calibration:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from semanticblur_core import io
+from semanticblur_core import disk
 from semanticblur_core.focus.check import ImageFocus
 from semanticblur_core.focus.scores import HIGHER_IS_SHARPER
 from semanticblur_core.focus.stack import StackFocus
@@ -52,7 +52,7 @@ class HtmlReport:
         template = resources.files("semanticblur_core.focus").joinpath(_TEMPLATE)
         head, _, rest = template.read_text(encoding="utf-8").partition(_ROWS_HERE)
         self._between, _, self._tail = rest.partition(_SUMMARY_HERE)
-        temporary = self._resources.enter_context(io.replacing(self._path))
+        temporary = self._resources.enter_context(disk.replacing(self._path))
         self._stream = self._resources.enter_context(temporary.open("w", encoding="utf-8"))
         self._stream.write(head)
         return self
@@ -197,7 +197,7 @@ def ranked(
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write a document of plain values."""
-    io.write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    disk.write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -210,7 +210,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer.writeheader()
     for row in rows:
         writer.writerow(row | {"failed_gates": "; ".join(row.get("failed_gates", ()))})
-    io.write_text(path, text.getvalue())
+    disk.write_text(path, text.getvalue())
 
 
 def _number(value: float) -> float | None:

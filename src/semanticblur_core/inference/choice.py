@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
-from semanticblur_core import io, weights
+from semanticblur_core import disk, weights
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import SemanticBlurError
 from semanticblur_core.inference.backends import BACKENDS, BackendName, installed
@@ -101,7 +101,7 @@ def measure_backends(
     records = _read()
     for name in asked:
         records[_key(config, name)] = {speed.backend: asdict(speed) for speed in speeds}
-    io.write_text(_record_file(), json.dumps(records, indent=1) + "\n")
+    disk.write_text(_record_file(), json.dumps(records, indent=1) + "\n")
 
 
 def remembered(config: ModelConfig, device: str = "auto") -> dict[str, BackendSpeed]:
@@ -168,7 +168,7 @@ _EXPORT_S = 20.0
 
 def exported_file(sha256: str) -> Path:
     """Where the exported form of weights is kept between runs."""
-    return io.user_folder() / "exported" / f"{sha256[:32]}-{EXPORTED_FORM}.onnx"
+    return disk.user_folder() / "exported" / f"{sha256[:32]}-{EXPORTED_FORM}.onnx"
 
 
 def ensure_exported(model: str) -> Path:
@@ -242,7 +242,7 @@ def _measure_here(backend: str, model: str, device: str, size_px: int, n_rounds:
 
 
 def _record_file() -> Path:
-    return io.user_folder() / "backends.json"
+    return disk.user_folder() / "backends.json"
 
 
 def _read() -> _Records:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from semanticblur_core import io, weights
+from semanticblur_core import disk, io, weights
 from semanticblur_core.data.transforms import normalise
 from semanticblur_core.errors import SemanticBlurError
 from semanticblur_core.inference.inputs import sample_photographs
@@ -174,7 +174,7 @@ def export_onnx(model: str, path: Path) -> float:
     entry.key, entry.value = weights.METADATA_KEY, json.dumps(metadata)
     proto.producer_name = "napari-semanticblur"
     onnx.checker.check_model(proto)
-    with io.replacing(path, durable=True) as temporary:
+    with disk.replacing(path, durable=True) as temporary:
         temporary.write_bytes(proto.SerializeToString())
         difference = _largest_difference(form, temporary)
         if not difference <= TOLERANCE:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from semanticblur_core import io, stacks
+from semanticblur_core import disk, io, stacks
 from semanticblur_core.data.squash import squash
 from semanticblur_core.errors import ImageError
 
@@ -86,7 +86,7 @@ def expand_input(
         return
     if not text.strip():
         raise ImageError("an input is empty; expected a path, a glob, a folder or sample:NAME")
-    path = io.expand_home(text)
+    path = disk.expand_home(text)
     if stacks.is_zarr(path):
         yield _source(path), Path(path.name), True
         return
@@ -193,15 +193,15 @@ def _fixed_part(pattern: Path) -> Path:
     return Path(*parts)
 
 
-def is_raw(path: Path) -> bool:
-    """Whether it is named as a camera's raw file."""
-    return path.suffix.lower() in io.RAW_SUFFIXES
+def is_of_camera(path: Path) -> bool:
+    """Whether it is named as camera raw or HEIC, which often lies beside a JPEG of its name."""
+    return path.suffix.lower() in io.CAMERA_SUFFIXES
 
 
 def _is_image(path: Path, arrays: bool) -> bool:
     if path.name.startswith("."):
         return False
-    known = (*io.IMAGE_SUFFIXES, *io.RAW_SUFFIXES, *([".npy"] if arrays else []))
+    known = (*io.IMAGE_SUFFIXES, *io.CAMERA_SUFFIXES, *([".npy"] if arrays else []))
     is_file = path.suffix.lower() in known and _is_file_or_lost(path)
     return is_file or (arrays and stacks.is_zarr(path))
 

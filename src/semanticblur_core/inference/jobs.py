@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from semanticblur_core import io
+from semanticblur_core import disk, io
 from semanticblur_core.config import require_share
 from semanticblur_core.errors import ConfigError, ImageError
-from semanticblur_core.inference.inputs import expand_inputs, is_raw, is_sample
+from semanticblur_core.inference.inputs import expand_inputs, is_of_camera, is_sample
 
 if TYPE_CHECKING:
     from semanticblur_core.inference.planes import Channels
@@ -139,13 +139,13 @@ def find_jobs(
         on_problem(problem)
     if not found:
         raise ImageError(f"{output}: the only images found are results of an earlier run")
-    # A raw file is refused later; it must not rename the result of the JPEG beside it.
-    places = {relative for _, relative in found.values() if not is_raw(relative)}
+    # A raw file must not rename the result of the JPEG beside it, and keeps its own name without.
+    places = {relative for _, relative in found.values() if not is_of_camera(relative)}
     stems = Counter(map(_stem, places))
     jobs = []
     for source, relative in found.values():
         stem = _stem(relative)
-        shared = stems[stem] > 1 or is_raw(relative)
+        shared = stems[stem] > 1 or is_of_camera(relative)
         jobs.append(Job(source, str(relative) if shared else stem))
     return list(_without_clashes(jobs, output, options)), left_out
 
@@ -255,13 +255,13 @@ def remove_stale_parts(jobs: Iterable[Job], options: DetectOptions) -> None:
             parts = [entry for entry in os.scandir(folder) if _part_of(entry)]
             # Names are made only where something is left behind: there may be a million.
             wanted = {
-                io.shortened(path.name)
+                disk.shortened(path.name)
                 for job in (own if parts else [])
                 for path in possible_outputs(job, options)
             }
             for entry in parts:
                 if _part_of(entry) in wanted:
-                    io.remove_if_stale(Path(entry.path))
+                    disk.remove_if_stale(Path(entry.path))
 
 
 def _part_of(entry: os.DirEntry[str]) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from semanticblur_core import io
+from semanticblur_core import disk
 from semanticblur_core.errors import ConfigError
 from semanticblur_core.inference.batch import FileResult
 from semanticblur_core.inference.inputs import is_sample
@@ -197,14 +197,14 @@ def summary_table(
     """
     require_table_format(path)
     is_csv = path.suffix.lower() == ".csv"
-    parts = io.left_behind(path)
+    parts = disk.left_behind(path)
     if not resume:  # what killed runs left
         for part in parts:
-            io.remove_if_stale(part)
+            disk.remove_if_stale(part)
         parts = []
     earlier = _read_rows([*parts, path], is_csv) if resume else {}
     stopped: BaseException | None = None
-    with io.replacing(path) as temporary:
+    with disk.replacing(path) as temporary:
         writer = _CsvWriter(temporary) if is_csv else _ParquetWriter(temporary)
         table = SummaryTable(writer, earlier, settings or {})
         try:

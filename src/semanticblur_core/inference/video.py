@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from semanticblur_core import io
+from semanticblur_core import disk, io
 from semanticblur_core.errors import ImageError, SemanticBlurError
 from semanticblur_core.inference.batch import FileResult, MapMaker, batched, images_at_once
 from semanticblur_core.inference.jobs import DetectOptions, Job, is_done, result_paths
@@ -67,7 +67,7 @@ def iter_frames(
         If it is missing, no video, damaged, or ends before the length that it states.
     """
     av = _import_av(path)
-    io.require_file(path)
+    disk.require_file(path)
     try:
         # Titles and the like need not be UTF-8.
         with av.open(str(path), metadata_errors="replace") as container:
@@ -77,7 +77,7 @@ def iter_frames(
             if stream.codec_context is None:
                 raise ImageError(f"{path}: its pictures are of a codec that FFmpeg does not know")
             stream.thread_type = "AUTO"
-            io.refuse_bomb(
+            disk.refuse_bomb(
                 path, stream.codec_context.width * stream.codec_context.height, max_pixels
             )
             rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
@@ -85,7 +85,7 @@ def iter_frames(
             for number, frame in enumerate(container.decode(stream)):
                 time_s = float(number / rate) if frame.time is None else float(frame.time)
                 if number % every == 0:
-                    io.refuse_bomb(path, frame.width * frame.height, max_pixels)
+                    disk.refuse_bomb(path, frame.width * frame.height, max_pixels)
                     pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
                     yield Frame(number, time_s, np.ascontiguousarray(pixels)), rate
             if number < 0:
@@ -94,7 +94,7 @@ def iter_frames(
     except ImageError:
         raise
     except Exception as error:  # FFmpeg's own kinds, and what PyAV stumbles over in damaged files
-        raise io.unreadable(path, error) from error
+        raise disk.unreadable(path, error) from error
 
 
 def count_frames(path: Path) -> tuple[int, tuple[int, int]]:
@@ -113,7 +113,7 @@ def count_frames(path: Path) -> tuple[int, tuple[int, int]]:
             n_frames = stream.frames or round(_stated_length_s(stream) * rate)
             return int(n_frames), (stream.codec_context.height, stream.codec_context.width)
     except Exception as error:  # as in `iter_frames`
-        raise io.unreadable(path, error) from error
+        raise disk.unreadable(path, error) from error
 
 
 def detect_video(job: Job, detector: MapMaker, options: DetectOptions) -> FileResult:
@@ -233,13 +233,16 @@ class _VideoWriter:
 
 @contextmanager
 def _csv_file(path: Path) -> Iterator[_Writer]:
-    with io.replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with (
+        disk.replacing(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
         yield _CsvWriter(file)
 
 
 @contextmanager
 def _json_file(path: Path) -> Iterator[_Writer]:
-    with io.replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with disk.replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         yield _JsonWriter(file)
         file.write("\n]\n")
 
@@ -247,7 +250,7 @@ def _json_file(path: Path) -> Iterator[_Writer]:
 @contextmanager
 def _video_file(path: Path) -> Iterator[_Writer]:
     av = _import_av(path)
-    with io.replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    with disk.replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         writer = _VideoWriter(container, path)
         yield writer
         writer.finish()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from semanticblur_core import io, weights
+from semanticblur_core import disk, weights
 from semanticblur_core.config import BackboneName, ModelConfig, TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs
 from semanticblur_core.device import DeviceChoice
@@ -197,7 +197,7 @@ def ablate(
                     n_parameters=sum(p.numel() for p in model.parameters()),
                     start=start,
                 )
-            io.write_text(run_dir / RESULT, json.dumps({"key": key, "row": row.to_dict()}) + "\n")
+            disk.write_text(run_dir / RESULT, json.dumps({"key": key, "row": row.to_dict()}) + "\n")
             # A finished run is never resumed, and its state is by far its largest file.
             (run_dir / LAST_CHECKPOINT).unlink(missing_ok=True)
         yield AblationUpdate(variant.name, index, len(variants), row=row)
@@ -206,7 +206,7 @@ def ablate(
 def _keeper(run_dir: Path) -> SaveBest:
     def keep(_: SemanticBlur, scores: Scores, epoch: int) -> None:
         values = {"epoch": epoch, "scores": scores.to_dict()}
-        io.write_text(run_dir / BEST, json.dumps(values) + "\n")
+        disk.write_text(run_dir / BEST, json.dumps(values) + "\n")
 
     return keep
 

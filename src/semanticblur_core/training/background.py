@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from semanticblur_core import io, weights
+from semanticblur_core import disk, weights
 from semanticblur_core.data.journal import Lock
 from semanticblur_core.errors import DataError, TrainingError
 
@@ -142,7 +142,7 @@ class BackgroundFinetune:
 
     def _run(self, folder: Path) -> Iterator[Progress]:
         if self._preview is not None:
-            with io.replacing(folder / _PREVIEW) as path, path.open("wb") as stream:
+            with disk.replacing(folder / _PREVIEW) as path, path.open("wb") as stream:
                 np.save(stream, self._preview)
         arguments = [*self.command.arguments, f"--events={folder}"]
         with self._lock:
@@ -316,7 +316,7 @@ class Channel:
             "result": None if update.result is None else update.result.to_dict(),
         }
         if update.preview is not None:
-            with io.replacing(self._folder / _MAP) as path, path.open("wb") as stream:
+            with disk.replacing(self._folder / _MAP) as path, path.open("wb") as stream:
                 np.save(stream, update.preview)
         try:
             print(json.dumps(values), flush=True)  # noqa: T201

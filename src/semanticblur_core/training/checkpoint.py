@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from semanticblur_core import io
+from semanticblur_core import disk
 from semanticblur_core.errors import TrainingError
 
 FORMAT_VERSION = 1
@@ -17,7 +17,7 @@ _LITTLE_BYTES = 2**20
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write tensors, numbers and text; the file before it survives a crash at any moment."""
-    with io.replacing(path, durable=True) as temporary:
+    with disk.replacing(path, durable=True) as temporary:
         try:
             torch.save(state | {"format_version": FORMAT_VERSION}, temporary)
         except RuntimeError as error:  # what a full disk becomes

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from semanticblur_core import __version__, io, weights
+from semanticblur_core import __version__, disk, weights
 from semanticblur_core.config import FinetuneConfig
 from semanticblur_core.data.defocus import Example
 from semanticblur_core.data.store import BLURRED, SHARP, LabelledImage
@@ -259,7 +259,7 @@ def finetune(
         chosen = chosen._replace(dtype=torch.bfloat16)
     model, info = weights.load(base)
     if target is not None:
-        io.require_writable(target)
+        disk.require_writable(target)
         _require_space(target.parent, 2 * info.size_bytes)
     return _finetune(
         images,

@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from semanticblur_core import io
+from semanticblur_core import disk
 from semanticblur_core.errors import TrainingError
 from semanticblur_core.training.loop import HISTORY, TrainUpdate
 
@@ -88,5 +88,5 @@ def draw_curves(history: Path, target: Path) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         if len(columns) > 1:
             axis.legend()
-    with io.replacing(target) as temporary:
+    with disk.replacing(target) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from semanticblur_core import io
+from semanticblur_core import disk
 from semanticblur_core.config import TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs
 from semanticblur_core.data.defocus import SharpImages
@@ -181,8 +181,8 @@ def _train(
         "computed on": f"{device.device.type}, {device.dtype}",
     }
     if is_first_process():
-        for part in io.left_behind(run_dir / LAST_CHECKPOINT):  # of a run that was killed
-            io.remove_if_stale(part)
+        for part in disk.left_behind(run_dir / LAST_CHECKPOINT):  # of a run that was killed
+            disk.remove_if_stale(part)
     first_epoch, first_batch, loss_sum, best_mae = 0, 0, 0.0, math.inf
     history: list[dict[str, str]] = []
     if resume:
@@ -528,4 +528,4 @@ def _write_history(path: Path, rows: list[dict[str, str]]) -> None:
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    io.write_text(path, text.getvalue())
+    disk.write_text(path, text.getvalue())

@@ -10,7 +10,7 @@ import pytest
 import zarr
 from PIL import Image
 
-from semanticblur_core import Detector, io, stacks
+from semanticblur_core import Detector, disk, stacks
 from semanticblur_core.errors import ImageError
 from semanticblur_core.inference.batch import detect_files
 from semanticblur_core.inference.inputs import expand_input, load
@@ -270,7 +270,7 @@ def test_what_killed_runs_left_of_these_results_is_deleted(tmp_path: Path) -> No
     (out / ".a_blur.zarr.01234567.part" / "0").mkdir(parents=True)
     jobs = [Job("a.tif", "a"), Job("sub/b.tif", "sub/b"), Job("gone/d.tif", "gone/d")]
     long = Job("long.tif", 215 * "l")
-    io.temporary_name(out / f"{long.output_stem}_blur.tif").touch()
+    disk.temporary_name(out / f"{long.output_stem}_blur.tif").touch()
     jobs.append(long)
     options = DetectOptions(out, formats=("tif", "zarr"))
     with stacks.new_map(out / "a_blur.tif", (40, 50)):  # of a run that lives

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from semanticblur_core import io
+from semanticblur_core import disk
 from semanticblur_core.inference.batch import FileResult
 from semanticblur_core.inference.table import still_holds, summary_table
 
@@ -113,11 +113,11 @@ def test_rows_of_a_run_that_was_killed_are_taken_over(tmp_path: Path) -> None:
         table.add(result("b", 0.5))
         table.add(result("c", 0.75))
         table.add(result("d"))
-        [part] = io.left_behind(path)
+        [part] = disk.left_behind(path)
         left = part.read_bytes()[:-9]  # as a full disk or a power cut leaves the last row
     write(path, result("a"), result("b"))
     os.utime(path, (1, 1))
-    io.temporary_name(path).write_bytes(left)
+    disk.temporary_name(path).write_bytes(left)
     write(path, *(skipped(name) for name in "abcd"), resume=True)
     assert rows_of(path) == {
         "a": ("skipped", 0.25, 7.0),
@@ -129,7 +129,7 @@ def test_rows_of_a_run_that_was_killed_are_taken_over(tmp_path: Path) -> None:
 
 
 def test_what_killed_runs_left_is_deleted_by_one_that_begins_anew(path: Path) -> None:
-    io.temporary_name(path).write_bytes(b"input")
+    disk.temporary_name(path).write_bytes(b"input")
     write(path, result("a"))
     assert list(path.parent.iterdir()) == [path]
 
@@ -137,7 +137,7 @@ def test_what_killed_runs_left_is_deleted_by_one_that_begins_anew(path: Path) ->
 def test_what_is_no_table_is_replaced(path: Path) -> None:
     for content in (b"", b"input,mean_blur\nin/a.png,0.5\n", b"\xff\x00PAR1"):
         path.write_bytes(content)
-        io.temporary_name(path).write_bytes(content)
+        disk.temporary_name(path).write_bytes(content)
         write(path, skipped("a"), resume=True)
         assert rows_of(path) == {"a": ("skipped", None, 0.0)}
 

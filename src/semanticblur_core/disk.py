@@ -1,0 +1,239 @@
+"""Files: where they are, and writing them so that they are whole or not there at all."""
+
+from __future__ import annotations
+
+import glob
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from semanticblur_core.errors import ImageError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text."""
+    with replacing(path) as temporary:
+        # Names of files that are not UTF-8 keep their bytes.
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a file that cannot be written, before the work; what is there is not touched.
+
+    Raises
+    ------
+    ImageError
+        With the system's reason.
+    """
+    if _is_special(path):
+        return
+    temporary = temporary_name(_target(path))
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def user_folder() -> Path:
+    """Folder of what the user makes here; it need not exist.
+
+    ``SEMANTICBLUR_HOME``, or else the platform's folder for a user's data.
+    """
+    home = os.environ.get("SEMANTICBLUR_HOME")
+    if home:
+        return Path(home)
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return base / "semanticblur"
+
+
+def temporary_name(path: Path, kind: str = "part") -> Path:
+    """A hidden name beside ``path`` that no other writer takes.
+
+    Random, since the number of a process does not tell apart those of several machines.
+    """
+    return path.with_name(f".{shortened(path.name)}.{secrets.token_hex(4)}.{kind}")
+
+
+def shortened(name: str) -> str:
+    """So much of a name that more fits behind it: file systems take 255 bytes."""
+    return os.fsdecode(os.fsencode(name)[:220]) if len(os.fsencode(name)) > 220 else name
+
+
+@contextmanager
+def held(temporary: Path) -> Iterator[None]:
+    """Lock a temporary file or folder, made if it is not there, for as long as it is written.
+
+    The lock goes with its process, however that ends. Without effect where the system or the disk
+    has no such locks.
+    """
+    if not temporary.is_dir():
+        temporary.touch()
+    descriptor = _lock(temporary)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def remove_if_stale(temporary: Path) -> None:
+    """Delete a temporary file or folder, unless a process may still be writing it."""
+    if os.name == "nt":  # without such locks, but a file that is open cannot be deleted
+        with suppress(OSError):
+            temporary.unlink()
+        return
+    descriptor = _lock(temporary)
+    if descriptor is None:
+        return
+    try:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the lock; None where another has it or it cannot be had."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def left_behind(path: Path) -> list[Path]:
+    """Temporary files beside ``path`` of writers that were killed."""
+    pattern = f".{glob.escape(shortened(path.name))}.{'[0-9a-f]' * 8}.part"
+    return sorted(path.parent.glob(pattern))
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A temporary name beside ``path`` that takes its place when the block succeeds.
+
+    Parameters
+    ----------
+    path
+        File to write or replace; of a link, the file that it leads to. A pipe or a device is
+        written to when the block has succeeded.
+    durable
+        Wait until the content is on the disk before it takes its place, so that not even a power
+        cut leaves an empty file.
+
+    Raises
+    ------
+    ImageError
+        If the file cannot be written, with the system's reason.
+    """
+    if _is_special(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder, path.name)
+            yield temporary
+            try:
+                with temporary.open("rb") as source, path.open("wb") as special:
+                    shutil.copyfileobj(source, special)
+            except OSError as error:
+                reason = error.strerror or error
+                raise ImageError(f"{path}: cannot be written: {reason}") from error
+        return
+    target = _target(path)
+    temporary = temporary_name(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with held(temporary):
+            yield temporary
+        if durable:
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _target(path: Path) -> Path:
+    """The file that is to be replaced: not the link that leads to it."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a pipe or a device, such as /dev/stdout, that no file can take the place of."""
+    with suppress(OSError):
+        # /dev/stdout may lead to a file, which the shell holds open under its own name.
+        is_device = path.absolute().parent in (Path("/dev"), Path("/dev/fd"))
+        return path.exists() and (is_device or not (path.is_file() or path.is_dir()))
+    return False
+
+
+def expand_home(path: str | Path) -> Path:
+    """With the home folder for a leading ``~``; as it is where there is no such user."""
+    with suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
+
+
+def require_file(path: Path) -> None:
+    """Refuse what is no file, or one without a byte.
+
+    Raises
+    ------
+    ImageError
+        If it is so.
+    """
+    if not path.is_file():
+        what = "a link to a file that is not there" if path.is_symlink() else "no such file"
+        raise ImageError(f"{path}: {what}")
+    if path.stat().st_size == 0:
+        raise ImageError(f"{path}: the file is empty (0 bytes)")
+
+
+def unreadable(path: Path, error: Exception) -> ImageError:
+    """What to raise for a library's error about a file: one line that a person understands."""
+    text = getattr(error, "strerror", None) or str(error)
+    reason = text.splitlines()[0] if text else ""
+    if isinstance(error, MemoryError):
+        return ImageError(f"{path}: out of memory")
+    if not isinstance(error, (OSError, ValueError, RuntimeError, SyntaxError)) or not reason:
+        # Of others the text alone, such as the key that lacks, says nothing.
+        reason = ": ".join(part for part in (type(error).__name__, reason) if part)
+    return ImageError(f"{path}: damaged or unreadable: {reason}")
+
+
+def refuse_bomb(path: Path, n_pixels: int, max_pixels: int) -> None:
+    """Refuse an image that would fill the memory, by what its header says.
+
+    Raises
+    ------
+    ImageError
+        If it has more pixels than the limit.
+    """
+    if n_pixels > max_pixels:
+        raise ImageError(
+            f"{path}: {n_pixels / 1e6:.4g} million pixels, more than the limit of "
+            f"{max_pixels / 1e6:.4g} million; --max-pixels of detect and focus raises it"
+        )

@@ -1,0 +1,63 @@
+"""Files appear whole or not at all."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from semanticblur_core import disk
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def write_half() -> None:
+        with disk.replacing(path) as temporary:
+            temporary.write_text("new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_one_file_do_not_share_a_temporary_one(tmp_path: Path) -> None:
+    """Workers of several machines may have the same number of process."""
+    path = tmp_path / "map.txt"
+    with disk.replacing(path) as slow, slow.open("w") as stream:
+        stream.write("who")
+        stream.flush()
+        with disk.replacing(path) as fast:
+            fast.write_text("all of it")
+        stream.write("le")
+        stream.flush()
+        assert path.read_text() == "all of it"
+    assert path.read_text() == "whole"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["map.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and pipes as on Unix")
+def test_links_are_followed_and_pipes_stay_pipes(tmp_path: Path) -> None:
+    kept = tmp_path / "folder" / "kept.txt"
+    kept.parent.mkdir()
+    kept.write_text("old")
+    (tmp_path / "link.txt").symlink_to(kept)
+    disk.write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert kept.read_text() == "new"
+    assert list(kept.parent.iterdir()) == [kept]
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    disk.require_writable(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    read: list[str] = []
+    reader.start()
+    disk.write_text(pipe, "through")
+    reader.join()
+    assert read == ["through"]
+    assert pipe.is_fifo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "link.txt", "pipe"]
