@@ -26,7 +26,7 @@ from semanticblur_core.data.datasets import (
     select,
 )
 from semanticblur_core.data.defocus import Example, SharpImages, is_held_out, synthesise
-from semanticblur_core.data.store import LabelledImage
+from semanticblur_core.data.labels import LabelledImage
 from semanticblur_core.device import DeviceChoice, keep_freed_memory
 from semanticblur_core.training.finetune import finetune
 from semanticblur_core.training.loop import validate

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -16,12 +16,50 @@ from semanticblur_core.errors import SemanticBlurError
 if TYPE_CHECKING:
     from napari.layers import Labels
 
-    from napari_semanticblur._annotate import AnnotateWidget
     from napari_semanticblur._annotation import Annotation
 
 BRUSH_FACTOR = 1.5
 # A click may tremble by that much.
 CLICK_PX = 3
+
+
+class Owner(Protocol):
+    """What the tools take from the widget that they belong to."""
+
+    brush: Any
+    superpixels: Any
+    superpixel_px: Any
+
+    @property
+    def viewer(self) -> Any:
+        """The viewer of its layers."""
+        ...
+
+    @property
+    def current(self) -> Annotation | None:
+        """What is being painted."""
+        ...
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is gone."""
+        ...
+
+    def choose(self, code: int) -> None:
+        """Paint with this class from now on."""
+        ...
+
+    def step(self, by: int) -> None:
+        """Go on to another image of the folder."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Tell the user."""
+        ...
+
+    def guarded(self, action: Callable[..., object]) -> Callable[..., None]:
+        """The action, what it raises told instead."""
+        ...
 
 
 class Tools:
@@ -33,7 +71,7 @@ class Tools:
         Its widgets say how.
     """
 
-    def __init__(self, widget: AnnotateWidget) -> None:
+    def __init__(self, widget: Owner) -> None:
         self._widget = widget
         self._annotations: WeakKeyDictionary[Labels, Annotation] = WeakKeyDictionary()
 

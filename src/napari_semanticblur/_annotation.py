@@ -40,7 +40,8 @@ from napari_semanticblur._labelling import add_labels, set_all
 from napari_semanticblur._layers import METADATA_KEY, result_placement
 from semanticblur_core.data.autosave import JOURNALS, Autosave, user_journals
 from semanticblur_core.data.journal import Leftover, Lock, LockedError, read_leftover, replay
-from semanticblur_core.data.store import AnnotationStore, Split, read_array, same_pixels
+from semanticblur_core.data.labels import Split
+from semanticblur_core.data.store import AnnotationStore, read_array, same_pixels
 from semanticblur_core.errors import DataError, SemanticBlurError
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from semanticblur_core.focus.stack import CompositeUpdate, all_in_focus
 from semanticblur_core.inference.planes import Channels
 
 if TYPE_CHECKING:
-    from semanticblur_core.inference.batch import MapMaker
+    from semanticblur_core.inference.map_maker import MapMaker
 
 CLASSICAL, NETWORK = "classical", "network"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from magicgui.widgets import ComboBox, Container, PushButton
@@ -21,7 +21,6 @@ from semanticblur_core.errors import SemanticBlurError
 if TYPE_CHECKING:
     from napari.layers import Image, Labels
 
-    from napari_semanticblur._annotate import AnnotateWidget
     from napari_semanticblur._annotation import Annotation
 
 N_LISTED = 10
@@ -44,6 +43,52 @@ class Place:
         return f"{where}row {row}, column {column}: unsure by {self.uncertainty:.0%}"
 
 
+class Owner(Protocol):
+    """What the ranking takes from the widget that it is a part of."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is gone."""
+        ...
+
+    def require(self) -> Annotation:
+        """What is being painted; an error for people where nothing is."""
+        ...
+
+    def with_map(self, action: Callable[[Image], None], *, ranking: bool = False) -> None:
+        """Act on the model's map of the image, made first where need be."""
+        ...
+
+    @property
+    def folder_store(self) -> Any:
+        """Where labels of the folder's images are kept; None if no folder is chosen."""
+        ...
+
+    def files_without_labels(self) -> list[Path]:
+        """Images of the folder that are not labelled."""
+        ...
+
+    def sort_files(self, first: Sequence[Path]) -> None:
+        """Put these files of the folder first."""
+        ...
+
+    def open_file(self, path: Path) -> None:
+        """Show a file of the folder."""
+        ...
+
+    def go_to(self, index: tuple[int, ...]) -> None:
+        """Show a place of the image."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Tell the user."""
+        ...
+
+    def guarded(self, action: Callable[..., object]) -> Callable[..., None]:
+        """The action, what it raises told instead."""
+        ...
+
+
 class WhereNext(Container):  # type: ignore[type-arg]
     """Buttons that rank, and the list of what they found.
 
@@ -53,7 +98,7 @@ class WhereNext(Container):  # type: ignore[type-arg]
         The widget that it is a part of.
     """
 
-    def __init__(self, owner: AnnotateWidget) -> None:
+    def __init__(self, owner: Owner) -> None:
         self._owner = owner
         self._places: list[Place] = []
         self._visited: set[tuple[int, ...]] = set()

@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from semanticblur_core.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from semanticblur_core.config import ModelConfig, TrainConfig
     from semanticblur_core.errors import SemanticBlurError
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
     from semanticblur_core.network import SemanticBlur
     from semanticblur_core.training.finetune import finetune
     from semanticblur_core.training.loop import train
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BlurScorer",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from semanticblur_core.cli._focus_inputs import StackInput
     from semanticblur_core.focus.check import FocusOptions, ImageFocus, Source
     from semanticblur_core.focus.earlier import EarlierRun
-    from semanticblur_core.inference.batch import MapMaker
+    from semanticblur_core.inference.map_maker import MapMaker
 
 _WORST_PRINTED = 20
 _SAVED_EVERY_S = 30

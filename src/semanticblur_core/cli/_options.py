@@ -18,7 +18,7 @@ from semanticblur_core.config import MAX_SIZE_PX, MIN_SIZE_PX
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from semanticblur_core.data.store import LabelledImage
+    from semanticblur_core.data.labels import LabelledImage
 
     _ParamType = click.ParamType[Any]
 else:

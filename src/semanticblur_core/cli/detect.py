@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from semanticblur_core.focus.classical import ClassicalDetector
-    from semanticblur_core.inference.batch import FileResult
     from semanticblur_core.inference.cluster import DetectionCluster
     from semanticblur_core.inference.detector import Detector
     from semanticblur_core.inference.jobs import DetectOptions
+    from semanticblur_core.inference.results import FileResult
     from semanticblur_core.inference.table import Owners
 
 

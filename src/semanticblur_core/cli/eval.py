@@ -280,7 +280,8 @@ def _eval_store(
 ) -> None:
     """Score a model on the labelled pixels of an annotation store."""
     from semanticblur_core import disk
-    from semanticblur_core.data.store import BLURRED, AnnotationStore
+    from semanticblur_core.data.labels import BLURRED
+    from semanticblur_core.data.store import AnnotationStore
     from semanticblur_core.errors import DataError
     from semanticblur_core.evaluation import ONE_FAILED
     from semanticblur_core.inference.detector import Detector

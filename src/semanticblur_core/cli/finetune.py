@@ -20,7 +20,7 @@ from semanticblur_core.cli._options import (
 )
 
 if TYPE_CHECKING:
-    from semanticblur_core.data.store import LabelledImage
+    from semanticblur_core.data.labels import LabelledImage
     from semanticblur_core.training.finetune import FinetuneResult
 
 _folder = PathType(file_okay=False)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from semanticblur_core.cli._focus_inputs import StackInput
     from semanticblur_core.focus.calibration import Gate
     from semanticblur_core.focus.check import FocusOptions, Source
-    from semanticblur_core.inference.batch import MapMaker
+    from semanticblur_core.inference.map_maker import MapMaker
 
 _file = PathType(dir_okay=False, writes=True)
 _folder = PathType(file_okay=False)

@@ -28,7 +28,7 @@ from semanticblur_core.data.journal import (
     new_facts,
     next_journal,
 )
-from semanticblur_core.data.store import BLURRED, SHARP
+from semanticblur_core.data.labels import BLURRED, SHARP
 from semanticblur_core.errors import DataError
 
 Plane = tuple[int, ...]

@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semanticblur_core import io
+from semanticblur_core.data.labels import BLURRED, LabelledImage
 from semanticblur_core.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from semanticblur_core.data.store import LabelledImage
 
 
 @dataclass(frozen=True)
@@ -197,8 +196,6 @@ class DecodedPairs:
     def from_labels(cls, images: Sequence[LabelledImage]) -> Self:
         """Images of which only a part may be labelled."""
         import torch
-
-        from semanticblur_core.data.store import BLURRED
 
         made = cls([])
         for item in images:

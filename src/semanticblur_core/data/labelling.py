@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semanticblur_core import io
-from semanticblur_core.data.store import BLURRED, SHARP, UNLABELLED
+from semanticblur_core.data.labels import BLURRED, SHARP, UNLABELLED
 from semanticblur_core.errors import ConfigError
 
 

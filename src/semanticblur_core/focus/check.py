@@ -27,7 +27,7 @@ from semanticblur_core.focus.stack import TILE_SIZE_PX, PlaneFocus, focus_measur
 from semanticblur_core.machine import count_cores
 
 if TYPE_CHECKING:
-    from semanticblur_core.inference.batch import MapMaker
+    from semanticblur_core.inference.map_maker import MapMaker
 
 RegionKind = Literal["image", "content"]
 

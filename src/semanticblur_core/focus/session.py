@@ -21,7 +21,7 @@ from semanticblur_core.focus.stack import TILE_SIZE_PX, FocusCurve, PlaneFocus, 
 from semanticblur_core.inference.planes import RANGE_PLANES, Channels, Planes
 
 if TYPE_CHECKING:
-    from semanticblur_core.inference.batch import MapMaker
+    from semanticblur_core.inference.map_maker import MapMaker
 
 Heat = Literal["in_focus", "tenengrad"]
 Limits = Sequence[tuple[float, float]]

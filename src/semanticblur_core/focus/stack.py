@@ -32,7 +32,7 @@ from semanticblur_core.inference.planes import (
 )
 
 if TYPE_CHECKING:
-    from semanticblur_core.inference.batch import MapMaker
+    from semanticblur_core.inference.map_maker import MapMaker
 
 TILE_SIZE_PX = 64
 MEASURES = ("tenengrad", "laplacian", "network")

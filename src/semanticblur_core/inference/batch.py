@@ -6,10 +6,10 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,10 @@ from semanticblur_core import io, stacks
 from semanticblur_core.errors import ImageError, SemanticBlurError
 from semanticblur_core.inference.inputs import is_sample, is_video, load
 from semanticblur_core.inference.jobs import DetectOptions, Job, is_done, result_paths
+from semanticblur_core.inference.map_maker import MapMaker, batched, images_at_once
 from semanticblur_core.inference.overlay import draw_overlay
-from semanticblur_core.inference.planes import BATCH_PIXELS, Channels, DetectUpdate, Planes
+from semanticblur_core.inference.planes import Planes
+from semanticblur_core.inference.results import FileResult, PlaneResult
 from semanticblur_core.inference.tiling import TileGrid
 
 if TYPE_CHECKING:
@@ -28,70 +30,6 @@ if TYPE_CHECKING:
 _IMAGE_FORMATS = ("png", "tif", "npy", "zarr")
 STREAMED_PIXELS = 64_000_000
 _T = TypeVar("_T")
-
-
-class MapMaker(Protocol):
-    """What finds blur: the network's `Detector`, or a hand-crafted method."""
-
-    @property
-    def name(self) -> str:
-        """The model or method, for people."""
-        ...
-
-    def detect(
-        self,
-        image: NDArray[Any],
-        *,
-        size: int | Literal["native"],
-        value_range: tuple[float, float] | None,
-    ) -> NDArray[np.float32]:
-        """Blur map of one image, see `semanticblur_core.Detector.detect`."""
-        ...
-
-    def iter_planes(
-        self,
-        array: Any,
-        axes: str,
-        *,
-        indices: Sequence[Sequence[int]] | None,
-        channels: Channels,
-        size: int | Literal["native"],
-        value_range: tuple[float, float] | Sequence[tuple[float, float]] | None,
-    ) -> Iterator[DetectUpdate]:
-        """Maps of planes, see `semanticblur_core.Detector.iter_planes`."""
-        ...
-
-
-@dataclass(frozen=True)
-class FileResult:
-    """What became of one input; ``error`` is None where it was done.
-
-    ``mean_blur`` and ``blurred_fraction`` are in 0..1, NaN where nothing was analysed;
-    ``elapsed_s`` covers reading, analysis (of several at once its share) and writing. ``planes``
-    are those of a stack, ``n_frames`` the analysed ones of a video. ``skipped`` says that all of it
-    was there before.
-    """
-
-    source: str
-    outputs: list[Path] = field(default_factory=list)
-    height: int = 0
-    width: int = 0
-    blurred_fraction: float = math.nan
-    mean_blur: float = math.nan
-    elapsed_s: float = 0.0
-    error: str | None = None
-    planes: list[PlaneResult] = field(default_factory=list)
-    skipped: bool = False
-    n_frames: int = 0
-
-
-@dataclass(frozen=True)
-class PlaneResult:
-    """One plane of a stack: its index along the walked axes, and what was measured on it."""
-
-    index: tuple[int, ...]
-    blurred_fraction: float
-    mean_blur: float
 
 
 def detect_files(
@@ -154,28 +92,6 @@ def _attempt(job: Job, action: Callable[[], _T]) -> _T | FileResult:
     except Exception as error:  # of a kind nobody foresaw; the rest is done all the same
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return FileResult(job.source, error=f"{job.source}: unexpected {reason}")
-
-
-def images_at_once(detector: MapMaker, options: DetectOptions) -> int:
-    """How many images the detector computes in one pass; at native size it takes tiles of one."""
-    return 1 if options.size == "native" else int(getattr(detector, "batch_size", 1))
-
-
-def batched(items: Iterable[_T], n: int, n_pixels: Callable[[_T], float]) -> Iterator[list[_T]]:
-    """Up to ``n`` items at a time, in order, that hold at most `BATCH_PIXELS` unless it is one."""
-    held: list[_T] = []
-    total = 0.0
-    for item in items:
-        if held and total + n_pixels(item) > BATCH_PIXELS:
-            yield held
-            held, total = [], 0.0
-        held.append(item)
-        total += n_pixels(item)
-        if len(held) >= n or total >= BATCH_PIXELS:
-            yield held
-            held, total = [], 0.0
-    if held:
-        yield held
 
 
 def _detect_together(photographs: list[_Begun], detector: MapMaker, options: DetectOptions) -> None:

@@ -1,7 +1,4 @@
-"""Which back end is fastest on this machine: measured once in processes of their own, remembered.
-
-``python -m semanticblur_core.inference.choice BACKEND MODEL DEVICE SIZE ROUNDS`` measures one.
-"""
+"""Which back end is fastest on this machine: measured once in processes of their own, kept."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -197,7 +193,7 @@ def _measure_apart(
         except SemanticBlurError as error:
             return SemanticBlurError(f"{backend}: {error}")
     # -P: not the files of the folder that one happens to be in.
-    command = [sys.executable, "-P", "-m", "semanticblur_core.inference.choice"]
+    command = [sys.executable, "-P", "-m", "semanticblur_core.inference.timing"]
     start = time.time()
     try:
         done = subprocess.run(
@@ -212,33 +208,6 @@ def _measure_apart(
     values = json.loads(done.stdout.splitlines()[-1])
     startup_s = values.pop("first_map_at") - start
     return BackendSpeed(backend=backend, startup_s=startup_s, **values)
-
-
-def _measure_here(backend: str, model: str, device: str, size_px: int, n_rounds: int) -> None:
-    """Print a line of JSON for `_measure_apart`."""
-    import numpy as np
-
-    from semanticblur_core.inference.detector import Detector
-
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (size_px, size_px, 3), np.uint8)
-    detector = Detector(model, backend=backend, device=device)
-    detector.detect(image, size=size_px)
-    first_map_at = time.time()
-    seconds = []
-    for _ in range(n_rounds + 2):
-        start = time.perf_counter()
-        detector.detect(image, size=size_px)
-        seconds.append(time.perf_counter() - start)
-    low, median, high = statistics.quantiles(seconds[2:], n=4)
-    values = {
-        "first_map_at": first_map_at,
-        "seconds_per_image": median,
-        "scatter": (high - low) / median,
-        "precision": detector.precision,
-        "device": detector.device,
-    }
-    sys.stdout.write(json.dumps(values) + "\n")
 
 
 def _record_file() -> Path:
@@ -266,7 +235,3 @@ def _key(config: ModelConfig, device: str) -> str:
     machine.append(f"exported form {EXPORTED_FORM}")
     architecture = json.dumps(config.to_dict(), sort_keys=True)
     return ", ".join([*machine, f"device {device}", architecture])
-
-
-if __name__ == "__main__":
-    _measure_here(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))

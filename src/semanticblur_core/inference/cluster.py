@@ -30,7 +30,7 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 from semanticblur_core.errors import ConfigError, SemanticBlurError
-from semanticblur_core.inference.batch import FileResult, MapMaker, detect_files, job_outputs
+from semanticblur_core.inference.batch import detect_files, job_outputs
 from semanticblur_core.inference.inputs import is_sample
 from semanticblur_core.inference.jobs import (
     DetectOptions,
@@ -38,6 +38,8 @@ from semanticblur_core.inference.jobs import (
     possible_outputs,
     remove_stale_parts,
 )
+from semanticblur_core.inference.map_maker import MapMaker
+from semanticblur_core.inference.results import FileResult
 from semanticblur_core.machine import count_cores
 
 MakeDetector = Callable[[], MapMaker]

@@ -11,8 +11,8 @@ from typing import Any
 
 from semanticblur_core import disk
 from semanticblur_core.errors import ConfigError
-from semanticblur_core.inference.batch import FileResult
 from semanticblur_core.inference.inputs import is_sample
+from semanticblur_core.inference.results import FileResult
 
 TABLE_SUFFIXES = (".csv", ".parquet")
 ROWS_PER_GROUP = 10_000

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from semanticblur_core import disk, io
 from semanticblur_core.errors import ImageError, SemanticBlurError
-from semanticblur_core.inference.batch import FileResult, MapMaker, batched, images_at_once
 from semanticblur_core.inference.jobs import DetectOptions, Job, is_done, result_paths
+from semanticblur_core.inference.map_maker import MapMaker, batched, images_at_once
+from semanticblur_core.inference.results import FileResult
 
 if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector

@@ -369,8 +369,6 @@ def _last_words(text: str, code: int) -> str:
 
 def _environment() -> dict[str, str]:
     """The same modules as here, wherever they were imported from."""
-    import semanticblur_core
-
-    root = str(Path(semanticblur_core.__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"}

@@ -24,10 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from semanticblur_core import __version__, disk, weights
+from semanticblur_core import disk, weights
 from semanticblur_core.config import FinetuneConfig
 from semanticblur_core.data.defocus import Example
-from semanticblur_core.data.store import BLURRED, SHARP, LabelledImage
+from semanticblur_core.data.labels import BLURRED, SHARP, LabelledImage
 from semanticblur_core.device import DeviceChoice, choose_device, computes_bfloat16
 from semanticblur_core.errors import DataError, TrainingError, WeightsError
 from semanticblur_core.inference.detector import Detector
@@ -55,6 +55,7 @@ from semanticblur_core.training.tuner import (
     random_window,
     stroke_loss,
 )
+from semanticblur_core.version import __version__
 
 PROTOCOL = Protocol(
     resolution="the labels' own",

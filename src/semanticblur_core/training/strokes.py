@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from semanticblur_core import io
 from semanticblur_core.config import FinetuneConfig
+from semanticblur_core.data.labels import BLURRED, SHARP, UNLABELLED, LabelledImage
 from semanticblur_core.data.squash import squash
-from semanticblur_core.data.store import BLURRED, SHARP, UNLABELLED, LabelledImage
 from semanticblur_core.errors import DataError
 
 N_CELLS = 8

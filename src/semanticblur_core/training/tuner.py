@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from semanticblur_core.config import FinetuneConfig
 from semanticblur_core.data.defocus import Example
-from semanticblur_core.data.store import BLURRED, SHARP
+from semanticblur_core.data.labels import BLURRED, SHARP
 from semanticblur_core.data.transforms import normalise
 from semanticblur_core.device import DeviceChoice
 from semanticblur_core.errors import TrainingError

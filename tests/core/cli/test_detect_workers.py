@@ -24,7 +24,8 @@ from semanticblur_core.cli._stop import Stop
 from semanticblur_core.cli.detect import command
 from semanticblur_core.errors import ConfigError
 from semanticblur_core.inference import batch
-from semanticblur_core.inference.batch import FileResult, detect_files
+from semanticblur_core.inference.batch import detect_files
+from semanticblur_core.inference.results import FileResult
 
 COMMAND = [sys.executable, "-m", "semanticblur_core", "detect"]
 N_IMAGES = 60

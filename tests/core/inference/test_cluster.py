@@ -21,9 +21,9 @@ from worker_detectors import KillsItsProcess, no_such_model
 from semanticblur_core import DetectionCluster, DetectOptions, Detector, detect_files, find_jobs
 from semanticblur_core.errors import ConfigError, WeightsError
 from semanticblur_core.focus.classical import ClassicalDetector
-from semanticblur_core.inference.batch import FileResult
 from semanticblur_core.inference.cluster import _detect_chunk, _Task
 from semanticblur_core.inference.jobs import Job
+from semanticblur_core.inference.results import FileResult
 
 pytest.importorskip("distributed")
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from semanticblur_core import disk
-from semanticblur_core.inference.batch import FileResult
+from semanticblur_core.inference.results import FileResult
 from semanticblur_core.inference.table import still_holds, summary_table
 
 SUFFIXES = ("csv", "parquet")

@@ -12,8 +12,9 @@ import torch
 from semanticblur_core import Detector
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import ImageError
-from semanticblur_core.inference.batch import FileResult, detect_files
+from semanticblur_core.inference.batch import detect_files
 from semanticblur_core.inference.jobs import DetectOptions, Job
+from semanticblur_core.inference.results import FileResult
 from semanticblur_core.inference.video import iter_frames
 from semanticblur_core.network import SemanticBlur
 

@@ -15,7 +15,8 @@ from skimage import data
 
 from semanticblur_core import Detector, finetune, weights
 from semanticblur_core.config import FinetuneConfig, ModelConfig
-from semanticblur_core.data.store import AnnotationStore, LabelledImage
+from semanticblur_core.data.labels import LabelledImage
+from semanticblur_core.data.store import AnnotationStore
 from semanticblur_core.device import choose_device
 from semanticblur_core.errors import ConfigError, DataError, WeightsError
 from semanticblur_core.metrics import Protocol, Scores

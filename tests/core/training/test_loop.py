@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from semanticblur_core.config import ModelConfig, TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs, find_pairs
 from semanticblur_core.data.defocus import SharpImages
-from semanticblur_core.data.store import LabelledImage
+from semanticblur_core.data.labels import LabelledImage
 from semanticblur_core.data.transforms import cutmix
 from semanticblur_core.device import DeviceChoice
 from semanticblur_core.errors import ConfigError, TrainingError

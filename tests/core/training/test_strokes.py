@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semanticblur_core.config import FinetuneConfig
-from semanticblur_core.data.store import LabelledImage
+from semanticblur_core.data.labels import LabelledImage
 from semanticblur_core.errors import DataError
 from semanticblur_core.training.strokes import (
     augmented_views,

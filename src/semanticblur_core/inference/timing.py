@@ -1,0 +1,39 @@
+"""Times one back end in a process of its own: ``BACKEND MODEL DEVICE SIZE ROUNDS``."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+
+import numpy as np
+
+from semanticblur_core.inference.detector import Detector
+
+
+def measure(backend: str, model: str, device: str, size_px: int, n_rounds: int) -> None:
+    """Print a line of JSON for `semanticblur_core.inference.choice`."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (size_px, size_px, 3), np.uint8)
+    detector = Detector(model, backend=backend, device=device)
+    detector.detect(image, size=size_px)
+    first_map_at = time.time()
+    seconds = []
+    for _ in range(n_rounds + 2):
+        start = time.perf_counter()
+        detector.detect(image, size=size_px)
+        seconds.append(time.perf_counter() - start)
+    low, median, high = statistics.quantiles(seconds[2:], n=4)
+    values = {
+        "first_map_at": first_map_at,
+        "seconds_per_image": median,
+        "scatter": (high - low) / median,
+        "precision": detector.precision,
+        "device": detector.device,
+    }
+    sys.stdout.write(json.dumps(values) + "\n")
+
+
+if __name__ == "__main__":
+    measure(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
