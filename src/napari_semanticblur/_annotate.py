@@ -33,7 +33,7 @@ from napari_semanticblur._annotation_source import (
 from napari_semanticblur._colors import BLURRED, SHARP, UNLABELLED
 from napari_semanticblur._detection import Detection, Settings
 from napari_semanticblur._dialogs import ask
-from napari_semanticblur._dock import Dock, row, timer, wrap
+from napari_semanticblur._dock import Dock, guarded, row, timer, wrap
 from napari_semanticblur._layers import (
     METADATA_KEY,
     find_result,
@@ -233,17 +233,7 @@ class AnnotateWidget(Dock):
 
     def guarded(self, action: Callable[[], Any]) -> Callable[..., None]:
         """An action whose errors are a line."""
-
-        def run(*_: Any) -> None:
-            from napari.utils.notifications import show_error
-
-            try:
-                action()
-            except SemanticBlurError as error:
-                self.say(str(error))
-                show_error(str(error))
-
-        return run
+        return guarded(action, self.say)
 
     # What can be chosen.
 

@@ -9,6 +9,8 @@ from magicgui.widgets import Container, Label, Widget
 from qtpy.QtCore import QEvent, QObject, Qt, QTimer
 from qtpy.QtWidgets import QComboBox, QSizePolicy
 
+from semanticblur_core.errors import SemanticBlurError
+
 # Of a choice in letters. Layers have long names, and a dock is at least as wide as its widest line.
 _SHORTEST_CHOICE = 12
 
@@ -52,6 +54,29 @@ class Dock(Container):  # type: ignore[type-arg]
 def row(*widgets: Widget) -> Container[Any]:
     """Widgets beside each other."""
     return Container(widgets=list(widgets), layout="horizontal", labels=False, label="")
+
+
+def guarded(action: Callable[[], object], say: Callable[[str], None]) -> Callable[..., None]:
+    """The action, whatever it is called with; what a person can act on is told, not raised."""
+
+    def run(*_: object) -> None:
+        try:
+            action()
+        except SemanticBlurError as error:
+            complain(str(error), say)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            complain(f"{error.filename}: {reason}" if error.filename else reason, say)
+
+    return run
+
+
+def complain(text: str, say: Callable[[str], None]) -> None:
+    """Tell of an error in the widget's own line and in napari's corner."""
+    from napari.utils.notifications import show_error
+
+    say(text)
+    show_error(text)
 
 
 def timer(

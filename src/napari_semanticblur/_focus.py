@@ -21,7 +21,7 @@ from magicgui.widgets import (
 )
 
 from napari_semanticblur._checking import CLASSICAL, NETWORK, Checking, Job, Settings, compose
-from napari_semanticblur._dock import Dock, row, timer, wrap
+from napari_semanticblur._dock import Dock, complain, guarded, row, timer, wrap
 from napari_semanticblur._focus_layers import look_at_tile, show_composite, show_heat_map
 from napari_semanticblur._focus_plot import FocusPlot
 from napari_semanticblur._focus_rows import (
@@ -652,20 +652,10 @@ class FocusWidget(Dock):
 
     def _guarded(self, action: Callable[[], None]) -> Callable[[], None]:
         """The action; what a person can act on becomes a line."""
-
-        def guarded() -> None:
-            try:
-                action()
-            except SemanticBlurError as error:
-                self._complain(str(error))
-
-        return guarded
+        return guarded(action, self._say)
 
     def _complain(self, text: str) -> None:
-        from napari.utils.notifications import show_error
-
-        self._say(text)
-        show_error(text)
+        complain(text, self._say)
 
     def _say(self, text: str) -> None:
         if not self._is_closed:

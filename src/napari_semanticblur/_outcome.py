@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from magicgui.widgets import ComboBox, Container, PushButton
 
 from napari_semanticblur._dialogs import ask, ask_file, ask_text
+from napari_semanticblur._dock import guarded
 from napari_semanticblur._models import exists, models, recommend
 from napari_semanticblur._settings import preferences, set_default_model
 from semanticblur_core import disk, weights
-from semanticblur_core.errors import SemanticBlurError
 
 if TYPE_CHECKING:
     from napari_semanticblur._tuning import Tuning
@@ -190,18 +190,8 @@ class ModelActions:
         return [p.stem for name in weights.own_models() for p in weights.model_versions(name)[::-1]]
 
     def _guarded(self, action: Callable[[str], None]) -> Callable[..., None]:
-        def run(*_: Any) -> None:
-            from napari.utils.notifications import show_error
+        def run() -> None:
+            if self.own.value is not None:
+                action(self.own.value)
 
-            name = self.own.value
-            if name is None:
-                return
-            try:
-                action(name)
-            except SemanticBlurError as error:
-                self._say(str(error))
-                show_error(str(error))
-            except OSError as error:
-                show_error(f"{error.filename or name}: {error.strerror}")
-
-        return run
+        return guarded(run, self._say)
