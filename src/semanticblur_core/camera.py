@@ -1,15 +1,16 @@
-"""Camera raw and HEIC, by optional libraries."""
+"""Photographs as Pillow opens them, and camera raw and HEIC by optional libraries."""
 
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from semanticblur_core import disk
 from semanticblur_core.errors import ImageError
@@ -21,8 +22,44 @@ RAW_SUFFIXES = (
     *(".srf", ".srw", ".x3f"),
 )
 _INSTALL = "pip install 'napari-semanticblur[camera]', or export it as JPEG or TIFF"
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 # Of the longer side of the raw image; a preview below it would hide what is slightly soft.
 _LEAST_PREVIEW = 0.5
+_pillow_limit = threading.Lock()
+
+
+def open_pillow(source: Path | io.BytesIO) -> Image.Image:
+    """Open without Pillow's own limit, which is below a panorama's size; for `disk.refuse_bomb`."""
+    with _pillow_limit:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(source)
+        except UnidentifiedImageError:
+            if isinstance(source, io.BytesIO) or not _is_heic(source):  # whatever its name says
+                raise
+            _learn_heic(source)
+            return Image.open(source)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def refuse_lying_jpeg(path: Path, image: Image.Image, n_bytes: int) -> None:
+    """Refuse a JPEG of more blocks than fit in so many bytes; libjpeg would make them grey.
+
+    Raises
+    ------
+    ImageError
+        If it is so.
+    """
+    if image.format != "JPEG" or "progressive" in image.info:
+        return
+    # Baseline JPEG spends at least two bits on each block of 8 x 8 pixels.
+    n_blocks = (image.width // 8) * (image.height // 8)
+    if n_blocks * 2 > n_bytes * 8:
+        raise ImageError(
+            f"{path}: truncated: {image.width} x {image.height} pixels do not fit in its "
+            f"{n_bytes} bytes"
+        )
 
 
 def read_raw(path: Path, max_pixels: int) -> NDArray[np.uint8]:
@@ -34,56 +71,76 @@ def read_raw(path: Path, max_pixels: int) -> NDArray[np.uint8]:
     Returns
     -------
     ndarray
-        ``(H, W, 3)`` uint8.
+        ``(H, W, 3)`` uint8, or ``(H, W, 1)`` of a sensor without colours.
 
     Raises
     ------
     ImageError
         If rawpy is not installed, or the file is damaged, or larger than allowed.
     """
+    rawpy = _rawpy(path)
     try:
-        import rawpy
-    except ImportError:
-        raise ImageError(f"{path}: camera raw needs rawpy: {_INSTALL}") from None
-    try:
-        with rawpy.imread(str(path)) as raw:
+        with path.open("rb") as stream, rawpy.imread(stream) as raw:
             sizes = raw.sizes
             disk.refuse_bomb(path, sizes.width * sizes.height, max_pixels)
-            long, short = sorted((sizes.width, sizes.height), reverse=True)
-            preview = _preview(raw, rawpy)
-            if preview is None or max(preview.size) < _LEAST_PREVIEW * long:
+            preview = _preview(raw, path, max_pixels)
+            if preview is None or max(preview.size) < _LEAST_PREVIEW * max(sizes[2:4]):
                 return np.asarray(raw.postprocess(half_size=True, use_camera_wb=True))
-            if long > short and sizes.flip in (5, 6) and preview.width > preview.height:
-                # The preview did not say that it lies on its side.
+            lies = sizes.width > sizes.height and preview.width > preview.height
+            if lies and sizes.flip in (5, 6):  # the preview did not say that it is to be turned
                 preview = preview.rotate(90 if sizes.flip == 5 else -90, expand=True)
             return np.asarray(preview)
     except rawpy.LibRawError as error:
-        reason = b" ".join(part for part in error.args if isinstance(part, bytes)).decode()
-        raise ImageError(f"{path}: damaged or unreadable: {reason}") from error
+        raise _damaged(path, error) from error
 
 
-def _preview(raw: Any, rawpy: Any) -> Image.Image | None:
-    """The largest picture in it, upright, RGB; None if there is none that can be read."""
-    try:
-        found = raw.extract_thumb()
-        if found.format != rawpy.ThumbFormat.JPEG:
-            return None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(found.data)) as opened:
-                return ImageOps.exif_transpose(opened).convert("RGB")
-    except (rawpy.LibRawError, OSError, ValueError, SyntaxError):
-        return None
-
-
-def learn_heic(path: Path) -> None:
-    """Let Pillow read HEIC.
+def read_raw_shape(path: Path) -> tuple[int, int]:
+    """Height and width of a raw image, unturned; what `read_raw` gives may be half of it.
 
     Raises
     ------
     ImageError
-        If pillow-heif is not installed.
+        As `read_raw`.
     """
+    rawpy = _rawpy(path)
+    try:
+        with path.open("rb") as stream, rawpy.imread(stream) as raw:
+            return int(raw.sizes.height), int(raw.sizes.width)
+    except rawpy.LibRawError as error:
+        raise _damaged(path, error) from error
+
+
+def _rawpy(path: Path) -> Any:
+    try:
+        import rawpy
+    except ImportError:
+        raise ImageError(f"{path}: camera raw needs rawpy: {_INSTALL}") from None
+    return rawpy
+
+
+def _damaged(path: Path, error: Exception) -> ImageError:
+    """LibRaw's errors hold bytes."""
+    reason = b" ".join(part for part in error.args if isinstance(part, bytes)).decode()
+    return ImageError(f"{path}: damaged or unreadable: {reason}")
+
+
+def _preview(raw: Any, path: Path, max_pixels: int) -> Image.Image | None:
+    """The largest picture in it, upright, RGB; None if there is none that can be read."""
+    try:
+        found = raw.extract_thumb()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Of the other kinds, bitmaps, none is large.
+            with open_pillow(io.BytesIO(found.data)) as opened:
+                disk.refuse_bomb(path, opened.width * opened.height, max_pixels)
+                refuse_lying_jpeg(path, opened, len(found.data))
+                return ImageOps.exif_transpose(opened).convert("RGB")
+    except Exception:  # LibRaw and Pillow raise many kinds
+        return None
+
+
+def _learn_heic(path: Path) -> None:
+    """Let Pillow read HEIC."""
     try:
         import pillow_heif
     except ImportError:
@@ -91,9 +148,8 @@ def learn_heic(path: Path) -> None:
     pillow_heif.register_heif_opener()
 
 
-def is_heic(path: Path) -> bool:
-    """Whether a file is HEIC by its first bytes, whatever its name says."""
-    brands = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+def _is_heic(path: Path) -> bool:
+    """Whether a file is HEIC by its first bytes."""
     with path.open("rb") as stream:
         start = stream.read(12)
-    return start[4:8] == b"ftyp" and start[8:] in brands
+    return start[4:8] == b"ftyp" and start[8:] in _HEIC_BRANDS

@@ -30,7 +30,7 @@ def require_writable(path: Path) -> None:
     ImageError
         With the system's reason.
     """
-    if _is_special(path):
+    if is_special(path):
         return
     temporary = temporary_name(_target(path))
     try:
@@ -126,6 +126,7 @@ def _lock(path: Path) -> int | None:
 
 def left_behind(path: Path) -> list[Path]:
     """Temporary files beside ``path`` of writers that were killed."""
+    path = _target(path)
     pattern = f".{glob.escape(shortened(path.name))}.{'[0-9a-f]' * 8}.part"
     return sorted(path.parent.glob(pattern))
 
@@ -148,7 +149,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     ImageError
         If the file cannot be written, with the system's reason.
     """
-    if _is_special(path):
+    if is_special(path):
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder, path.name)
             yield temporary
@@ -181,7 +182,7 @@ def _target(path: Path) -> Path:
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
-def _is_special(path: Path) -> bool:
+def is_special(path: Path) -> bool:
     """Whether it is a pipe or a device, such as /dev/stdout, that no file can take the place of."""
     with suppress(OSError):
         # /dev/stdout may lead to a file, which the shell holds open under its own name.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +32,6 @@ CAMERA_SUFFIXES = (*camera.RAW_SUFFIXES, *camera.HEIC_SUFFIXES)
 MAX_PIXELS = 1_000_000_000
 # What others' maps may be off 0..1 by: the last bits of a sum or a sigmoid in float32.
 _ROUNDING = 1e-6
-_pillow_limit = threading.Lock()
 
 
 def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
@@ -65,9 +63,10 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any
     suffix = path.suffix.lower()
     disk.require_file(path)
     if suffix in camera.RAW_SUFFIXES:
-        return camera.read_raw(path, max_pixels)
-    read = _read_tiff if suffix in TIFF_SUFFIXES else _read_pillow
-    array = read(path, max_pixels)
+        array: NDArray[Any] = camera.read_raw(path, max_pixels)
+    else:
+        read = _read_tiff if suffix in TIFF_SUFFIXES else _read_pillow
+        array = read(path, max_pixels)
     if array.ndim == 3 and array.shape[2] in (2, 4):
         array = array[..., : array.shape[2] - 1]
     if array.ndim == 3 and array.shape[2] == 1:
@@ -90,11 +89,15 @@ def read_shape(path: Path) -> tuple[int, int]:
     ImageError
         If the header cannot be read.
     """
+    if path.suffix.lower() in camera.RAW_SUFFIXES:
+        return camera.read_raw_shape(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with _open_pillow(path) as opened:
+            with camera.open_pillow(path) as opened:
                 return opened.height, opened.width
+    except ImageError:
+        raise
     except Exception as error:  # Pillow raises many kinds
         raise disk.unreadable(path, error) from error
 
@@ -117,9 +120,11 @@ def read_orientation(path: Path) -> int:
                     tag = whole_series(path, tiff).keyframe.tags.get("Orientation")
                     code = tag.value if tag is not None else 1
             else:
-                with _open_pillow(path) as opened:
+                with camera.open_pillow(path) as opened:
                     code = opened.getexif().get(ExifTags.Base.Orientation, 1)
         return int(code) if code in range(1, 9) else 1
+    except ImageError:
+        raise
     except Exception as error:  # tifffile and Pillow raise many kinds
         raise disk.unreadable(path, error) from error
 
@@ -378,9 +383,9 @@ def _read_pillow(path: Path, max_pixels: int) -> NDArray[Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with _open_pillow(path) as opened:
+            with camera.open_pillow(path) as opened:
                 disk.refuse_bomb(path, opened.width * opened.height, max_pixels)
-                _refuse_lying_jpeg(path, opened)
+                camera.refuse_lying_jpeg(path, opened, path.stat().st_size)
                 return _pillow_array(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
         if path.suffix.lower() in VIDEO_SUFFIXES:
@@ -390,21 +395,6 @@ def _read_pillow(path: Path, max_pixels: int) -> NDArray[Any]:
         raise
     except Exception as error:  # its decoders raise many kinds
         raise disk.unreadable(path, error) from error
-
-
-def _open_pillow(path: Path) -> Image.Image:
-    """Open without Pillow's own limit, which is below a panorama's size; ours is checked next."""
-    with _pillow_limit:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            return Image.open(path)
-        except UnidentifiedImageError:
-            if not camera.is_heic(path):  # whatever its name says
-                raise
-            camera.learn_heic(path)
-            return Image.open(path)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
 
 
 def _pillow_array(image: Image.Image) -> NDArray[Any]:
@@ -595,19 +585,6 @@ def invert(array: NDArray[Any]) -> NDArray[Any]:
         inverted: NDArray[Any] = np.iinfo(array.dtype).max - array
         return inverted
     return array
-
-
-def _refuse_lying_jpeg(path: Path, image: Image.Image) -> None:
-    """Refuse a JPEG of more blocks than fit in the file; libjpeg would fill them with grey."""
-    if image.format != "JPEG" or "progressive" in image.info:
-        return
-    # Baseline JPEG spends at least two bits on each block of 8 x 8 pixels.
-    n_blocks = (image.width // 8) * (image.height // 8)
-    if n_blocks * 2 > path.stat().st_size * 8:
-        raise ImageError(
-            f"{path}: truncated: {image.width} x {image.height} pixels do not fit in its "
-            f"{path.stat().st_size} bytes"
-        )
 
 
 def to_upright(array: NDArray[Any], orientation: int) -> NDArray[Any]:

@@ -149,16 +149,21 @@ def delete_model(name: str) -> None:
     versions = [p for p in _versions_or_error(stem) if name in (stem, p.stem)]
     if not versions:
         raise WeightsError(f"model {name}: there is no such version")
+    gone = {_sha256_of(path) for path in versions}
     for path in versions:
-        with suppress(WeightsError):  # damaged, and never exported
-            for exported in exported_files(read_info(path).sha256):
-                exported.unlink()
         path.unlink()
+    kept = {_sha256_of(path) for path in (*map(resolve, PACKAGED), *_own_files())}
+    for sha256 in gone - kept - {None}:
+        # Exported forms, of any version of this package.
+        for exported in (disk.user_folder() / "exported").glob(f"{str(sha256)[:32]}-*.onnx"):
+            with suppress(OSError):
+                exported.unlink()
 
 
-def exported_files(sha256: str) -> list[Path]:
-    """Exported forms that are kept of these weights, of any version of this package."""
-    return list((disk.user_folder() / "exported").glob(f"{sha256[:32]}-*.onnx"))
+def _sha256_of(path: Path) -> str | None:
+    with suppress(WeightsError):  # damaged, and never exported
+        return read_info(path).sha256
+    return None
 
 
 def _own_files() -> list[Path]:

@@ -1,5 +1,6 @@
 """Camera raw and HEIC: upright, the camera's own picture where it is large enough."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from PIL import Image
 from skimage.data import astronaut
 from skimage.metrics import structural_similarity
 
-from semanticblur_core import io
+from semanticblur_core import camera, io
+from semanticblur_core.data.store import AnnotationStore
 from semanticblur_core.errors import ImageError
 
 _UPRIGHT, _HELD_UPRIGHT = 1, 6
@@ -105,6 +107,48 @@ def test_raw_and_jpeg_beside_each_other(tmp_path: Path, photo: np.ndarray) -> No
     assert np.abs(raw - jpeg).mean() < 8
     with pytest.raises(ImageError, match="more than the limit"):
         io.read_image(tmp_path / "a.dng", max_pixels=100)
+
+
+def test_a_preview_that_cannot_be_read_is_passed_over(tmp_path: Path, photo: np.ndarray) -> None:
+    pytest.importorskip("rawpy")
+    write_dng(tmp_path / "a.dng", photo, photo, _UPRIGHT)
+    found = (tmp_path / "a.dng").read_bytes()
+    frame = found.index(b"\xff\xc0") + 5  # height and width in the JPEG's header
+    lying = found[:frame] + (20000).to_bytes(2) * 2 + found[frame + 4 :]
+    (tmp_path / "a.dng").write_bytes(lying)
+    height, width = photo.shape[:2]
+    assert io.read_image(tmp_path / "a.dng").shape == (height // 2, width // 2, 3)
+    assert io.read_shape(tmp_path / "a.dng") == (height, width)
+
+
+def test_a_raw_file_without_colours_is_grey(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.dng").write_bytes(b"x")
+    developed = np.zeros((4, 5, 1), np.uint8)  # as LibRaw gives it
+    monkeypatch.setattr(camera, "read_raw", lambda *_: developed)
+    assert io.read_image(tmp_path / "a.dng").shape == (4, 5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")
+def test_names_that_are_not_utf8_are_read(tmp_path: Path, photo: np.ndarray) -> None:
+    pytest.importorskip("rawpy")
+    path = tmp_path / os.fsdecode(b"n\xff.dng")
+    write_dng(path, photo, None, _UPRIGHT)
+    assert io.read_image(path).ndim == 3
+
+
+def test_labels_of_photographs_that_need_the_extra_keep_their_pixels(
+    tmp_path: Path, photo: np.ndarray
+) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(Image.fromarray(photo)).save(tmp_path / "a.heic", quality=90)
+    store = AnnotationStore(tmp_path / "store", create=True)
+    store.write("a", np.ones(photo.shape[:2], np.uint8), image=tmp_path / "a.heic")
+    held = store.image_of("a")
+    assert held is not None
+    np.testing.assert_array_equal(io.read_image(held), io.read_image(tmp_path / "a.heic"))
+    store.write("a", np.ones(photo.shape[:2], np.uint8), image=tmp_path / "a.heic")
 
 
 def test_heic_is_read_whatever_its_name_says(tmp_path: Path, photo: np.ndarray) -> None:

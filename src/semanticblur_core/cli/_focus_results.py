@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Generator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from semanticblur_core import disk
 from semanticblur_core.cli._options import progress_bar, say
 from semanticblur_core.cli._stop import Stop
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from semanticblur_core.cli._focus_inputs import StackInput
     from semanticblur_core.focus.check import FocusOptions, ImageFocus, Source
     from semanticblur_core.focus.earlier import EarlierRun
+    from semanticblur_core.focus.report import HtmlReport
     from semanticblur_core.inference.map_maker import MapMaker
 
 _WORST_PRINTED = 20
 _SAVED_EVERY_S = 30
+# Times what the last one took: many images are slow to write.
+_SAVES_WAIT = 20
 
 
 class Results:
@@ -46,10 +51,14 @@ class Results:
         self._measured_with: dict[str, Any] = {
             "software": f"napari-semanticblur {__version__}",
             "protocol": protocol,
+            "precision": getattr(detector, "precision", None),
             "tile_size": list(tile_size) if tile_size else None,
         }
+        self._masks: dict[str, Any] | None = None
         if options.mask_folder is not None:
-            self._measured_with["mask_margin_px"] = options.mask_margin_px
+            folder = str(options.mask_folder.absolute())
+            self._masks = {"folder": folder, "margin_px": options.mask_margin_px}
+        self._earlier: EarlierRun | None = None
         self.images: list[ImageFocus] = []
         self._order: dict[tuple[str, str], int] = {}
         self._n_before = 0
@@ -65,76 +74,101 @@ class Results:
         resume: bool,
     ) -> None:
         """Check all, and write what is wanted; what was done also where it is stopped."""
+        from semanticblur_core.focus.earlier import EarlierRun
+
         for source in sources:
             self._order.setdefault((source.name, str(source.path)), len(self._order))
-        try:
-            self._measure(sources, report, json_file, resume=resume)
-        finally:
-            self._write(json_file, csv_file)
+        with ExitStack() as resources:
+            parts = disk.left_behind(report) if report else []
+            if resume and json_file:
+                # Also of reports that a killed run left: they hold the pictures that it made.
+                earlier = EarlierRun(
+                    json_file,
+                    self._measured_with,
+                    masks=self._masks,
+                    reports=[*parts, report] if report else None,
+                )
+                self._earlier = resources.enter_context(earlier)
+            try:
+                self._measure(sources, report, json_file)
+            finally:
+                self._write(json_file, csv_file)
+        for part in parts:
+            disk.remove_if_stale(part)
 
-    def _measure(
-        self, sources: list[Source], report: Path | None, json_file: Path | None, *, resume: bool
-    ) -> None:
-        from semanticblur_core import disk
+    def _measure(self, sources: list[Source], report: Path | None, json_file: Path | None) -> None:
+        from semanticblur_core.focus.check import focus_report
         from semanticblur_core.focus.report import HtmlReport
 
-        parts = disk.left_behind(report) if report else []
-        earlier = None
-        if resume and json_file:
-            # Also of reports that a killed run left: they hold the pictures that it made.
-            earlier = self._earlier(json_file, [*parts, report] if report else None)
-        saved_at = time.monotonic()
+        saved_at, wait_s = time.monotonic(), float(_SAVED_EVERY_S)
         with ExitStack() as resources:
             progress = resources.enter_context(progress_bar())
             html = resources.enter_context(HtmlReport(report)) if report else None
             task = progress.add_task("Checking focus", total=len(sources))
             stop = Stop()
             resources.enter_context(stop.heeded())
-            coming = resources.enter_context(closing(self._images(sources, earlier)))
             try:
-                for image in stop.each(coming):
-                    if html is not None:
-                        html.add(image)
-                    # A report of many images holds their pictures; memory does not.
-                    self.images.append(replace(image, thumbnail=None, overlay=None))
-                    if self._opened and image.plane is not None:
-                        self._opened.collected.add(image.plane)
+                sources = self._take_over(sources, html)
+                progress.update(task, completed=self._n_before)
+                coming = focus_report(sources, self._detector, self._options)
+                for update in stop.each(resources.enter_context(closing(coming))):
+                    self._add(update.image, html)
                     progress.advance(task)
-                    if image.error is not None:
-                        say(progress, f"semanticblur-core: {image.error}", err=True)
-                    if json_file and time.monotonic() - saved_at > _SAVED_EVERY_S:
-                        self._write(json_file, None)  # whatever happens, this much is kept
+                    if update.image.error is not None:
+                        say(progress, f"semanticblur-core: {update.image.error}", err=True)
+                    if time.monotonic() - saved_at > wait_s:
+                        wait_s = self._save(json_file, progress)
                         saved_at = time.monotonic()
                 self._finished = True
             finally:
                 if html is not None:
                     html.summary = self._summary()
-        for part in parts:
-            disk.remove_if_stale(part)
 
-    def _earlier(self, json_file: Path, reports: list[Path] | None) -> EarlierRun:
-        from semanticblur_core.focus.earlier import EarlierRun
+    def _add(self, image: ImageFocus, html: HtmlReport | None) -> None:
+        if html is not None:
+            html.add(image)
+        # A report of many images holds their pictures; memory does not.
+        self.images.append(replace(image, thumbnail=None, overlay=None))
+        if self._opened and image.plane is not None:
+            self._opened.collected.add(image.plane)
 
-        return EarlierRun(
-            json_file, self._measured_with, reports=reports, mask_folder=self._options.mask_folder
-        )
+    def _take_over(self, sources: list[Source], html: HtmlReport | None) -> list[Source]:
+        """Take over what was measured before; the sources that are to be measured."""
+        from semanticblur_core.focus.check import judge
 
-    def _images(
-        self, sources: list[Source], earlier: EarlierRun | None
-    ) -> Generator[ImageFocus, None, None]:
-        """Those taken over, then those measured, each in the order of the sources."""
-        from semanticblur_core.focus.check import focus_report, judge
+        if self._earlier is None:
+            return sources
+        if html is not None:
+            html.n_before = len(sources)  # until all are taken over, the earlier report stays
+        waiting = []
+        for source in sources:
+            image = self._earlier.take(source)
+            if image is None:
+                waiting.append(source)
+            else:
+                self._add(judge(image, self._options.gates), html)
+        self._n_before = len(self.images)
+        if html is not None:
+            html.n_before = self._n_before
+        if self._earlier.n_lacking:
+            click.echo(
+                f"semanticblur-core: {self._earlier.n_lacking} measured again: without a picture "
+                "in the report that is there, or a mask in that folder",
+                err=True,
+            )
+        return waiting
 
-        known = [s for s in sources if earlier is not None and earlier.holds(s)]
-        if earlier is not None and known:
-            # First, so that a run that is stopped has lost none of them.
-            for source in known:
-                yield judge(earlier.image(source), self._options.gates)
-            self._n_before = len(known)
-            left = set(known)
-            sources = [source for source in sources if source not in left]
-        with closing(focus_report(sources, self._detector, self._options)) as measured:
-            yield from (update.image for update in measured)
+    def _save(self, json_file: Path | None, progress: Progress) -> float:
+        """Keep what was measured so far, whatever happens; seconds until it is worth it again."""
+        from semanticblur_core.errors import SemanticBlurError
+
+        start = time.monotonic()
+        if json_file is not None and not disk.is_special(json_file):
+            try:
+                self._write(json_file, None)
+            except SemanticBlurError as error:  # perhaps there is room again at the end
+                say(progress, f"semanticblur-core: {error}; going on", err=True)
+        return max(_SAVED_EVERY_S, _SAVES_WAIT * (time.monotonic() - start))
 
     @property
     def n_failed(self) -> int:
@@ -161,6 +195,7 @@ class Results:
         if json_file:
             document = {
                 **self._measured_with,
+                "masks": self._masks,
                 "gates": [gate.describe() for gate in self._options.gates],
                 "passed": self.passed and not self.n_failed,
                 "interrupted": not self._finished,
@@ -170,6 +205,8 @@ class Results:
                 ],
                 **self._stack_rows(),
             }
+            if self._earlier is not None:
+                document["not_checked"] = self._earlier.rows_besides(self.images)
             write_json(json_file, document)
 
     def print(self) -> None:

@@ -348,6 +348,8 @@ class AnnotationStore:
 
     def _put_image(self, name: str, image: Path | NDArray[Any], held: Path | None) -> str:
         """Copy the image into the store unless it is there; its file's sha256."""
+        if isinstance(image, Path) and image.suffix.lower() not in (*io.IMAGE_SUFFIXES, *_NPY):
+            image = read_array(image)  # camera raw and the like: its pixels
         if isinstance(image, Path):
             target = self.folder / "images" / f"{name}{image.suffix.lower()}"
         else:

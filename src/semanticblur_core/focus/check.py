@@ -34,6 +34,8 @@ RegionKind = Literal["image", "content"]
 THUMBNAIL_PX = 160
 _MAP_PX = 40
 _MAX_THREADS = 6
+# Of the images that are read ahead, and of those that are being scored, in all.
+_PIXELS_AHEAD = 60_000_000
 # Levels of blur in a thumbnail's overlay; few, for small files.
 _OVERLAY_LEVELS = 8
 _OVERLAY_COLOR = (0xE6, 0x9F, 0x00)
@@ -206,6 +208,7 @@ def focus_report(
     ]
     # Files are read and scored in threads while the network works on the image between.
     n_threads = min(_MAX_THREADS, max(2, count_cores() // 2))
+    n_ahead = 2
     with ThreadPoolExecutor(n_threads) as pool:
         read: deque[Future[_Prepared]] = deque()
         scored: deque[Future[ImageFocus]] = deque()
@@ -213,12 +216,15 @@ def focus_report(
         n_done = 0
         try:
             while n_done < len(listed):
-                while len(read) < n_threads and (source := next(waiting, None)) is not None:
+                while len(read) < n_ahead and (source := next(waiting, None)) is not None:
                     read.append(pool.submit(_prepare, source, options))
                 if read:
                     prepared = _detect(read.popleft().result(), detector, options)
                     scored.append(pool.submit(_score, prepared, options))
-                if len(scored) >= n_threads or not read:
+                    if prepared.image is not None:
+                        n_pixels = math.prod(prepared.image.shape[:2])
+                        n_ahead = max(1, min(n_threads, _PIXELS_AHEAD // n_pixels))
+                while scored and (len(scored) >= n_ahead or not read):
                     n_done += 1
                     yield FocusUpdate(scored.popleft().result(), n_done, len(listed))
         finally:
@@ -293,6 +299,7 @@ def colmap_mask(
 def _widened(area: NDArray[np.bool_], margin_px: int) -> NDArray[np.bool_]:
     """With all that is no further than this from it; some rows at a time, in the cache."""
     height, width = area.shape
+    margin_px = min(margin_px, math.ceil(math.hypot(height, width)))
     columns = np.arange(width, dtype=np.int32)
     nowhere = width + margin_px
     wide = np.zeros_like(area)
@@ -390,7 +397,7 @@ def _score(prepared: _Prepared, options: FocusOptions) -> ImageFocus:
         if options.mask_folder is not None and blur is not None:
             _write_mask(source, blur, options)
         thumbnail, overlay = _pictures(image, blur) if options.thumbnails else (None, None)
-    except (SemanticBlurError, MemoryError, OSError, ValueError) as error:
+    except Exception as error:  # the rest is checked all the same
         return replace(failed, error=_reason(error, source.name))
     scored = ImageFocus(
         name=source.name,
@@ -436,13 +443,15 @@ def _guarded(work: Callable[[], _Prepared], before: _Prepared) -> _Prepared:
     start = time.perf_counter()
     try:
         done = work()
-    except (SemanticBlurError, MemoryError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # the rest is checked all the same
         done = replace(before, error=_reason(error, before.source.name))
     return replace(done, elapsed_s=before.elapsed_s + time.perf_counter() - start)
 
 
 def _reason(error: BaseException, name: str) -> str:
     text = (str(error) or type(error).__name__).splitlines()[0]
+    if not isinstance(error, (SemanticBlurError, MemoryError, OSError, RuntimeError, ValueError)):
+        text = f"unexpected {type(error).__name__}: {text}"  # of a kind nobody foresaw
     return text if name in text else f"{name}: {text}"
 
 

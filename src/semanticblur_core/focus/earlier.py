@@ -4,35 +4,47 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
+from semanticblur_core import disk
 from semanticblur_core.errors import DataError
 from semanticblur_core.focus.check import ImageFocus, Source, file_stamp
 from semanticblur_core.focus.scores import FocusScores
 
+_Row = dict[str, Any]
 _Key = tuple[str, str]
+# What a report's row and the same image's in the JSON file may differ in.
+_OF_A_REPORT = ("thumbnail", "overlay", "passed", "failed_gates", "kept")
 
 
 class EarlierRun:
-    """The images of an earlier run's JSON file, with their pictures of its report.
+    """The images of an earlier run's JSON file, with their pictures of its report; a context.
 
     Parameters
     ----------
     json_file
         What `semanticblur_core.focus.report.write_json` wrote; one that is not there holds nothing.
-    measured_with
-        Settings of this run, as they are written into its document.
+    settings
+        What this run measures with, as it is written into its document.
+    masks
+        Where masks are wanted and with which margin, likewise; None if none are. An image that has
+        none there is to be measured again.
     reports
         HTML reports, or what a killed run left of them, to take pictures from; an image that has
-        none there is to be measured again. Without reports no pictures are wanted.
-    mask_folder
-        Where masks are wanted; an image that has none there is to be measured again.
+        none there is to be measured again. None if no pictures are wanted.
+
+    Attributes
+    ----------
+    n_lacking
+        Images that are to be measured again for want of a picture or a mask alone.
 
     Raises
     ------
@@ -43,102 +55,164 @@ class EarlierRun:
     def __init__(
         self,
         json_file: Path,
-        measured_with: Mapping[str, Any],
+        settings: Mapping[str, Any],
         *,
+        masks: Mapping[str, Any] | None = None,
         reports: list[Path] | None = None,
-        mask_folder: Path | None = None,
     ) -> None:
-        self._mask_folder = mask_folder
-        self._rows: dict[_Key, dict[str, Any]] = {}
-        if json_file.is_file():
-            document = _read(json_file)
-            _require_same(json_file, document, json.loads(json.dumps(measured_with)))
-            self._rows = {(row["name"], row["source"]): row for row in document["images"]}
-        self._places: dict[_Key, tuple[Path, int, int]] | None = None
+        self.n_lacking = 0
+        self._rows: dict[_Key, _Row] = {}
+        self._mask_folder = None if masks is None else Path(masks["folder"])
+        self._has_masks = True
+        self._pictures: dict[_Key, tuple[BinaryIO, int, int]] | None = None
+        self._resources = ExitStack()
+        if not json_file.is_file():
+            return
+        document = _read(json_file)
+        _require_same(json_file, document, json.loads(json.dumps(settings)))
+        self._rows = {_key(row): row for row in (*document["not_checked"], *document["images"])}
+        self._has_masks = masks is None or document.get("masks") == masks
         if reports is not None:
-            self._places = {
-                (row["name"], row["source"]): place
-                for report in reports
-                for row, place in _rows_of_report(report)
-                if row.get("thumbnail") and _stamp(row) is not None
-                if _stamp(row) == _stamp(self._rows.get((row["name"], row["source"]), {}))
-            }
+            self._pictures = {}
+            with ExitStack() as opened:
+                for report in reports:
+                    self._find_pictures(report, opened)
+                self._resources = opened.pop_all()
 
-    def holds(self, source: Source) -> bool:
-        """Whether the file is as it was measured, and all that was made of it is there."""
-        key = (source.name, str(source.path))
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._resources.close()
+
+    def take(self, source: Source) -> ImageFocus | None:
+        """What was measured on a file, without a verdict; None if it is to be measured."""
+        key = (source.name, _place(source.path))
         row = self._rows.get(key)
         if row is None or source.read is not None or _stamp(row) != file_stamp(source.path):
-            return False
-        if self._mask_folder and not (self._mask_folder / f"{source.name}.png").is_file():
-            return False
-        return self._places is None or key in self._places
-
-    def image(self, source: Source) -> ImageFocus:
-        """What was measured on a file that it holds, without a verdict."""
-        key = (source.name, str(source.path))
-        image = _from_row(self._rows[key])
-        if self._places is None:
+            return None
+        image = replace(_from_row(row), source=str(source.path))
+        if self._mask_folder is not None and not (
+            self._has_masks and (self._mask_folder / f"{source.name}.png").is_file()
+        ):
+            self.n_lacking += 1
+            return None
+        if self._pictures is None:
             return image
-        path, offset, length = self._places[key]
-        with path.open("rb") as stream:
+        try:
+            stream, offset, n_bytes = self._pictures[key]
             stream.seek(offset)
-            pictures = json.loads(stream.read(length))
-        return replace(image, thumbnail=pictures["thumbnail"], overlay=pictures["overlay"])
+            found = json.loads(stream.read(n_bytes))
+            return replace(image, thumbnail=found["thumbnail"], overlay=found["overlay"])
+        except (LookupError, OSError, ValueError):
+            self.n_lacking += 1
+            return None
+
+    def rows_besides(self, images: Iterable[ImageFocus]) -> list[_Row]:
+        """Rows of files that this run did not come to, was not asked for or could not read."""
+        done = {(image.name, _place(image.source)) for image in images if image.error is None}
+        return [row for key, row in self._rows.items() if key not in done]
+
+    def _find_pictures(self, report: Path, opened: ExitStack) -> None:
+        assert self._pictures is not None
+        if not report.is_file() or disk.is_special(report):
+            return
+        with suppress(OSError):
+            # Held open: another run may put a new report in its place.
+            stream = opened.enter_context(report.open("rb"))
+            for row, offset, n_bytes in _rows_of_report(stream):
+                known = self._rows.get(_key(row))
+                if known is not None and _measured(row) == _measured(known):
+                    self._pictures[_key(row)] = (stream, offset, n_bytes)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         document = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(document["protocol"], dict) and all(_from_row(r) for r in document["images"]):
+        document.setdefault("not_checked", [])
+        for row in (*document["images"], *document["not_checked"]):
+            _from_row(row)
+        if isinstance(document["protocol"], dict):
             return dict(document)
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
     raise DataError(f"{path}: no result of focus to go on from; give another file, or no --resume")
 
 
 def _require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    told = _flat(before)
-    for name, value in _flat(now).items():
-        if told.get(name) != value:
+    told = {**before, **before["protocol"]}
+    for name, value in {**now, **now["protocol"]}.items():
+        if name != "protocol" and told.get(name) != value:
             raise DataError(
                 f"{path}: measured with {name} {told.get(name)}, and this run has {value}; "
                 "without --resume all is measured anew"
             )
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {**settings, **settings["protocol"], "protocol": None}
-
-
 def _from_row(row: Mapping[str, Any]) -> ImageFocus:
-    """The inverse of `semanticblur_core.focus.report.to_row`."""
+    """The inverse of `semanticblur_core.focus.report.to_row`.
+
+    Raises
+    ------
+    LookupError, TypeError, ValueError
+        If it is no such row.
+    """
+    if not (isinstance(row["name"], str) and isinstance(row["source"], str)):
+        raise TypeError("names are text")
     values = {field.name: row[field.name] for field in fields(FocusScores)}
     return ImageFocus(
         name=row["name"],
         source=row["source"],
-        height=row["height"],
-        width=row["width"],
-        scores=FocusScores(**{k: math.nan if v is None else v for k, v in values.items()}),
+        height=_number(row["height"]),
+        width=_number(row["width"]),
+        scores=FocusScores(
+            **{name: math.nan if v is None else _number(v) for name, v in values.items()}
+        ),
         passed=True,
         tiles=np.asarray(row["tiles"], np.float32) if "tiles" in row else None,
         stamp=_stamp(row),
-        elapsed_s=row["elapsed_s"],
+        elapsed_s=_number(row["elapsed_s"]),
     )
 
 
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"expected a number, got {value!r}")
+    return value
+
+
 def _stamp(row: Mapping[str, Any]) -> tuple[int, int] | None:
-    found = (row.get("file_bytes"), row.get("modified_ns"))
-    return None if None in found else found  # type: ignore[return-value]
+    if "file_bytes" not in row:
+        return None
+    return _number(row["file_bytes"]), _number(row["modified_ns"])
 
 
-def _rows_of_report(path: Path) -> Iterator[tuple[dict[str, Any], tuple[Path, int, int]]]:
-    """Rows of a report, whole or cut, each with its place: file, offset and bytes."""
-    with suppress(OSError), path.open("rb") as stream:
-        offset = 0
-        for line in stream:
-            text = line.rstrip(b",\n")
-            if text.startswith(b'{"name"'):
-                with suppress(ValueError):  # the last line of a run that was killed
-                    yield json.loads(text), (path, offset, len(text))
-            offset += len(line)
+def _key(row: Mapping[str, Any]) -> _Key:
+    return row["name"], _place(row["source"])
+
+
+def _place(path: str | Path) -> str:
+    """One spelling of a path; links are not followed."""
+    return os.path.abspath(path)  # noqa: PTH100
+
+
+def _measured(row: Mapping[str, Any]) -> _Row:
+    measured = {name: value for name, value in row.items() if name not in _OF_A_REPORT}
+    return measured | {"source": _place(row["source"])}
+
+
+def _rows_of_report(stream: BinaryIO) -> Iterator[tuple[_Row, int, int]]:
+    """Rows of a report, whole or cut, that hold pictures, each with its offset and bytes."""
+    offset = 0
+    for line in stream:
+        text = line.rstrip(b",\r\n")
+        if text.startswith(b'{"name"'):
+            with suppress(ValueError, LookupError, TypeError):  # cut, as of a run that was killed
+                row = json.loads(text)
+                _from_row(row)
+                if isinstance(row["thumbnail"], str) and isinstance(row["overlay"], str | None):
+                    yield row, offset, len(text)
+        offset += len(line)

@@ -29,12 +29,20 @@ _ROWS_HERE, _SUMMARY_HERE = "@ROWS@", "@SUMMARY@"
 class HtmlReport:
     """The HTML file while it is written; leaving the context completes it.
 
-    After an error, too, if it holds an image by then; otherwise an earlier file stays.
+    After an error, too, if it holds more than what was taken over by then; otherwise an earlier
+    file stays.
 
     Parameters
     ----------
     path
         File to write or replace.
+
+    Attributes
+    ----------
+    n_before
+        Images that are taken over from an earlier report.
+    summary
+        What the page shows beside the rows.
 
     Raises
     ------
@@ -46,6 +54,7 @@ class HtmlReport:
         self._path = path
         self._resources = ExitStack()
         self._n_rows = 0
+        self.n_before = 0
         self.summary: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
@@ -53,7 +62,9 @@ class HtmlReport:
         head, _, rest = template.read_text(encoding="utf-8").partition(_ROWS_HERE)
         self._between, _, self._tail = rest.partition(_SUMMARY_HERE)
         temporary = self._resources.enter_context(disk.replacing(self._path))
-        self._stream = self._resources.enter_context(temporary.open("w", encoding="utf-8"))
+        self._stream = self._resources.enter_context(
+            temporary.open("w", encoding="utf-8", newline="\n")
+        )
         self._stream.write(head)
         return self
 
@@ -69,7 +80,7 @@ class HtmlReport:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None and self._n_rows == 0:  # what an earlier run wrote stays
+        if kind is not None and self._n_rows <= self.n_before:  # what an earlier run wrote stays
             self._resources.__exit__(kind, error, trace)
             return
         # What was measured before an interruption is worth a report: closed without the error.

@@ -168,4 +168,4 @@ def _gradients(strip: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray
 
 
 def _sum_of_squares(values: NDArray[Any]) -> float:
-    return float(np.vdot(values, values))
+    return float(np.square(values).sum(dtype=np.float64))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
 
@@ -24,7 +23,7 @@ def measure(backend: str, model: str, device: str, size_px: int, n_rounds: int) 
         start = time.perf_counter()
         detector.detect(image, size=size_px)
         seconds.append(time.perf_counter() - start)
-    low, median, high = statistics.quantiles(seconds[2:], n=4)
+    low, median, high = np.percentile(seconds[2:], (25, 50, 75)).tolist()
     values = {
         "first_map_at": first_map_at,
         "seconds_per_image": median,

@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -21,7 +23,8 @@ from scipy.ndimage import gaussian_filter
 from semanticblur_core.cli import _focus_results
 from semanticblur_core.cli.focus import command
 from semanticblur_core.data.focal_stack import focal_stack
-from semanticblur_core.focus import check
+from semanticblur_core.errors import ImageError
+from semanticblur_core.focus import check, report
 
 
 def run(*arguments: str, cwd: Path) -> Done:
@@ -479,6 +482,7 @@ def test_a_killed_run_leaves_what_it_had_saved(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_focus_results, "_SAVED_EVERY_S", -1)
+    monkeypatch.setattr(_focus_results, "_SAVES_WAIT", 0)
     made = (f"--input={folder}", "--method=lbp", "--json=r.json", "--report=r.html")
     whole, seen = check.focus_report, []
 
@@ -502,6 +506,133 @@ def test_a_killed_run_leaves_what_it_had_saved(
     assert done.returncode == 0, done.stderr
     assert "2 images, 0 unreadable, 1 measured before" in done.stdout
     assert not list(tmp_path.glob(".r.html.*"))
+
+
+def test_what_was_measured_is_kept_whatever_a_resumed_run_comes_to(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ("--method=lbp", "--json=r.json", "--report=r.html")
+    assert run(f"--input={folder}", *made, cwd=tmp_path).returncode == 0
+    before, page = images_of(tmp_path / "r.json"), (tmp_path / "r.html").read_bytes()
+
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # while the second is taken over
+        patch.setattr("semanticblur_core.focus.report.HtmlReport.add", stopped)
+        assert run(f"--input={folder}", *made, "--resume", cwd=tmp_path).returncode == 130
+    assert images_of(tmp_path / "r.json") == before
+    assert (tmp_path / "r.html").read_bytes() == page
+
+    with monkeypatch.context() as patch:  # where all is measured again, for another report
+        patch.setattr(check, "focus_report", stopped)
+        again = (*made[:2], "--report=other.html", "--resume")
+        done = run(f"--input={folder}", *again, cwd=tmp_path)
+    assert done.returncode == 130
+    assert "2 measured again: without a picture in the report that is there" in done.stderr
+
+    one = f"--input={folder / 'soft.png'}"
+    done = run(one, *made, "--resume", cwd=tmp_path)
+    assert "1 image, 0 unreadable, 1 measured before" in done.stdout
+    assert list(images_of(tmp_path / "r.json")) == ["soft.png"]
+    done = run(f"--input={folder}", *made[:2], "--resume", cwd=tmp_path)
+    assert "2 images, 0 unreadable, 2 measured before" in done.stdout
+    assert images_of(tmp_path / "r.json") == before
+    monkeypatch.chdir(folder)  # another spelling of the same files
+    done = run("--input=.", made[0], "--json=../r.json", "--resume", cwd=folder)
+    assert "2 measured before" in done.stdout
+
+
+def test_pictures_of_another_run_are_not_taken(tmp_path: Path, folder: Path) -> None:
+    images = (f"--input={folder}", "--json=r.json")
+    assert run(*images, "--method=lbp", cwd=tmp_path).returncode == 0
+    other = (f"--input={folder}", "--method=dbdf", "--report=r.html")
+    assert run(*other, cwd=tmp_path).returncode == 0
+    done = run(*images, "--method=lbp", "--report=r.html", "--resume", cwd=tmp_path)
+    assert "measured before" not in done.stdout
+
+
+def test_masks_of_another_folder_or_margin_are_made_again(tmp_path: Path, folder: Path) -> None:
+    made = (f"--input={folder}", "--method=lbp", "--json=r.json")
+    assert run(*made, "--mask-output=m", cwd=tmp_path).returncode == 0
+    before = (tmp_path / "m" / "soft.png.png").read_bytes()
+    for flags, n_before in (
+        (["--mask-output=m", "--mask-margin=30"], 0),
+        (["--mask-output=m", "--mask-margin=30"], 2),
+        ([], 2),
+        (["--mask-output=m"], 0),
+    ):
+        done = run(*made, *flags, "--resume", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (f"{n_before} measured before" in done.stdout) == (n_before > 0)
+    assert (tmp_path / "m" / "soft.png.png").read_bytes() == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes as on Unix")
+def test_a_pipe_gets_one_document(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_focus_results, "_SAVED_EVERY_S", -1)
+    os.mkfifo(tmp_path / "pipe")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    assert run(f"--input={folder}", "--method=lbp", "--json=pipe", cwd=tmp_path).returncode == 0
+    reader.join()
+    assert len(json.loads(read[0])["images"]) == 2
+
+
+def test_a_save_that_fails_on_the_way_does_not_end_the_run(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_focus_results, "_SAVED_EVERY_S", -1)
+    whole, calls = report.write_json, []
+
+    def full_at_first(path: Path, document: dict[str, Any]) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise ImageError(f"{path}: cannot be written: No space left on device")
+        whole(path, document)
+
+    monkeypatch.setattr(report, "write_json", full_at_first)
+    done = run(f"--input={folder}", "--method=lbp", "--json=r.json", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "No space left on device; going on" in done.stderr
+    assert len(images_of(tmp_path / "r.json")) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("name", ["a"]), ("tenengrad", "much"), ("elapsed_s", None), ("width", {})]
+)
+def test_a_json_that_somebody_edited_is_refused(
+    name: str, value: object, tmp_path: Path, folder: Path
+) -> None:
+    made = (f"--input={folder}", "--method=lbp", "--json=r.json")
+    assert run(*made, cwd=tmp_path).returncode == 0
+    document = json.loads((tmp_path / "r.json").read_text())
+    document["images"][-1][name] = value
+    (tmp_path / "r.json").write_text(json.dumps(document))
+    done = run(*made, "--resume", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("semanticblur-core: r.json: no result of focus to go on from")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as on Unix")
+def test_what_ends_a_batch_job_stops_in_order(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = check.focus_report
+
+    def asked_to_stop(*arguments: Any) -> Iterator[Any]:
+        for update in whole(*arguments):
+            yield update
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(check, "focus_report", asked_to_stop)
+    done = run(f"--input={folder}", "--method=lbp", "--json=r.json", cwd=tmp_path)
+    assert (done.returncode, done.stderr.strip()) == (130, "semanticblur-core: stopped")
+    document = json.loads((tmp_path / "r.json").read_text())
+    assert (len(document["images"]), document["interrupted"]) == (1, True)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,8 @@ def test_models_of_ones_own_are_listed_renamed_and_deleted(
 ) -> None:
     folder = tmp_path / "models"
     folder.mkdir()
-    (folder / "mine@1.safetensors").write_bytes(random_weights.read_bytes())
+    for name in ("mine@1", "twin@1"):
+        (folder / f"{name}.safetensors").write_bytes(random_weights.read_bytes())
     assert "mine@1: " in run("models", "list", home=tmp_path).stdout
     assert run("models", "rename", "mine", "ours", home=tmp_path).returncode == 0
     assert run("models", "verify", "ours", home=tmp_path).returncode == 0
@@ -105,6 +106,8 @@ def test_models_of_ones_own_are_listed_renamed_and_deleted(
     for digest in (sha256, "0" * 64):
         (tmp_path / "exported" / f"{digest[:32]}-2.onnx").touch()
     assert run("models", "delete", "ours", home=tmp_path).returncode == 0
+    assert {path.name[:32] for path in (tmp_path / "exported").iterdir()} == {sha256[:32], "0" * 32}
+    assert run("models", "delete", "twin", home=tmp_path).returncode == 0
     assert [path.name[0] for path in (tmp_path / "exported").iterdir()] == ["0"]
     gone = run("models", "verify", "ours", home=tmp_path)
     assert gone.returncode == 2
