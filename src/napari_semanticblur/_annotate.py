@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from napari.layers import Image, Labels
     from napari.viewer import Viewer
 
-POLL_MS, SOON_MS, TYPING_MS = 1000, 50, 700
+POLL_MS, SOON_MS = 1000, 50
 SHOWN, ALL = "the one shown", "all"
 MOST_RANKED = 100  # planes that are analysed for "Where next?" unasked
 FROM_FILE = "a file ..."
@@ -158,10 +158,9 @@ class AnnotateWidget(Dock):
             wrap(line)
         self._tools = Tools(self)
         self._adopt()
-        # Fires once nobody types any more.
-        self._typing = timer(
-            self.native, self.guarded(self._folder_chosen), TYPING_MS, is_single=True
-        )
+        # So that what else follows from a choice comes first.
+        self._is_typing = False
+        self._soon = timer(self.native, self.guarded(self._folder_chosen), SOON_MS, is_single=True)
         self._connect()
         self._timer = timer(self.native, self._tick, POLL_MS)
         self._timer.start()
@@ -195,7 +194,7 @@ class AnnotateWidget(Dock):
         """Let go of what is annotated, and of what is being closed, without ending it."""
         self.is_closed = True
         self._timer.stop()
-        self._typing.stop()
+        self._soon.stop()
         self._stop_runs()
         for annotation in self._annotations:
             self._tools.detach(annotation)
@@ -222,7 +221,11 @@ class AnnotateWidget(Dock):
             button.changed.connect(self.guarded(action))
         self.layer.changed.connect(self._layer_chosen)
         self.store.changed.connect(self.guarded(self._store_chosen))
-        self.folder.changed.connect(lambda: self._typing.start())
+        # What is typed is taken by Enter or by leaving the line, what the dialog gives at once.
+        line = self.folder.line_edit.native
+        line.textEdited.connect(self._folder_typed)
+        line.editingFinished.connect(self._folder_entered)
+        self.folder.changed.connect(self._folder_changed)
         self.hold_out.changed.connect(self.guarded(self._hold_out_switched))
         self.brush.changed.connect(self._tools.brush_moved)
         self.superpixels.changed.connect(self._tools.superpixels_switched)
@@ -562,9 +565,24 @@ class AnnotateWidget(Dock):
 
     # A folder of images.
 
+    def _folder_typed(self) -> None:
+        self._is_typing = True
+
+    def _folder_entered(self) -> None:
+        if self._is_typing:
+            self._is_typing = False
+            self._soon.start()
+
+    def _folder_changed(self) -> None:
+        if not self._is_typing:
+            self._soon.start()
+
     def _folder_chosen(self) -> None:
         folder = _folder(self.folder)
-        if folder is None or not folder.is_dir() or self.is_closed:
+        if folder is None or self.is_closed:
+            return
+        if not folder.is_dir():
+            self.say(f"{folder}: no such folder.")
             return
         self._files, self._file_index = list_images(folder, also=STACKS), -1
         if self._store in (None, self._folder_store):

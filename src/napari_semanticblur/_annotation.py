@@ -322,7 +322,14 @@ class Annotation:
             has_saved = earlier is not None and earlier.result()
             return saves or has_saved
 
-        self._saving = self._saver.submit(run_in_turn)
+        try:
+            self._saving = self._saver.submit(run_in_turn)
+        except RuntimeError:  # Python is ending, and starts no thread any more
+            self._saving = Future()
+            try:
+                self._saving.set_result(run_in_turn())
+            except Exception as error:
+                self._saving.set_exception(error)
 
     @property
     def is_saving(self) -> bool:

@@ -17,7 +17,7 @@ from magicgui.widgets import (
     SpinBox,
 )
 
-from napari_semanticblur._detection import Detection, Settings
+from napari_semanticblur._detection import Detection, Settings, range_axis
 from napari_semanticblur._dock import Dock, timer, wrap
 from napari_semanticblur._layers import (
     METADATA_KEY,
@@ -31,9 +31,9 @@ from napari_semanticblur._layers import (
 from napari_semanticblur._models import METHODS, exists, models
 from napari_semanticblur._results import is_outdated, pixels_of, rethreshold
 from napari_semanticblur._settings import preferences
-from semanticblur_core import weights
+from semanticblur_core import io, weights
 from semanticblur_core.config import MAX_SIZE_PX, MIN_SIZE_PX
-from semanticblur_core.errors import ConfigError, SemanticBlurError
+from semanticblur_core.errors import ConfigError, ImageError, SemanticBlurError
 
 if TYPE_CHECKING:
     from napari.layers import Image
@@ -223,7 +223,21 @@ class DetectWidget(Dock):
         if clipboard is not None:
             command = labels.metadata[METADATA_KEY]["command"]
             clipboard.setText(command)
-            self._say(f"Copied: {command}")
+            self._say(f"Copied: {command}{self._turned()}")
+
+    def _turned(self) -> str:
+        """What the command does otherwise with a photograph that its camera says is to be turned.
+
+        napari shows it as it is stored.
+        """
+        path = Path(self.layer.value.source.path or "")
+        if path.suffix.lower() not in io.PILLOW_SUFFIXES or not path.is_file():
+            return ""
+        try:
+            is_turned = io.read_orientation(path) != 1
+        except ImageError:
+            return ""
+        return ". It turns the photograph upright, and napari shows it unturned" * is_turned
 
     def _closed(self) -> None:
         """Qt's side of this is gone: stop, and touch none of it again."""
@@ -301,14 +315,17 @@ class DetectWidget(Dock):
         self._show_what_applies()
 
     def _limit_planes(self) -> None:
-        """A range of planes is along the last slider that level and channels leave."""
+        """A range of planes is along the last axis that level leaves, channels aside."""
         layer = self.layer.value
         if self._is_closed or layer is None or self.channels.value not in self._channels:
             return
         level = min(int(self.level.value or 0), len(self._levels) - 1)
         source = read_source(layer, level=level, viewer=self._viewer)
-        lengths = source.planes(self.channels.value).lengths
-        last = lengths[-1] - 1 if lengths else 0
+        planes = source.planes(self.channels.value)
+        along = range_axis(planes.walked_axes)
+        last = planes.lengths[along] - 1 if planes.lengths else 0
+        axis = planes.walked_axes[along : along + 1].lower()
+        self.first.label, self.last.label = f"from {axis}".strip(), f"to {axis}".strip()
         if last != self.last.max:
             self.first.max = self.last.max = last
             self.first.value, self.last.value = 0, last

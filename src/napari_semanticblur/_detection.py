@@ -603,14 +603,20 @@ def _box(planes: Planes, settings: Settings, shown: Sequence[int]) -> tuple[rang
         return tuple(range(length) for length in planes.lengths)
     box = [range(i, i + 1) for i in shown]
     if settings.scope == "range" and box:
-        first, last, length = settings.first, settings.last, planes.lengths[-1]
+        along = range_axis(planes.walked_axes)
+        first, last, length = settings.first, settings.last, planes.lengths[along]
         if not 0 <= first <= last < length:
             raise ImageError(
                 f"planes {first} to {last}: expected a range within 0 to {length - 1} along "
-                f"{planes.walked_axes[-1]}"
+                f"{planes.walked_axes[along]}"
             )
-        box[-1] = range(first, last + 1)
+        box[along] = range(first, last + 1)
     return tuple(box)
+
+
+def range_axis(walked_axes: str) -> int:
+    """Which of the walked axes a range of planes is along: the last, but not channels."""
+    return max((i for i, axis in enumerate(walked_axes) if axis != "C"), default=0)
 
 
 def _nearest_first(box: tuple[range, ...], shown: Sequence[int]) -> list[tuple[int, ...]]:

@@ -96,6 +96,7 @@ def wrap(label: Label) -> None:
     policy = label.native.sizePolicy()
     policy.setHorizontalPolicy(QSizePolicy.Policy.Ignored)
     label.native.setSizePolicy(policy)
+    _Whole(label.native)
 
 
 def _shorten(box: QComboBox) -> None:
@@ -125,6 +126,21 @@ class _Fit(QObject):  # type: ignore[misc,unused-ignore]
         elif event.type() == QEvent.Type.LayoutRequest:
             bar = self._area.verticalScrollBar().sizeHint().width()
             self._area.setMinimumWidth(layout.totalMinimumSize().width() + bar)
+        return False
+
+
+class _Whole(QObject):  # type: ignore[misc,unused-ignore]
+    """Keeps a label as high as its lines need: layouts in a scroll area give it less."""
+
+    def __init__(self, label: Any) -> None:
+        super().__init__(label)
+        label.installEventFilter(self)
+
+    def eventFilter(self, label: Any, event: Any) -> bool:  # noqa: N802
+        if event.type() in (QEvent.Type.Resize, QEvent.Type.Paint):  # other lines are painted
+            needed = max(0, label.heightForWidth(label.width()))
+            if label.minimumHeight() != needed:
+                label.setMinimumHeight(needed)
         return False
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
 
 from magicgui.widgets import (
     CheckBox,
@@ -30,6 +29,7 @@ from napari_semanticblur._focus_rows import (
     PlaneRows,
     tile_rows,
 )
+from napari_semanticblur._focus_sessions import Sessions
 from napari_semanticblur._focus_table import FocusTable, Row
 from napari_semanticblur._layers import (
     Source,
@@ -83,14 +83,12 @@ class FocusWidget(Dock):
 
     def __init__(self, napari_viewer: Viewer) -> None:
         self._viewer = napari_viewer
-        self._sessions: WeakKeyDictionary[Any, ArrayFocus] = WeakKeyDictionary()
+        self._sessions = Sessions()
         self._checking: Checking | None = None
         self._composing: Run | None = None
         self._changed: set[Any] = set()
         self._rows = PlaneRows()
         self._channels: list[Any] = ["each"]
-        self._region_prints: WeakKeyDictionary[Any, dict[tuple[int, ...], int]]
-        self._region_prints = WeakKeyDictionary()
         self._limit_for = ""
         self._problems: list[str] = []
         self._is_closed = False
@@ -188,7 +186,7 @@ class FocusWidget(Dock):
     def session(self, layer: Any = None) -> ArrayFocus | None:
         """What is known of a layer; of the chosen one by default."""
         layer = unwrapped(layer or self.layer.value)
-        return None if layer is None else self._sessions.get(layer)
+        return None if layer is None else self._sessions.shown(layer)
 
     def gates(self) -> list[Gate]:
         """The gate that rows are judged by, or none.
@@ -203,7 +201,9 @@ class FocusWidget(Dock):
         if self.gate.value == LIMIT:
             return [Gate(self.score_name, float(self.limit.value))]
         found = calibration.load(calibration.resolve(self.gate.value))
-        return [found.gate_for(self.settings.protocol)]
+        session = self.session()
+        measured = self.settings if session is None else self._sessions.settings(session)
+        return [found.gate_for(measured.protocol)]
 
     def check(self) -> None:
         """Measure the planes asked for that are not known yet."""
@@ -296,18 +296,17 @@ class FocusWidget(Dock):
         from semanticblur_core.focus.report import stack_rows, to_row, write_csv, write_html
 
         gates = self.gates()
-        images = [
-            image
-            for layer in self._images(None)
-            if (session := self.session(layer)) is not None
-            for _, image in session.judged(gates)
-        ]
+        known = [self.session(layer) for layer in self._images(None)]
+        sessions = [each for each in known if each is not None and each.images]
+        images = [image for each in sessions for _, image in each.judged(gates)]
         if not images:
             raise ImageError("check some planes first")
         if path.suffix.lower() == ".csv":
             write_csv(path, [to_row(image) for image in images])
             return
-        said = ", ".join(f"{key} {value}" for key, value in self.settings.said.items())
+        measured = [self._sessions.settings(each).said for each in sessions]
+        told = [", ".join(f"{key} {value}" for key, value in each.items()) for each in measured]
+        said = "; ".join(dict.fromkeys(told))
         summary: dict[str, Any] = {
             "description": f"Gates: {', '.join(g.describe() for g in gates) or 'none'}. "
             f"Measured with: {said}.",
@@ -366,12 +365,11 @@ class FocusWidget(Dock):
         """The session of a layer, for its data and the settings of now."""
         layer = source.layer
         if layer not in self._sessions:
-            path = layer.source.path
-            self._sessions[layer] = ArrayFocus(layer.name, path=Path(path) if path else None)
             layer.events.data.connect(self._data_changed)
             layer.events.name.connect(self._renamed)
-        session = self._sessions[layer]
-        session.adopt(source.array, source.axes, self._channels_of(layer), self.settings.key)
+        channels, settings = self._channels_of(layer), self.settings
+        session = self._sessions.show(layer, channels, settings)
+        session.adopt(source.array, source.axes, channels, settings.key)
         return session
 
     def _job(self, layer: Any) -> Job:
@@ -379,7 +377,7 @@ class FocusWidget(Dock):
         session = self._session_for(source)
         channels = self._channels_of(layer)
         planes = source.planes(channels)
-        job = Job(source, session, [], channels, self._region_prints.setdefault(layer, {}))
+        job = Job(source, session, [], channels, self._sessions.prints(session))
         labels = self.settings.labels
         if labels is not None:
             session.forget_planes(job.repainted(labels))
@@ -493,9 +491,11 @@ class FocusWidget(Dock):
             return
         try:
             source = self._source(layer)
-            session = self._sessions[layer]
-            before, known = session.lengths, len(session.images)
+            shown = self._sessions.shown(layer)
+            assert shown is not None
+            before, known = shown.lengths, len(shown.images)
             session = self._session_for(source)
+            self._sessions.forget_others(layer)
         except SemanticBlurError as error:
             self._complain(str(error))
             return
@@ -506,13 +506,14 @@ class FocusWidget(Dock):
         channels = self._channels_of(layer)
         new = session.beyond(before)
         if new and follow and self.follow.value and not self.is_running:
-            prints = self._region_prints.setdefault(layer, {})
+            prints = self._sessions.prints(session)
             self._start([Job(source, session, new, channels, prints)])
 
     def _renamed(self, event: Any) -> None:
         layer = unwrapped(event.source)
-        if layer in self._sessions:
-            self._sessions[layer].rename(layer.name)
+        session = self._sessions.shown(layer)
+        if session is not None:
+            session.rename(layer.name)
             self._refresh_soon()
 
     def _layer_removed(self, event: Any) -> None:
@@ -523,7 +524,7 @@ class FocusWidget(Dock):
             job.source.layer is layer for job in self._checking.jobs
         ):
             self.cancel()
-        del self._sessions[layer]
+        self._sessions.drop(layer)
         layer.events.data.disconnect(self._data_changed)
         layer.events.name.disconnect(self._renamed)
         self._refresh_soon()
@@ -581,8 +582,7 @@ class FocusWidget(Dock):
     def _score_chosen(self) -> None:
         """Another score or kind of gate: a limit amid the values that are known."""
         self.limit.visible = self.gate.value == LIMIT
-        sessions = list(self._sessions.values())
-        values = [value for each in sessions for value in each.values(self.score_name)]
+        values = [value for each in self._sessions for value in each.values(self.score_name)]
         if self.score_name in BOUNDED:
             self.limit.step, self.limit.value = 0.01, 0.5
         elif values:

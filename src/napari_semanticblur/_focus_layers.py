@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from napari_semanticblur._colors import HEAT_COLORMAP
 from napari_semanticblur._layers import (
@@ -36,7 +38,8 @@ def show_heat_map(viewer: ViewerModel, source: Source, session: ArrayFocus, heat
     tiles = session.heat_map(heat)
     height, width = source.planes(session.channels).plane_shape
     size_px = session.tile_size_px
-    array = in_layer_axes(source, tiles, session.walked_axes + "YX")
+    tiles, axes, start = _of_channel(source, tiles, session.walked_axes, session.channels)
+    array = in_layer_axes(source, tiles, f"{axes}YX")
     # Tiles at the far edges are smaller, and drawn as large as the others.
     factors = (*source.factors[:-2], *(factor * size_px for factor in source.factors[-2:]))
     top = 1.0 if heat == "in_focus" else float(np.nanmax(tiles)) or 1.0
@@ -45,7 +48,7 @@ def show_heat_map(viewer: ViewerModel, source: Source, session: ArrayFocus, heat
         source,
         "heat",
         array,
-        result_placement(replace(source, factors=factors), [0] * source.layer.ndim),
+        result_placement(replace(source, factors=factors), start),
         name="share in focus" if heat == "in_focus" else "Tenengrad",
         record={"heat": heat, "tile_size_px": size_px, "plane_shape": [height, width]},
         colormap=HEAT_COLORMAP,
@@ -66,22 +69,43 @@ def show_composite(
     assert made.composite is not None
     assert made.depth is not None
     axes = source.planes(channels).walked_axes.replace(along, "")
-    start = [0] * source.layer.ndim
-    for axis, i in zip(axes, at, strict=True):
-        start[source.layer_axes.index(axis)] = i
-    placement = result_placement(source, start)
     layer = source.layer
+    where = ", ".join(f"{axis.lower()} {i}" for axis, i in zip(axes, at, strict=True))
+    if channels != "each":
+        where = f"channel {channels}" + (f", {where}" if where else "")
     look: dict[str, Any] = {}
     if not layer.rgb:
         look = {"colormap": layer.colormap, "contrast_limits": tuple(layer.contrast_limits)}
     record = {"along": along, "at": list(at), "channels": channels}
     one = (np.newaxis,) * len(axes)
+    _, all_axes, start = _of_channel(source, made.depth[one], axes, channels)
+    for axis, i in zip(axes, at, strict=True):
+        start[source.layer_axes.index(axis)] = i
+    placement = result_placement(source, start)
     for kind, pixels, name, how in (
         ("depth", made.depth.astype(np.float32), "sharpest plane", _depth_look(made)),
         ("composite", made.composite, "all in focus", {"rgb": layer.rgb, **look}),
     ):
-        array = in_layer_axes(source, pixels[one], axes + "YX")
-        _show(viewer, source, kind, array, placement, name=name, record=record, **how)
+        lying, _, _ = _of_channel(source, pixels[one], axes, channels)
+        array = in_layer_axes(source, lying, f"{all_axes}YX")
+        title = f"{name}, {where}" if where else name
+        _show(
+            viewer, source, kind, array, placement, name=title, record=record, alike=record, **how
+        )
+
+
+def _of_channel(
+    source: Source, array: NDArray[Any], axes: str, channels: Channels
+) -> tuple[NDArray[Any], str, list[int]]:
+    """An array of some axes and rows and columns, with that of the one channel it is of.
+
+    Its axes but rows and columns follow, and its place along those of the layer.
+    """
+    start = [0] * source.layer.ndim
+    if not isinstance(channels, int) or "C" not in source.layer_axes:
+        return array, axes, start
+    start[source.layer_axes.index("C")] = channels
+    return np.expand_dims(array, len(axes)), f"{axes}C", start
 
 
 def look_at_tile(
@@ -113,8 +137,10 @@ def _show(
     *,
     name: str,
     record: dict[str, Any],
+    alike: Mapping[str, Any] | None = None,
     **how: Any,
 ) -> Any:
+    """Add a layer, or update that of the kind whose record says the same as ``alike``."""
     layer = source.layer
     record = {
         "kind": kind,
@@ -124,7 +150,7 @@ def _show(
         "level": source.level,
         **record,
     }
-    existing = find_result(viewer, layer, kind)
+    existing = find_result(viewer, layer, kind, alike)
     if existing is None:
         added = viewer.add_image(
             array,

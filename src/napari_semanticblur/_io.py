@@ -181,6 +181,7 @@ def _one_plane(target: Path, array: Any) -> Any:
     plane = array.reshape(array.shape[-2:]) if array.size == np.prod(array.shape[-2:]) else array
     if plane.ndim != 2:
         raise ImageError(
-            f"{target.name}: a png holds one plane, this layer has shape {array.shape}; use tif"
+            f"{target.name}: a png holds one plane, this layer has shape {array.shape}; save it as "
+            "tif (of labels: napari's own, 1 = sharp and 2 = blurred), or one plane of it"
         )
     return plane

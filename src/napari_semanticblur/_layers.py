@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -378,12 +378,18 @@ def source_images(viewer: ViewerModel) -> list[Image]:
     ]
 
 
-def find_result(viewer: ViewerModel, layer: Image, kind: str) -> Any:
-    """The result layer of that kind ("map" or "labels") made from a layer, or None."""
+def find_result(
+    viewer: ViewerModel, layer: Image, kind: str, alike: Mapping[str, Any] | None = None
+) -> Any:
+    """The result layer of that kind ("map", "labels" ...) made from a layer, or None.
+
+    Of several, the one whose record has the values in ``alike``.
+    """
     layer = unwrapped(layer)
     for candidate in map(unwrapped, viewer.layers):
         record = record_of(candidate)
         same = record.get("source_id") == str(layer.unique_id)
-        if record.get("kind") == kind and same and candidate is not layer:
+        is_alike = all(record.get(name) == value for name, value in (alike or {}).items())
+        if record.get("kind") == kind and same and is_alike and candidate is not layer:
             return candidate
     return None

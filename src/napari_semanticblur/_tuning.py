@@ -156,6 +156,7 @@ class Tuning:
         """The window is gone: end at once and keep the best so far, without another word."""
         self.cancel()
         self._keep_best("cancelled")
+        self._name_preview()
 
     def show(self, *, before: bool) -> None:
         """Let the preview show the map of the base model, or the newest."""
@@ -250,11 +251,19 @@ class Tuning:
             outcome = "cancelled"
         if outcome != "done":
             outcome = self._keep_best(outcome)
-        layer = self.preview_layer
-        if layer is not None and layer in self.viewer.layers and self.kept:
-            # Renamed, not removed: Mesa's software renderer crashes on a redraw after that.
-            layer.name = layer.name.replace("(fine-tuning)", f"({self.kept})")
+        self._name_preview()
         self._on_end(outcome)
+
+    def _name_preview(self) -> None:
+        """Say what its map is of; hide it where no model came of it."""
+        layer = self.preview_layer
+        if layer is None or layer not in self.viewer.layers:
+            return
+        # Renamed or hidden, not removed: Mesa's software renderer crashes on a redraw after that.
+        if self.kept:
+            layer.name = layer.name.replace("(fine-tuning)", f"({self.kept})")
+        else:
+            layer.visible = False
 
     def _keep_best(self, outcome: str | Failure) -> str | Failure:
         """What a run that did not get to its end leaves."""

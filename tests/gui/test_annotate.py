@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from qtpy.QtCore import Qt
 
 from napari_semanticblur import _annotate, _where_next
 from napari_semanticblur._layers import METADATA_KEY, find_result
@@ -508,6 +509,24 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+def test_a_path_that_is_typed_is_taken_by_enter(
+    qtbot: Any, viewer: Any, widget: Any, folder: Path
+) -> None:
+    line = widget.folder.line_edit.native
+    line.setText("")
+    qtbot.keyClicks(line, str(folder.parent))  # a folder, too, on the way
+    qtbot.wait(3 * _annotate.SOON_MS)
+    assert widget.current is None
+    assert not list(folder.parent.parent.glob("*annotations"))
+    qtbot.keyClicks(line, f"/{folder.name}")
+    qtbot.keyClick(line, Qt.Key.Key_Return)
+    qtbot.waitUntil(lambda: widget.current is not None, timeout=5000)
+    assert widget.store.value == folder.parent / "images annotations"
+    qtbot.keyClicks(line, " no more")
+    qtbot.keyClick(line, Qt.Key.Key_Return)
+    qtbot.waitUntil(lambda: "no such folder" in widget.status.value, timeout=5000)
+
+
 def test_a_folder_is_walked_and_the_store_remembers(
     qtbot: Any, viewer: Any, widget: Any, folder: Path, open_widget: Any
 ) -> None:
@@ -744,6 +763,21 @@ timer.timeout.connect(paint)
 timer.start(60)
 napari.run()
 """
+
+
+def test_strokes_are_saved_when_python_ends_without_closing_the_window(tmp_path: Path) -> None:
+    ends = PAINTER.partition("timer = QTimer()")[0] + "paint()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", ends, str(tmp_path / "store")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    labels = AnnotationStore(tmp_path / "store").labels_of("photo")
+    assert labels is not None
+    assert (labels == 1).sum() > 100
 
 
 @pytest.mark.parametrize("where", ["store", "none"])

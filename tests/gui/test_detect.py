@@ -11,11 +11,13 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import pytest
+from PIL import Image
 from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QApplication
 from skimage.data import chelsea
 
 from napari_semanticblur import _detect, _detection
+from napari_semanticblur._detection import range_axis
 from napari_semanticblur._layers import find_result
 from napari_semanticblur._models import models
 from napari_semanticblur._settings import Preferences, preferences
@@ -490,11 +492,20 @@ def test_one_channel_s_result_lies_at_its_place(qtbot: Any, viewer: Any, widget:
 
 
 def test_a_range_along_z_where_channels_come_last(qtbot: Any, viewer: Any, widget: Any) -> None:
-    """ImageJ's order; with one channel the last slider is z."""
+    """ImageJ's order: a range is of planes, not of channels."""
     viewer.add_image(np.zeros((9, 2, 40, 50), np.uint8), axis_labels=("z", "c", "y", "x"))
-    assert widget.last.max == 1
-    widget.channels.value = "mean"
-    assert (widget.first.value, widget.last.value, widget.last.max) == (0, 8, 8)
+    widget.planes.value = _detect.RANGE
+    for channels in ("each", "mean", 1):
+        widget.channels.value = channels
+        assert (widget.first.value, widget.last.value, widget.last.max) == (0, 8, 8)
+        assert (widget.first.label, widget.last.label) == ("from z", "to z")
+    widget.channels.value = "each"
+    viewer.dims.set_point(1, 1)
+    widget.first.value, widget.last.value = 3, 5
+    finish(qtbot, widget)
+    blur, labels = results(viewer, viewer.layers[0])
+    assert blur.data.shape == (3, 1, 40, 50)
+    assert "--planes=3:6,1:2" in labels.metadata["semanticblur"]["command"]
 
 
 def test_what_can_be_chosen_follows_the_layer(viewer: Any, widget: Any) -> None:
@@ -866,6 +877,22 @@ def test_the_menus_have_it(viewer: Any) -> None:
     items = get_app_model().menus.get_menu("napari/layers/segment")
     commands = {item.command.id for item in items if hasattr(item, "command")}
     assert {"napari-semanticblur.detect", "napari-semanticblur.detect_now"} <= commands
+
+
+def test_a_range_is_never_of_channels() -> None:
+    assert [range_axis(axes) for axes in ("ZC", "TZC", "CZ", "C", "")] == [0, 1, 1, 0, 0]
+
+
+def test_the_copied_command_says_where_it_differs(
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(tmp_path / "held.jpg", exif=exif)
+    viewer.open(tmp_path / "held.jpg", plugin="napari")
+    finish(qtbot, widget)
+    widget.copy_button.native.click()
+    assert widget.status.value.endswith("upright, and napari shows it unturned")
 
 
 def test_the_command_is_copied(qtbot: Any, viewer: Any, widget: Any) -> None:

@@ -39,3 +39,13 @@ def test_a_high_dock_keeps_its_rows_together_and_nothing_is_cut_off(
     assert all(b.top() - a.bottom() < 20 for a, b in itertools.pairwise(rows))
     if name != "Focus quality":  # whose table takes what is left
         assert max(row.height() for row in rows) <= 150
+
+
+@pytest.mark.parametrize("name", WIDGETS)
+def test_every_line_of_a_message_is_seen(qtbot: Any, viewer: Any, name: str) -> None:
+    viewer.window.resize(1100, 1000)
+    _, widget = viewer.window.add_plugin_dock_widget("napari-semanticblur", name)
+    label = widget.status.native
+    for n_words in (60, 25, 3, 40):
+        widget.status.value = "words " * n_words
+        qtbot.waitUntil(lambda: label.height() == label.heightForWidth(label.width()))

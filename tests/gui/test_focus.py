@@ -328,7 +328,7 @@ def test_the_composite_is_sharp_and_keeps_its_place(
     widget.composite_button.native.click()
     wait(qtbot, widget)
     made, depth = (find_result(viewer, layer, kind) for kind in ("composite", "depth"))
-    assert made.name == "s all in focus"
+    assert made.name == "s all in focus, t 1"
     assert made.data.shape == (1, 8, *image.shape[2:])
     assert made.data.dtype == np.uint8
     for z in (0, 7):  # it stands at every plane
@@ -404,11 +404,42 @@ def test_a_level_and_a_channel_are_measured_in_their_place(
     assert [row.cells[1] for row in widget.table.rows] == ["z 2"]
     widget.heat_button.native.click()
     heat = find_result(viewer, layer, "heat")
-    assert heat.data.shape == (2, 4, 3, 3)
+    assert heat.data.shape == (1, 4, 3, 3)  # at its channel
     assert np.isfinite(heat.data[:, 2]).all()
     np.testing.assert_allclose(
-        heat.data_to_world((1, 2, 1, 1)), layer.data_to_world((1, 2, 767.5, 767.5))
+        heat.data_to_world((0, 2, 1, 1)), layer.data_to_world((1, 2, 767.5, 767.5))
     )
+
+
+def test_channels_and_settings_keep_what_was_made_of_the_others(
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path
+) -> None:
+    image = np.stack([stack(peak=2), stack(peak=5)])
+    layer = viewer.add_image(image, name="m", axis_labels=("c", "z", "y", "x"))
+    for channel in (0, 1):
+        widget.channels.value = channel
+        widget.composite_button.native.click()
+        wait(qtbot, widget)
+    made = [each for each in viewer.layers if "all in focus" in each.name]
+    assert [each.name for each in made] == [f"m all in focus, channel {c}" for c in (0, 1)]
+    for channel, each in enumerate(made):
+        assert each.data.shape == (1, *image.shape[1:])
+        np.testing.assert_allclose(
+            each.data_to_world((0, 1, 2, 3)), layer.data_to_world((channel, 1, 2, 3))
+        )
+
+    check(qtbot, widget)
+    first = dict(widget.session().images)
+    assert len(first) == image.shape[1]
+    widget.tile_size_px.value = 96
+    widget.export(tmp_path / "focus.html")
+    assert "tiles 64 px" in (tmp_path / "focus.html").read_text()  # as it was measured
+    widget.planes.value = _focus.CURRENT
+    check(qtbot, widget)
+    assert len(widget.session().images) == 1
+    widget.tile_size_px.value = 64
+    check(qtbot, widget)
+    assert widget.session().images == first
 
 
 def test_the_report_of_a_stack_has_its_curve(

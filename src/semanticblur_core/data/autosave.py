@@ -260,7 +260,10 @@ class Autosave:
     def _write_soon(self) -> None:
         idle = self._writing is None or self._writing.done()
         if self._queue and idle and not self._is_closed:
-            self._writing = self._thread.submit(self._write)
+            try:
+                self._writing = self._thread.submit(self._write)
+            except RuntimeError:  # Python is ending, and starts no thread any more
+                self._write()
 
     # The writing thread.
 
