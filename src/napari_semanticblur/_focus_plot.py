@@ -123,21 +123,24 @@ class FocusPlot(QWidget):
             painter.setPen(faint)
             painter.drawLine(QPointF(area.left(), y), QPointF(area.right(), y))
             painter.setPen(text)
-            painter.drawText(QRectF(0, y - 8, _LEFT - 4, 16), right, f"{value:.3g}")
+            painter.drawText(QRectF(0, y - 8, area.left() - 4, 16), right, f"{value:.3g}")
         below = QRectF(area.left(), area.bottom() + 2, area.width(), _BOTTOM)
         painter.drawText(below, Qt.AlignmentFlag.AlignLeft, str(curve.positions[0]))
         painter.drawText(below, Qt.AlignmentFlag.AlignRight, str(curve.positions[-1]))
 
     @property
     def _area(self) -> QRectF:
-        width, height = self.width() - _LEFT - _RIGHT, self.height() - _TOP - _BOTTOM
-        return QRectF(_LEFT, _TOP, max(1, width), max(1, height))
+        longest = max((f"{value:.3g}" for value in self._range), key=len) if self.curve else ""
+        left = max(_LEFT, self.fontMetrics().horizontalAdvance(longest) + 6)
+        width, height = self.width() - left - _RIGHT, self.height() - _TOP - _BOTTOM
+        return QRectF(left, _TOP, max(1, width), max(1, height))
 
     @property
     def _range(self) -> tuple[float, float]:
         assert self.curve is not None
         low, high = min(self.curve.scores), max(self.curve.scores)
-        return (low, high) if high > low else (low - 0.5, high + 0.5)
+        around = abs(low) / 2 or 0.5
+        return (low, high) if high > low else (low - around, high + around)
 
     def _place(self, plane: int, score: float) -> QPointF:
         assert self.curve is not None

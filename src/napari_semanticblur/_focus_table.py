@@ -21,6 +21,8 @@ from qtpy.QtWidgets import QAbstractItemView, QTableView, QWidget
 from napari_semanticblur._colors import FAILED_COLOR, PASSED_COLOR
 
 _NO_PARENT = QModelIndex()
+# Widest a name is shown at first; it can be dragged wider.
+_NAME_PX = 140
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class FocusTable(QTableView):
         self.setSelectionMode(QAbstractItemView.SelectionMode.SingleSelection)
         self.setEditTriggers(QAbstractItemView.EditTrigger.NoEditTriggers)
         self.setAlternatingRowColors(False)
+        self.setTextElideMode(Qt.TextElideMode.ElideMiddle)
         self.setMinimumHeight(96)
         self.setAccessibleName("Focus of layers, planes and tiles")
         header = self.verticalHeader()
@@ -162,6 +165,8 @@ class FocusTable(QTableView):
         self._model.show(tuple(headers), rows)
         if first:
             self.resizeColumnsToContents()
+            # A layer's long name leaves room for what was found.
+            self.setColumnWidth(0, min(self.columnWidth(0), _NAME_PX))
 
     def _clicked(self, place: QModelIndex) -> None:
         self.row_chosen.emit(self._model.rows[self._sorted.mapToSource(place).row()].target)

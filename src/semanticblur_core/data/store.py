@@ -560,10 +560,18 @@ def check_store(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
     store = AnnotationStore(folder)
+    alike: dict[str, str] = {}
     for item in store.items(problems.append):
         try:
-            if item.sha256 and _sha256(item.image) != item.sha256:
+            found = _sha256(item.image)
+            if item.sha256 and found != item.sha256:
                 problems.append(f"{item.image}: changed since it was labelled")
+            other = alike.setdefault(found, item.name)
+            if other != item.name:
+                problems.append(
+                    f"{item.image}: the same image as {other}; keep the labels of one of them, or "
+                    "models are judged by what they learn from"
+                )
             store.read(item)
             labels = read_labels(item.labels)
         except SemanticBlurError as error:

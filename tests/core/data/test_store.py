@@ -243,8 +243,8 @@ def test_an_image_is_held_out_and_no_longer(tmp_path: Path) -> None:
 
 def test_check_says_what_is_wrong(tmp_path: Path) -> None:
     store = AnnotationStore(tmp_path, create=True)
-    for name in ("changed", "codes", "good", "size"):
-        store.write(name, strokes(2), image=photo())
+    for value, name in enumerate(("changed", "codes", "good", "size")):
+        store.write(name, strokes(2), image=photo(value))
     Image.fromarray(photo(8)).save(tmp_path / "images" / "changed.png")
     Image.fromarray(strokes(255)).save(tmp_path / "labels" / "codes.png")
     Image.fromarray(strokes()[1:]).save(tmp_path / "labels" / "size.png")
@@ -255,6 +255,15 @@ def test_check_says_what_is_wrong(tmp_path: Path) -> None:
     assert "changed since it was labelled" in problems[0]
     assert "largest value 255" in problems[1]
     assert "labels of shape (19, 30)" in problems[2]
+
+
+def test_the_same_image_under_two_names_is_told(tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    for name in ("a", "b"):
+        store.write(name, strokes(), image=photo())
+    rows, [problem] = check_store(tmp_path)
+    assert len(rows) == 2
+    assert "b.png: the same image as a; keep the labels of one" in problem
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 9, "items": {}}'])
