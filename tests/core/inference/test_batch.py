@@ -14,7 +14,7 @@ from PIL import Image
 from semanticblur_core import Detector, io, stacks
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import ImageError
-from semanticblur_core.inference import batch
+from semanticblur_core.inference import batch, map_maker
 from semanticblur_core.inference.batch import detect_files
 from semanticblur_core.inference.jobs import DetectOptions, Job, find_jobs
 from semanticblur_core.inference.overlay import draw_overlay
@@ -224,7 +224,7 @@ def test_a_detector_gets_as_many_photographs_as_it_takes(
     np.testing.assert_allclose(means, np.array([0, 2, 3, 4, 5, 6, 7]) * 20 / 255, atol=1e-6)
     again = list(detect_files(jobs[2:6], several, options))  # type: ignore[arg-type]
     assert all(result.skipped for result in again)
-    monkeypatch.setattr(batch, "BATCH_PIXELS", 4000)
+    monkeypatch.setattr(map_maker, "BATCH_PIXELS", 4000)
     anew = replace(options, overwrite=True, resume=False)
     list(detect_files(jobs[2:6], several, anew))  # type: ignore[arg-type]
     assert several.given[3:] == [2, 2]
