@@ -83,9 +83,9 @@ def _named_device(name: str) -> torch.device:
     if device.type == "cuda" and (
         not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
     ):
-        raise ConfigError(f"device {name!r}: there is no such GPU here; use --device=cpu")
+        raise ConfigError(f"device {name!r}: there is no such GPU here; choose cpu or auto")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device 'mps': there is no Apple GPU here; use --device=cpu")
+        raise ConfigError("device 'mps': there is no Apple GPU here; choose cpu or auto")
     return device
 
 
