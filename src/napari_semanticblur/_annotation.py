@@ -38,7 +38,7 @@ from napari_semanticblur._annotation_source import (
 from napari_semanticblur._colors import BLURRED, SHARP, label_colormap
 from napari_semanticblur._labelling import add_labels, set_all
 from napari_semanticblur._layers import METADATA_KEY, result_placement
-from semanticblur_core.data.autosave import JOURNALS, Autosave, user_journals
+from semanticblur_core.data.autosave import JOURNALS, Autosave, submit, user_journals
 from semanticblur_core.data.journal import Leftover, Lock, LockedError, read_leftover, replay
 from semanticblur_core.data.labels import Split
 from semanticblur_core.data.store import AnnotationStore, read_array, same_pixels
@@ -322,14 +322,7 @@ class Annotation:
             has_saved = earlier is not None and earlier.result()
             return saves or has_saved
 
-        try:
-            self._saving = self._saver.submit(run_in_turn)
-        except RuntimeError:  # Python is ending, and starts no thread any more
-            self._saving = Future()
-            try:
-                self._saving.set_result(run_in_turn())
-            except Exception as error:
-                self._saving.set_exception(error)
+        self._saving = submit(self._saver, run_in_turn)
 
     @property
     def is_saving(self) -> bool:

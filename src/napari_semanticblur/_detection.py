@@ -19,6 +19,7 @@ from napari_semanticblur._colors import MAP_COLORMAP, label_colormap
 from napari_semanticblur._layers import (
     METADATA_KEY,
     find_result,
+    first_index,
     in_layer_axes,
     place,
     placed,
@@ -472,14 +473,12 @@ class Detection:
     def _placed(self, made: Any) -> tuple[Any, dict[str, Any]]:
         """An array of the result with the layer's axes, and where it lies."""
         source, channels = self.source, self.settings.channels
-        start = [0] * self.layer.ndim
+        start = first_index(source, channels)
         axes = self.planes.walked_axes
         for axis, extent in zip(axes, self._made, strict=True):
             start[source.layer_axes.index(axis)] = extent.start
-        if isinstance(channels, int):  # one channel's map lies at its place
-            start[source.layer_axes.index("C")] = channels
-            axes, made = f"{axes}C", made[..., np.newaxis, :, :]
-        return in_layer_axes(source, made, f"{axes}YX"), result_placement(source, start)
+        lying = in_layer_axes(source, made, f"{axes}YX", channels)
+        return lying, result_placement(source, start)
 
     @property
     def _loses_planes(self) -> bool:

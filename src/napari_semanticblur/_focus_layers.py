@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from napari_semanticblur._colors import HEAT_COLORMAP
 from napari_semanticblur._layers import (
     METADATA_KEY,
     Source,
     find_result,
+    first_index,
     in_layer_axes,
     result_placement,
     unwrapped,
@@ -38,8 +38,7 @@ def show_heat_map(viewer: ViewerModel, source: Source, session: ArrayFocus, heat
     tiles = session.heat_map(heat)
     height, width = source.planes(session.channels).plane_shape
     size_px = session.tile_size_px
-    tiles, axes, start = _of_channel(source, tiles, session.walked_axes, session.channels)
-    array = in_layer_axes(source, tiles, f"{axes}YX")
+    array = in_layer_axes(source, tiles, f"{session.walked_axes}YX", session.channels)
     # Tiles at the far edges are smaller, and drawn as large as the others.
     factors = (*source.factors[:-2], *(factor * size_px for factor in source.factors[-2:]))
     top = 1.0 if heat == "in_focus" else float(np.nanmax(tiles)) or 1.0
@@ -48,7 +47,7 @@ def show_heat_map(viewer: ViewerModel, source: Source, session: ArrayFocus, heat
         source,
         "heat",
         array,
-        result_placement(replace(source, factors=factors), start),
+        result_placement(replace(source, factors=factors), first_index(source, session.channels)),
         name="share in focus" if heat == "in_focus" else "Tenengrad",
         record={"heat": heat, "tile_size_px": size_px, "plane_shape": [height, width]},
         colormap=HEAT_COLORMAP,
@@ -78,7 +77,7 @@ def show_composite(
         look = {"colormap": layer.colormap, "contrast_limits": tuple(layer.contrast_limits)}
     record = {"along": along, "at": list(at), "channels": channels}
     one = (np.newaxis,) * len(axes)
-    _, all_axes, start = _of_channel(source, made.depth[one], axes, channels)
+    start = first_index(source, channels)
     for axis, i in zip(axes, at, strict=True):
         start[source.layer_axes.index(axis)] = i
     placement = result_placement(source, start)
@@ -86,26 +85,11 @@ def show_composite(
         ("depth", made.depth.astype(np.float32), "sharpest plane", _depth_look(made)),
         ("composite", made.composite, "all in focus", {"rgb": layer.rgb, **look}),
     ):
-        lying, _, _ = _of_channel(source, pixels[one], axes, channels)
-        array = in_layer_axes(source, lying, f"{all_axes}YX")
+        array = in_layer_axes(source, pixels[one], f"{axes}YX", channels)
         title = f"{name}, {where}" if where else name
         _show(
             viewer, source, kind, array, placement, name=title, record=record, alike=record, **how
         )
-
-
-def _of_channel(
-    source: Source, array: NDArray[Any], axes: str, channels: Channels
-) -> tuple[NDArray[Any], str, list[int]]:
-    """An array of some axes and rows and columns, with that of the one channel it is of.
-
-    Its axes but rows and columns follow, and its place along those of the layer.
-    """
-    start = [0] * source.layer.ndim
-    if not isinstance(channels, int) or "C" not in source.layer_axes:
-        return array, axes, start
-    start[source.layer_axes.index("C")] = channels
-    return np.expand_dims(array, len(axes)), f"{axes}C", start
 
 
 def look_at_tile(

@@ -279,7 +279,17 @@ def place(layer: Any, placement: dict[str, Any]) -> None:
             setattr(layer, name, value)
 
 
-def in_layer_axes(source: Source, array: NDArray[Any], axes: str) -> NDArray[Any]:
+def first_index(source: Source, channels: Channels) -> list[int]:
+    """Index along each axis of the layer where the result of these channels begins."""
+    start = [0] * source.layer.ndim
+    if isinstance(channels, int):  # one channel's lies at its place
+        start[source.layer_axes.index("C")] = channels
+    return start
+
+
+def in_layer_axes(
+    source: Source, array: NDArray[Any], axes: str, channels: Channels = "each"
+) -> NDArray[Any]:
     """An array of some of the layer's axes with all of them, in the layer's order.
 
     Parameters
@@ -290,16 +300,19 @@ def in_layer_axes(source: Source, array: NDArray[Any], axes: str) -> NDArray[Any
         Axes as ``axes`` says, then, of RGB, samples.
     axes
         Letters of the source's axes; along one that is missing, the array stands for every index.
+    channels
+        What it was made of: of one channel it stands for that channel only, see `first_index`.
     """
     n_samples = array.ndim - len(axes)
     missing = [axis for axis in source.layer_axes if axis not in axes]
+    for_every = [axis for axis in missing if axis != "C" or not isinstance(channels, int)]
     order = [(*missing, *axes).index(axis) for axis in source.layer_axes]
     expanded = array[(np.newaxis,) * len(missing)]
     moved = expanded.transpose([*order, *range(len(order), len(order) + n_samples)])
-    if not missing:
+    if not for_every:
         return moved
     shape = list(moved.shape)
-    for axis in missing:
+    for axis in for_every:
         shape[source.layer_axes.index(axis)] = source.array.shape[source.axes.index(axis)]
     return np.broadcast_to(moved, shape)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,20 +80,17 @@ def read_raw(path: Path, max_pixels: int) -> NDArray[np.uint8]:
     ImageError
         If rawpy is not installed, or the file is damaged, or larger than allowed.
     """
-    rawpy = _rawpy(path)
-    try:
-        with path.open("rb") as stream, rawpy.imread(stream) as raw:
-            sizes = raw.sizes
-            disk.refuse_bomb(path, sizes.width * sizes.height, max_pixels)
-            preview = _preview(raw, path, max_pixels)
-            if preview is None or max(preview.size) < _LEAST_PREVIEW * max(sizes[2:4]):
-                return np.asarray(raw.postprocess(half_size=True, use_camera_wb=True))
-            lies = sizes.width > sizes.height and preview.width > preview.height
-            if lies and sizes.flip in (5, 6):  # the preview did not say that it is to be turned
-                preview = preview.rotate(90 if sizes.flip == 5 else -90, expand=True)
-            return np.asarray(preview)
-    except rawpy.LibRawError as error:
-        raise _damaged(path, error) from error
+    with _open_raw(path) as raw:
+        sizes = raw.sizes
+        disk.refuse_bomb(path, sizes.width * sizes.height, max_pixels)
+        preview = _preview(raw, path, max_pixels)
+        least_px = _LEAST_PREVIEW * max(sizes.width, sizes.height)
+        if preview is None or max(preview.size) < least_px:
+            return np.asarray(raw.postprocess(half_size=True, use_camera_wb=True))
+        lies = sizes.width > sizes.height and preview.width > preview.height
+        if lies and sizes.flip in (5, 6):  # the preview did not say that it is to be turned
+            preview = preview.rotate(90 if sizes.flip == 5 else -90, expand=True)
+        return np.asarray(preview)
 
 
 def read_raw_shape(path: Path) -> tuple[int, int]:
@@ -102,26 +101,23 @@ def read_raw_shape(path: Path) -> tuple[int, int]:
     ImageError
         As `read_raw`.
     """
-    rawpy = _rawpy(path)
-    try:
-        with path.open("rb") as stream, rawpy.imread(stream) as raw:
-            return int(raw.sizes.height), int(raw.sizes.width)
-    except rawpy.LibRawError as error:
-        raise _damaged(path, error) from error
+    with _open_raw(path) as raw:
+        return int(raw.sizes.height), int(raw.sizes.width)
 
 
-def _rawpy(path: Path) -> Any:
+@contextmanager
+def _open_raw(path: Path) -> Iterator[Any]:
+    """A raw file in rawpy, whose errors become those of images."""
     try:
         import rawpy
     except ImportError:
         raise ImageError(f"{path}: camera raw needs rawpy: {_INSTALL}") from None
-    return rawpy
-
-
-def _damaged(path: Path, error: Exception) -> ImageError:
-    """LibRaw's errors hold bytes."""
-    reason = b" ".join(part for part in error.args if isinstance(part, bytes)).decode()
-    return ImageError(f"{path}: damaged or unreadable: {reason}")
+    try:
+        with path.open("rb") as stream, rawpy.imread(stream) as raw:
+            yield raw
+    except rawpy.LibRawError as error:
+        reason = b" ".join(part for part in error.args if isinstance(part, bytes)).decode()
+        raise ImageError(f"{path}: damaged or unreadable: {reason}") from error
 
 
 def _preview(raw: Any, path: Path, max_pixels: int) -> Image.Image | None:

@@ -88,7 +88,7 @@ class Results:
                     masks=self._masks,
                     reports=[*parts, report] if report else None,
                 )
-                self._earlier = resources.enter_context(earlier)
+                self._earlier = resources.enter_context(closing(earlier))
             try:
                 self._measure(sources, report, json_file)
             finally:
@@ -124,9 +124,9 @@ class Results:
                 if html is not None:
                     html.summary = self._summary()
 
-    def _add(self, image: ImageFocus, html: HtmlReport | None) -> None:
+    def _add(self, image: ImageFocus, html: HtmlReport | None, *, is_new: bool = True) -> None:
         if html is not None:
-            html.add(image)
+            html.add(image, is_new=is_new)
         # A report of many images holds their pictures; memory does not.
         self.images.append(replace(image, thumbnail=None, overlay=None))
         if self._opened and image.plane is not None:
@@ -138,18 +138,14 @@ class Results:
 
         if self._earlier is None:
             return sources
-        if html is not None:
-            html.n_before = len(sources)  # until all are taken over, the earlier report stays
         waiting = []
         for source in sources:
             image = self._earlier.take(source)
             if image is None:
                 waiting.append(source)
             else:
-                self._add(judge(image, self._options.gates), html)
+                self._add(judge(image, self._options.gates), html, is_new=False)
         self._n_before = len(self.images)
-        if html is not None:
-            html.n_before = self._n_before
         if self._earlier.n_lacking:
             click.echo(
                 f"semanticblur-core: {self._earlier.n_lacking} measured again: without a picture "

@@ -348,10 +348,7 @@ def command(
             if json_path is not None and is_begun:
                 _write_json(json_path, results, detector, options, earlier)
     if table is not None and table.n_of_other_settings and json_path is None:
-        click.echo(
-            f"{table.n_of_other_settings} of the files done before were made with other settings, "
-            f"which {table_path} keeps beside each"
-        )
+        _tell_of_other_settings(table.n_of_other_settings, table_path)
     if len(jobs) > 1:
         kept = f", {n_skipped} of them before" if n_skipped else ""
         click.echo(f"{len(jobs) - n_failed} of {len(jobs)} images done{kept} ({detector.reason})")
@@ -466,10 +463,7 @@ def _write_json(
         if written.isdisjoint(map(place, image["outputs"]))
     ]
     if n_other:
-        click.echo(
-            f"{n_other} of the files done before were made with other settings, which {path} keeps "
-            "beside each"
-        )
+        _tell_of_other_settings(n_other, path)
     document = {
         "software": f"napari-semanticblur {__version__}",
         "model": detector.name,
@@ -479,6 +473,13 @@ def _write_json(
         "failures": [{"input": r.source, "error": r.error} for r in results if r.error is not None],
     }
     disk.write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def _tell_of_other_settings(n_files: int, kept_in: Path | None) -> None:
+    click.echo(
+        f"{n_files} of the files done before were made with other settings, which {kept_in} keeps "
+        "beside each"
+    )
 
 
 def _image(result: FileResult, detector: Any, options: DetectOptions) -> dict[str, Any]:

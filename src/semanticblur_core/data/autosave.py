@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from semanticblur_core.data.journal import (
 from semanticblur_core.data.labels import BLURRED, SHARP
 from semanticblur_core.errors import DataError
 
+_T = TypeVar("_T")
 Plane = tuple[int, ...]
 JOURNALS = "journal"
 N_RECENT = 20
@@ -39,6 +40,19 @@ N_RECENT = 20
 def user_journals() -> Path:
     """Folder of journals of what is painted outside any store."""
     return disk.user_folder() / JOURNALS
+
+
+def submit(pool: ThreadPoolExecutor, work: Callable[[], _T]) -> Future[_T]:
+    """Work for a thread of the pool; done here and now where Python ends and starts none."""
+    try:
+        return pool.submit(work)
+    except RuntimeError:
+        done: Future[_T] = Future()
+        try:
+            done.set_result(work())
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
 
 def _require_fitting(name: str, labels: NDArray[np.uint8], saved: NDArray[np.uint8] | None) -> None:
@@ -260,10 +274,7 @@ class Autosave:
     def _write_soon(self) -> None:
         idle = self._writing is None or self._writing.done()
         if self._queue and idle and not self._is_closed:
-            try:
-                self._writing = self._thread.submit(self._write)
-            except RuntimeError:  # Python is ending, and starts no thread any more
-                self._write()
+            self._writing = submit(self._thread, self._write)
 
     # The writing thread.
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import fields, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -18,6 +16,7 @@ from semanticblur_core import disk
 from semanticblur_core.errors import DataError
 from semanticblur_core.focus.check import ImageFocus, Source, file_stamp
 from semanticblur_core.focus.scores import FocusScores
+from semanticblur_core.inference.table import place
 
 _Row = dict[str, Any]
 _Key = tuple[str, str]
@@ -26,7 +25,7 @@ _OF_A_REPORT = ("thumbnail", "overlay", "passed", "failed_gates", "kept")
 
 
 class EarlierRun:
-    """The images of an earlier run's JSON file, with their pictures of its report; a context.
+    """The images of an earlier run's JSON file, with their pictures of its report; close it.
 
     Parameters
     ----------
@@ -79,20 +78,13 @@ class EarlierRun:
                     self._find_pictures(report, opened)
                 self._resources = opened.pop_all()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the reports."""
         self._resources.close()
 
     def take(self, source: Source) -> ImageFocus | None:
         """What was measured on a file, without a verdict; None if it is to be measured."""
-        key = (source.name, _place(source.path))
+        key = (source.name, place(source.path))
         row = self._rows.get(key)
         if row is None or source.read is not None or _stamp(row) != file_stamp(source.path):
             return None
@@ -115,20 +107,28 @@ class EarlierRun:
 
     def rows_besides(self, images: Iterable[ImageFocus]) -> list[_Row]:
         """Rows of files that this run did not come to, was not asked for or could not read."""
-        done = {(image.name, _place(image.source)) for image in images if image.error is None}
+        done = {(image.name, place(image.source)) for image in images if image.error is None}
         return [row for key, row in self._rows.items() if key not in done]
 
     def _find_pictures(self, report: Path, opened: ExitStack) -> None:
+        """Where the rows of a report are that say of an image what is known, in file and bytes."""
         assert self._pictures is not None
         if not report.is_file() or disk.is_special(report):
             return
         with suppress(OSError):
             # Held open: another run may put a new report in its place.
             stream = opened.enter_context(report.open("rb"))
-            for row, offset, n_bytes in _rows_of_report(stream):
-                known = self._rows.get(_key(row))
-                if known is not None and _measured(row) == _measured(known):
-                    self._pictures[_key(row)] = (stream, offset, n_bytes)
+            offset = 0
+            for line in stream:
+                text = line.rstrip(b",\r\n")
+                # Other lines are no rows; the last one of a run that was killed may be cut.
+                with suppress(ValueError, LookupError, TypeError):
+                    row = json.loads(text) if text.startswith(b'{"name"') else {}
+                    has_pictures = isinstance(row["thumbnail"], str)
+                    has_pictures &= isinstance(row["overlay"], str | None)
+                    if has_pictures and _measured(row) == _measured(self._rows[_key(row)]):
+                        self._pictures[_key(row)] = (stream, offset, len(text))
+                offset += len(line)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -191,28 +191,9 @@ def _stamp(row: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _key(row: Mapping[str, Any]) -> _Key:
-    return row["name"], _place(row["source"])
-
-
-def _place(path: str | Path) -> str:
-    """One spelling of a path; links are not followed."""
-    return os.path.abspath(path)  # noqa: PTH100
+    return row["name"], place(row["source"])
 
 
 def _measured(row: Mapping[str, Any]) -> _Row:
     measured = {name: value for name, value in row.items() if name not in _OF_A_REPORT}
-    return measured | {"source": _place(row["source"])}
-
-
-def _rows_of_report(stream: BinaryIO) -> Iterator[tuple[_Row, int, int]]:
-    """Rows of a report, whole or cut, that hold pictures, each with its offset and bytes."""
-    offset = 0
-    for line in stream:
-        text = line.rstrip(b",\r\n")
-        if text.startswith(b'{"name"'):
-            with suppress(ValueError, LookupError, TypeError):  # cut, as of a run that was killed
-                row = json.loads(text)
-                _from_row(row)
-                if isinstance(row["thumbnail"], str) and isinstance(row["overlay"], str | None):
-                    yield row, offset, len(text)
-        offset += len(line)
+    return measured | {"source": place(row["source"])}

@@ -29,8 +29,7 @@ _ROWS_HERE, _SUMMARY_HERE = "@ROWS@", "@SUMMARY@"
 class HtmlReport:
     """The HTML file while it is written; leaving the context completes it.
 
-    After an error, too, if it holds more than what was taken over by then; otherwise an earlier
-    file stays.
+    After an error, too, if it holds an image that is new by then; otherwise an earlier file stays.
 
     Parameters
     ----------
@@ -39,8 +38,6 @@ class HtmlReport:
 
     Attributes
     ----------
-    n_before
-        Images that are taken over from an earlier report.
     summary
         What the page shows beside the rows.
 
@@ -53,8 +50,7 @@ class HtmlReport:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._resources = ExitStack()
-        self._n_rows = 0
-        self.n_before = 0
+        self._n_rows = self._n_new = 0
         self.summary: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
@@ -68,11 +64,12 @@ class HtmlReport:
         self._stream.write(head)
         return self
 
-    def add(self, image: ImageFocus) -> None:
-        """Write one image."""
+    def add(self, image: ImageFocus, *, is_new: bool = True) -> None:
+        """Write one image, new or taken over from an earlier report."""
         row = to_row(image) | {"thumbnail": image.thumbnail, "overlay": image.overlay}
         self._stream.write((",\n" if self._n_rows else "") + _script_json(row))
         self._n_rows += 1
+        self._n_new += is_new
 
     def __exit__(
         self,
@@ -80,7 +77,7 @@ class HtmlReport:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None and self._n_rows <= self.n_before:  # what an earlier run wrote stays
+        if kind is not None and self._n_new == 0:  # what an earlier run wrote stays
             self._resources.__exit__(kind, error, trace)
             return
         # What was measured before an interruption is worth a report: closed without the error.

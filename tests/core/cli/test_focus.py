@@ -518,8 +518,16 @@ def test_what_was_measured_is_kept_whatever_a_resumed_run_comes_to(
     def stopped(*_: Any) -> Any:
         raise KeyboardInterrupt
 
+    add, added = report.HtmlReport.add, []
+
+    def stopped_at_the_second(*of: Any, **how: Any) -> None:
+        added.append(of)
+        if len(added) == 2:
+            raise KeyboardInterrupt
+        add(*of, **how)
+
     with monkeypatch.context() as patch:  # while the second is taken over
-        patch.setattr("semanticblur_core.focus.report.HtmlReport.add", stopped)
+        patch.setattr(report.HtmlReport, "add", stopped_at_the_second)
         assert run(f"--input={folder}", *made, "--resume", cwd=tmp_path).returncode == 130
     assert images_of(tmp_path / "r.json") == before
     assert (tmp_path / "r.html").read_bytes() == page
