@@ -61,7 +61,7 @@ class Results:
         self._earlier: EarlierRun | None = None
         self.images: list[ImageFocus] = []
         self._order: dict[tuple[str, str], int] = {}
-        self._n_before = 0
+        self._n_new = 0
         self._finished = False
 
     def run(
@@ -109,7 +109,7 @@ class Results:
             resources.enter_context(stop.heeded())
             try:
                 sources = self._take_over(sources, html)
-                progress.update(task, completed=self._n_before)
+                progress.update(task, completed=len(self.images))
                 coming = focus_report(sources, self._detector, self._options)
                 for update in stop.each(resources.enter_context(closing(coming))):
                     self._add(update.image, html)
@@ -129,6 +129,7 @@ class Results:
             html.add(image, is_new=is_new)
         # A report of many images holds their pictures; memory does not.
         self.images.append(replace(image, thumbnail=None, overlay=None))
+        self._n_new += is_new
         if self._opened and image.plane is not None:
             self._opened.collected.add(image.plane)
 
@@ -145,7 +146,6 @@ class Results:
                 waiting.append(source)
             else:
                 self._add(judge(image, self._options.gates), html, is_new=False)
-        self._n_before = len(self.images)
         if self._earlier.n_lacking:
             click.echo(
                 f"semanticblur-core: {self._earlier.n_lacking} measured again: without a picture "
@@ -179,7 +179,7 @@ class Results:
     def _write(self, json_file: Path | None, csv_file: Path | None) -> None:
         from semanticblur_core.focus.report import to_row, write_csv, write_json
 
-        if not (self._finished or self.images):
+        if not (self._finished or self._n_new):
             return  # what an earlier run wrote stays
         rows = [to_row(image) for image in self._ordered()]
         if self._keep_best:
@@ -227,8 +227,8 @@ class Results:
         n_read = len(self.images) - self.n_failed
         text = f"{n_read} {'plane' if self._opened else 'image'}{'s' * (n_read != 1)}"
         text += f", {self.n_failed} unreadable"
-        if self._n_before:
-            text += f", {self._n_before} measured before"
+        if n_before := len(self.images) - self._n_new:
+            text += f", {n_before} measured before"
         if self._gated:
             judged = self._judged()
             kind = "best planes" if self._opened else "images"
