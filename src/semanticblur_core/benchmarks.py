@@ -20,6 +20,7 @@ from semanticblur_core.config import TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs
 from semanticblur_core.data.defocus import SharpImages
 from semanticblur_core.device import DeviceChoice
+from semanticblur_core.inference.graphed import compile_forward
 from semanticblur_core.machine import describe_machine
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.training.loader import (
@@ -89,7 +90,7 @@ def bench_model(
     batch_size
         Images at once.
     compiled
-        Both through ``torch.compile``, in the warm-up.
+        Both as `Detector` compiles (``torch.compile``, on a CUDA GPU as one graph), in the warm-up.
 
     Yields
     ------
@@ -121,13 +122,13 @@ def bench_model(
     try:
         for index, precision in enumerate(precisions):
             dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
-            contestants: dict[str, nn.Module] = {
+            contestants: dict[str, Callable[[Tensor], Tensor]] = {
                 "backbone": bare_backbone().to(device, dtype, memory_format=torch.channels_last),  # type: ignore[call-overload]
                 "network": network.for_inference(dtype).to(device),
             }
             if compiled:
                 contestants = {
-                    name: cast(nn.Module, torch.compile(module, dynamic=False))
+                    name: compile_forward(cast(nn.Module, module), torch.device(device))
                     for name, module in contestants.items()
                 }
             limit = _matrix_flops_per_s(torch.device(device), dtype)
@@ -303,8 +304,8 @@ def _matrix_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 @torch.inference_mode()
-def _time_forward(module: nn.Module, images: Tensor) -> float:
-    return _clock(lambda: module(images), images.device)
+def _time_forward(forward: Callable[[Tensor], Tensor], images: Tensor) -> float:
+    return _clock(lambda: forward(images), images.device)
 
 
 def _clock(action: Callable[[], object], device: torch.device) -> float:

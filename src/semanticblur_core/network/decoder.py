@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from semanticblur_core.network.fused import conv_relu, conv_to_one, runs_on_gpu
+
 HEAD_CHANNELS = (64, 32)
 
 
@@ -35,6 +37,9 @@ class FeaturePyramidDecoder(nn.Module):
     def predict(self, fused: Tensor) -> Tensor:
         """Logits ``(N, 1, H, W)`` from the output ``(N, 64, H, W)`` of the first convolution."""
         x = torch.relu(self.norm1(fused))
-        x = torch.relu(self.norm2(self.conv2(x)))
-        logits: Tensor = self.conv3(x)
+        if isinstance(self.norm2, nn.Identity):  # folded into the convolution
+            x = conv_relu(x, self.conv2)
+        else:
+            x = torch.relu(self.norm2(self.conv2(x)))
+        logits: Tensor = conv_to_one(x, self.conv3) if runs_on_gpu(x) else self.conv3(x)
         return logits

@@ -29,9 +29,11 @@ def _cached_matrix(n_in: int, n_out: int, device: torch.device | None) -> Tensor
 
 
 def _make_matrix(n_in: int, n_out: int, device: torch.device | None) -> Tensor:
-    position = (torch.arange(n_out, dtype=torch.float64) + 0.5) * (n_in / n_out) - 0.5
-    position = position.clamp(0, n_in - 1)
-    taps = torch.arange(n_in, dtype=torch.float64)
+    # A graph of a GPU's work must not copy from the processor; not every device knows float64.
+    where = device if device is not None and device.type == "cuda" else None
+    position = torch.arange(n_out, dtype=torch.float64, device=where) + 0.5
+    position = (position * (n_in / n_out) - 0.5).clamp(0, n_in - 1)
+    taps = torch.arange(n_in, dtype=torch.float64, device=where)
     weights = (1 - (position[:, None] - taps[None, :]).abs()).clamp(min=0)
     return weights.to(device=device, dtype=torch.float32)
 

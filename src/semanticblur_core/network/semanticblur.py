@@ -26,7 +26,11 @@ from semanticblur_core.network.attention import (
 )
 from semanticblur_core.network.backbones import Backbone, build_backbone
 from semanticblur_core.network.decoder import HEAD_CHANNELS, FeaturePyramidDecoder
+from semanticblur_core.network.fused import fuse
 from semanticblur_core.network.resize import resize, resize_columns, resize_matrix
+
+# Sides of matrices are multiples of it, which matrix units ask for.
+_ALIGNMENT = 8
 
 
 class _Composite(NamedTuple):
@@ -111,6 +115,7 @@ class SemanticBlur(nn.Module):
             raise ValueError("this network was made for inference already")
         model = copy.deepcopy(self).eval()
         _fold_batch_norms(model.backbone)
+        fuse(model.backbone)
         decoder = model.decoder
         with torch.no_grad():
             composite = model._compose()
@@ -212,14 +217,15 @@ class SemanticBlur(nn.Module):
             weight = weight * of_channels[:, None, :]
         if not self.spatial_attention:
             return torch.matmul(pixels, weight.transpose(-1, -2).to(pixels.dtype)).view(n, h, w, -1)
-        # One more row of the product gives the mean over channels (equation 7).
-        average = weight.new_full((*weight.shape[:-2], 1, c), 1 / c)
+        # One more row of the product gives the mean over channels (equation 7), others fill it up.
+        width = weight.shape[-2]
+        average = weight.new_full((*weight.shape[:-2], _to_align(width + 1) + 1, c), 1 / c)
         weight = torch.cat([weight, average], dim=-2).transpose(-1, -2).to(pixels.dtype)
-        product = torch.matmul(pixels, weight)
+        product = torch.matmul(pixels, weight).view(n, h, w, -1)
         maximum = pixels.amax(dim=2).view(n, h, w)
-        mean = product[..., -1].view(n, h, w)
+        mean = product[..., width]
         attention: Tensor = self.spatial_attention[index](mean, maximum)
-        return product[..., :-1].view(n, h, w, -1) * attention[..., None].to(product.dtype)
+        return product[..., :width] * attention[..., None].to(product.dtype)
 
     def _fuse(
         self,
@@ -232,7 +238,7 @@ class SemanticBlur(nn.Module):
         """Equation 14 and the head's bias: ``(N, height, width, 64)``, or of the windows' size.
 
         Columns are resized level by level; rows of all levels together, by one product with the
-        row weights side by side, scaled by beta, and a last column of ones for the bias.
+        row weights side by side, scaled by beta, and a column of ones for the bias.
         """
         beta = self.decoder.beta
         device = pyramid[0].device
@@ -240,11 +246,13 @@ class SemanticBlur(nn.Module):
             beta[i] * resize_matrix(level.shape[1], height, device)
             for i, level in enumerate(pyramid)
         ]
-        matrix = torch.cat([*rows, torch.ones(height, 1, device=device)], dim=1)
         n, _, _, c = pyramid[0].shape
         wide = [resize_columns(level, width) for level in pyramid]
+        spare = _to_align(1 + sum(level.shape[1] for level in wide))
+        last = torch.ones(height, 1, device=device)
+        matrix = torch.cat([*rows, last, last.new_zeros(height, spare)], dim=1)
         dtype = wide[0].dtype
-        wide.append(bias.to(dtype).expand(n, 1, width, c))
+        wide.append(bias.to(dtype).expand(n, 1 + spare, width, c))
         stacked = torch.cat(wide, dim=1)
         if windows is not None:
             stacked = torch.stack([s[:, w[1]] for s, w in zip(stacked, windows, strict=True)])
@@ -266,6 +274,11 @@ def _add_semantic(pyramid: list[Tensor], composite: _Composite) -> list[Tensor]:
         level[..., :head] + resize(part, *level.shape[1:3])
         for level, part in zip(pyramid, torch.split(added, head, dim=-1), strict=True)
     ]
+
+
+def _to_align(size: int) -> int:
+    """How much a side of a matrix lacks to the next multiple of `_ALIGNMENT`."""
+    return -size % _ALIGNMENT
 
 
 def _matrix(convolution: nn.Module) -> Tensor:

@@ -1,0 +1,44 @@
+"""A GPU's work recorded once and launched at once."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from semanticblur_core.inference.graphed import _MAX_GRAPHS, _GraphedForward
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@torch.inference_mode()
+def test_each_input_gets_its_own_result() -> None:
+    module = nn.Conv2d(3, 4, 3).cuda()
+    forward = _GraphedForward(module)
+    given = [torch.randn(2, 3, size, 20, device="cuda") for size in range(8, 8 + _MAX_GRAPHS + 2)]
+    found = [forward(images) for images in given]
+    found += [forward(images * 2) for images in given]
+    for images, result in zip([*given, *(images * 2 for images in given)], found, strict=True):
+        torch.testing.assert_close(result, module(images), atol=1e-3, rtol=1e-3)
+    assert len(forward._graphs) == _MAX_GRAPHS
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_threads_share_a_graph() -> None:
+    module = nn.Conv2d(3, 4, 3).cuda()
+    forward = _GraphedForward(module)
+    images = [torch.randn(2, 3, 20, 20, device="cuda") for _ in range(4)]
+    found: dict[int, torch.Tensor] = {}
+
+    def run(k: int) -> None:
+        with torch.inference_mode():
+            found[k] = forward(images[k])
+            torch.cuda.synchronize()
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with torch.inference_mode():
+        for k, given in enumerate(images):
+            torch.testing.assert_close(found[k], module(given), atol=1e-3, rtol=1e-3)
