@@ -131,6 +131,12 @@ def left_behind(path: Path) -> list[Path]:
     return sorted(path.parent.glob(pattern))
 
 
+def leave_behind(temporary: Path) -> None:
+    """Keep a temporary file of `replacing` whose block fails, as one of `left_behind`."""
+    other = f"{secrets.token_hex(4)}.part"
+    temporary.rename(temporary.with_name(temporary.name[: -len(other)] + other))
+
+
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """A temporary name beside ``path`` that takes its place when the block succeeds.
@@ -235,6 +241,6 @@ def refuse_bomb(path: Path, n_pixels: int, max_pixels: int) -> None:
     """
     if n_pixels > max_pixels:
         raise ImageError(
-            f"{path}: {n_pixels / 1e6:.4g} million pixels, more than the limit of "
-            f"{max_pixels / 1e6:.4g} million; --max-pixels of detect and focus raises it"
+            f"{path}: {n_pixels / 1e6:.7g} million pixels, more than the limit of "
+            f"{max_pixels / 1e6:.7g} million; --max-pixels of detect and focus raises it"
         )

@@ -214,8 +214,8 @@ def new_map(path: Path, shape: tuple[int, ...]) -> Iterator[MapFile]:
         free, needed = shutil.disk_usage(path.parent).free, math.prod(shape) * 4
         if needed > free:
             raise ImageError(
-                f"{path}: a map of {needed / 2**30:.1f} GiB does not fit on the disk, "
-                f"{free / 2**30:.1f} GiB are free"
+                f"{path}: a map of {needed / 2**20:,.1f} MiB does not fit on the disk, "
+                f"{free / 2**20:,.1f} MiB are free"
             )
         with disk.held(temporary), temporary.open("w+b") as stream:
             yield MapFile(stream, shape)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import numpy as np
 
@@ -17,6 +18,16 @@ class KillsItsProcess:
     def detect(self, image: np.ndarray, **keywords: object) -> np.ndarray:
         if image.shape[0] == 41:
             os.kill(os.getpid(), signal.SIGKILL)
+        return np.zeros(image.shape[:2], np.float32)
+
+
+class IsSlow:
+    """A detector that takes longer than a stop waits."""
+
+    name = "slow"
+
+    def detect(self, image: np.ndarray, **keywords: object) -> np.ndarray:
+        time.sleep(2)
         return np.zeros(image.shape[:2], np.float32)
 
 

@@ -48,6 +48,10 @@ if TYPE_CHECKING:
     from semanticblur_core.inference.table import Owners
 
 
+# Sides of a photograph that is still squashed without a word.
+_LONGEST = 4
+
+
 @click.command(name="detect")
 @click.option(
     "--input",
@@ -217,6 +221,7 @@ def command(
         is_result_name,
         possible_outputs,
         remove_stale_parts,
+        take_back,
     )
     from semanticblur_core.inference.table import owners, require_table_format, summary_table
     from semanticblur_core.inference.workload import count_squares
@@ -320,7 +325,7 @@ def command(
         for output_place, named in (table.claims if table is not None else {}).items():
             claims.setdefault(output_place, {}).update(named)
         task = progress.add_task("Detecting", total=len(jobs))
-        cluster, is_begun = None, True
+        cluster, is_begun, is_whole = None, True, False
         try:
             if alone:
                 remove_stale_parts(jobs, options)
@@ -333,11 +338,19 @@ def command(
                 n_failed += result.error is not None
                 n_skipped += result.skipped
                 if table is not None:
-                    table.add(result)
+                    try:
+                        table.add(result)
+                    except SemanticBlurError:
+                        if result.error is None and not result.skipped:
+                            take_back(result.outputs)
+                        raise
                 if json_path is not None:
                     results.append(result)
                 progress.advance(task)
                 _report(result, progress, quiet=progress.console.is_terminal and len(jobs) > 1)
+                if method == "network" and isinstance(size, int):
+                    _warn_of_squashing(result, progress)
+            is_whole = True
         except SemanticBlurError:
             is_begun = alone or cluster is not None
             raise
@@ -346,7 +359,7 @@ def command(
                 detector = cluster.detector
             # Written after an interruption too: it tells what was done.
             if json_path is not None and is_begun:
-                _write_json(json_path, results, detector, options, earlier)
+                _write_json(json_path, results, detector, options, earlier, is_whole=is_whole)
     if table is not None and table.n_of_other_settings and json_path is None:
         _tell_of_other_settings(table.n_of_other_settings, table_path)
     if len(jobs) > 1:
@@ -402,6 +415,17 @@ def _report(result: FileResult, progress: Progress, *, quiet: bool) -> None:
         )
 
 
+def _warn_of_squashing(result: FileResult, progress: Progress) -> None:
+    """Tell of an image so long that squashing it to a square hides what is blurred."""
+    if max(result.height, result.width) > _LONGEST * max(1, min(result.height, result.width)):
+        say(
+            progress,
+            f"semanticblur-core: {result.source}: {result.width} x {result.height} px are squashed "
+            "to a square, which hides blur in so long an image; --size=native analyses it in tiles",
+            err=True,
+        )
+
+
 def _unless_of_another(result: FileResult, claims: Owners) -> FileResult:
     """Where a file is skipped because of results that are another's by name: a failure."""
     from semanticblur_core.inference.table import other_owner
@@ -419,6 +443,8 @@ def _write_json(
     detector: Any,
     options: DetectOptions,
     earlier: dict[str, dict[str, Any]],
+    *,
+    is_whole: bool,
 ) -> None:
     """What was measured, on resume before too; ``detector`` or what is known of a worker's."""
     from semanticblur_core import __version__, disk
@@ -468,6 +494,7 @@ def _write_json(
         "software": f"napari-semanticblur {__version__}",
         "model": detector.name,
         **settings,
+        "interrupted": not is_whole,
         "images": images,
         "skipped": [result.source for result in results if result.skipped],
         "failures": [{"input": r.source, "error": r.error} for r in results if r.error is not None],

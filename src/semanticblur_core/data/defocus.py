@@ -532,7 +532,7 @@ def _depth_field(size_px: int, rng: np.random.Generator) -> _Map:
     cells = int(rng.integers(3, 8))
     weights = _bicubic_weights(cells, size_px)
     points = rng.standard_normal((cells, cells)).astype(np.float32)
-    # Not by `@`: starting threads for it costs ten times the work, and loaders wait for others'.
+    # Not by `@`: numpy's threads take ten times as long, and loaders wait for one another's.
     bumps = np.einsum("ik,kj->ij", weights, np.einsum("kl,jl->kj", points, weights))
     field: _Map = plane + bumps * np.float32(rng.choice([0.0, 0.3, 1.5]))
     field -= field.min()

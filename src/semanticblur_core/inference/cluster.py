@@ -37,6 +37,7 @@ from semanticblur_core.inference.jobs import (
     Job,
     possible_outputs,
     remove_stale_parts,
+    take_back,
 )
 from semanticblur_core.inference.map_maker import MapMaker
 from semanticblur_core.inference.results import FileResult
@@ -48,7 +49,7 @@ CHUNK_S = 1.0
 MAX_CHUNK_FILES = 64
 CHUNKS_PER_THREAD = 2
 CENSUS_S = 2.0
-DRAIN_S = 3.0
+DRAIN_S = 5.0
 CONNECT_S = 10
 # How often a chunk may lose its worker before its files are tried one at a time.
 ALLOWED_DEATHS = 1
@@ -109,6 +110,7 @@ class DetectionCluster:
         self.detector: Any = None
         self._make = make_detector
         self._resources = ExitStack()
+        self._cluster: Any = None  # of this machine
         self._n_threads: int | None = None  # in each worker process of this machine
         self._is_closed = False
         try:
@@ -148,8 +150,8 @@ class DetectionCluster:
         Files whose worker process died each time they were tried, even alone, are reported as
         failed. Close the iterator to stop: files that a worker of a running cluster has begun are
         still finished there, and processes of this machine end, so that nothing more can be
-        detected with them. Interrupted (Ctrl+C) it yields what is finished within three seconds,
-        and then raises.
+        detected with them; what they made and this has not yielded is deleted. Interrupted
+        (Ctrl+C) it yields what is finished within five seconds, and then raises.
 
         Raises
         ------
@@ -179,7 +181,7 @@ class DetectionCluster:
         make = cloudpickle.dumps(self._make)
         waiting, suspects = deque(jobs), deque[_Task]()
         running: dict[Any, _Chunk] = {}
-        untold = deque[FileResult]()
+        untold = deque[tuple[_Task, FileResult]]()
         completed = as_completed(loop=self._client.loop)
         n_done, seconds = 0, 0.0
         distant = replace(options, output=options.output.absolute())
@@ -224,7 +226,7 @@ class DetectionCluster:
                 untold.extend(self._results(future, chunk, options, distant))
                 del running[future]
                 while untold:
-                    result = untold.popleft()
+                    _, result = untold.popleft()
                     n_done, seconds = n_done + 1, seconds + result.elapsed_s
                     yield result
             self._census(now=True)
@@ -232,19 +234,26 @@ class DetectionCluster:
             # Whose maps are there already, so that no report lacks them.
             for future in self._drained(list(running)):
                 untold.extend(self._results(future, running.pop(future), options, distant))
-            yield from untold
+            while untold:
+                yield untold.popleft()[1]
             raise
         finally:
             if running:
                 with suppress(Exception):
                     self._client.cancel(list(running))
+            if self._n_threads is not None and (running or untold):
+                self._end_processes()
+                begun = [task for chunk in running.values() for task in chunk.tasks]
+                for task in (*begun, *(task for task, _ in untold)):
+                    made = possible_outputs(task.job, options)
+                    take_back(path for path in made if path.name not in task.existing)
 
     def _results(
         self, future: Any, chunk: _Chunk, options: DetectOptions, distant: DetectOptions
-    ) -> list[FileResult]:
+    ) -> list[tuple[_Task, FileResult]]:
         self.detector, results = future.result()
         return [
-            _as_asked(result, task, options, distant)
+            (task, _as_asked(result, task, options, distant))
             for task, result in zip(chunk.tasks, results, strict=True)
         ]
 
@@ -254,6 +263,14 @@ class DetectionCluster:
         while not all(future.done() for future in running) and time.monotonic() < deadline:
             time.sleep(0.02)
         return [future for future in running if future.status == "finished"]
+
+    def _end_processes(self) -> None:
+        """End the processes of this machine at once, so that nothing is written any more."""
+        for nanny in list(self._cluster.workers.values()):
+            nanny.auto_restart = False
+            if nanny.pid is not None:
+                with suppress(OSError):
+                    os.kill(nanny.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
 
     def _census(self, *, now: bool = False) -> None:
         """Look now and then which workers there are; they may come and go."""
@@ -271,6 +288,8 @@ class DetectionCluster:
     def _connect(self, address: str) -> Any:
         distributed = _import_distributed()
         try:
+            # A client that is given no address complains again, and at length, when it is dropped.
+            distributed.comm.get_address_host_port(address)
             client = distributed.Client(address, timeout=CONNECT_S, set_as_default=False)
         except (OSError, ValueError, TypeError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -302,6 +321,7 @@ class DetectionCluster:
             )
         # It tells of connections that end after the cluster closed and no longer silences it.
         logging.getLogger("distributed.batched").setLevel(logging.CRITICAL)
+        self._cluster = cluster
         self._resources.callback(_quietly, cluster.close)
         client = distributed.Client(cluster, set_as_default=False)
         self._resources.callback(_quietly, client.close)

@@ -9,21 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Each holds its input, output and whatever lies between.
+from semanticblur_core.device import is_out_of_memory
+
+# Each holds an input and an output.
 _MAX_GRAPHS = 4
+# CUDA records one graph at a time in a process.
+_RECORDING = threading.Lock()
+
+Forward = Callable[[Tensor], Tensor]
 
 
-def compile_forward(module: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+def compile_forward(module: nn.Module, device: torch.device) -> Forward:
     """A module through ``torch.compile`` and, on a CUDA GPU, as a graph; for inference only.
 
-    Each new size and number of images is compiled, and captured, when it first comes.
+    Each new size and number of images is compiled, and recorded, when it first comes; from the
+    ninth on ``torch.compile`` lets the module run as it is.
     """
-    forward: Callable[[Tensor], Tensor] = torch.compile(module, dynamic=False)
+    forward: Forward = torch.compile(module, dynamic=False)
     return _GraphedForward(forward) if device.type == "cuda" else forward
 
 
 class _GraphedForward:
     """Records what a function launches for an input of some shape, and launches that at once.
+
+    What cannot be recorded runs as it is.
 
     Parameters
     ----------
@@ -31,34 +40,63 @@ class _GraphedForward:
         Of one tensor on a CUDA GPU, with nothing in it that waits for the GPU once it is warm.
     """
 
-    def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, forward: Forward) -> None:
         self._forward = forward
-        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self._lock = threading.Lock()  # a graph has one input and one output
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None] = {}
+        self._lock = threading.Lock()
+        # One for all: each replay overwrites what the one before was given and gave.
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _GraphedForward, (self._forward,)
+
+    @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        key = (images.shape, images.dtype, images.device)
         with self._lock, torch.cuda.device(images.device):
-            if key not in self._graphs:
-                while len(self._graphs) >= _MAX_GRAPHS:
-                    del self._graphs[next(iter(self._graphs))]
-                self._graphs[key] = self._capture(images)
-            graph, given, result = self._graphs[key]
-            given.copy_(images)
-            graph.replay()
-            return result.clone()
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                self._pool = torch.cuda.graph_pool_handle()
+            asked_from = torch.cuda.current_stream()
+            self._stream.wait_stream(asked_from)
+            with torch.cuda.stream(self._stream):
+                result = self._run(images)
+            asked_from.wait_stream(self._stream)
+        # The allocator is to know that the other stream uses them.
+        images.record_stream(self._stream)
+        result.record_stream(asked_from)
+        return result
 
-    def _capture(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def _run(self, images: Tensor) -> Tensor:
+        key = (images.shape, images.dtype)
+        if key in self._graphs:
+            self._graphs[key] = self._graphs.pop(key)  # the one that was used last
+        else:
+            while len(self._graphs) >= _MAX_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+            self._graphs[key] = self._record(images)
+        recorded = self._graphs[key]
+        if recorded is None:
+            return self._forward(images)
+        graph, given, result = recorded
+        given.copy_(images)
+        graph.replay()
+        return result.clone()
+
+    def _record(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None:
         given = images.clone()
-        # What is done once (compiling, workspaces, the choice of kernels) has to be done before.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        try:
+            # What is done once (compiling, workspaces, choosing kernels) has to be done before.
             for _ in range(3):
                 self._forward(given)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the GPU meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = self._forward(given)
+            graph = torch.cuda.CUDAGraph()
+            how = {"pool": self._pool, "stream": self._stream}
+            # Other threads may go on launching meanwhile.
+            with _RECORDING, torch.cuda.graph(graph, **how, capture_error_mode="thread_local"):
+                result = self._forward(given)
+        except RuntimeError as error:
+            self._graphs.clear()
+            if is_out_of_memory(error):
+                raise
+            return None
         return graph, given, result

@@ -88,7 +88,7 @@ def expand_input(
         raise ImageError("an input is empty; expected a path, a glob, a folder or sample:NAME")
     path = disk.expand_home(text)
     if stacks.is_zarr(path):
-        yield _source(path), Path(path.name), True
+        yield _source(path), _zarr_name(path), True
         return
     if path.is_dir():
         images = [p for p in _entries(path, recursive, on_error) if _is_image(p, arrays)]
@@ -134,6 +134,15 @@ def expand_inputs(
             unreadable(error, text)
         except ImageError as error:
             problems.append(str(error))
+
+
+def _zarr_name(path: Path) -> Path:
+    """Name of a Zarr; of a level or array within one, that and its own."""
+    names = [path.name]
+    while stacks.is_zarr(path.parent):
+        path = path.parent
+        names.insert(0, path.stem)
+    return Path("_".join(names))
 
 
 def _sample_name(source: str) -> str:

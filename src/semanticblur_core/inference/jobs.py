@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -237,6 +238,16 @@ def possible_outputs(job: Job, options: DetectOptions) -> list[Path]:
     return [base.with_name(name) for name in names]
 
 
+def take_back(outputs: Iterable[Path]) -> None:
+    """Delete results that no report will tell of, so that they are made again."""
+    for path in outputs:
+        with suppress(OSError):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
 def is_result_name(name: str) -> bool:
     """Whether it is a name that results have."""
     return bool(_RESULT_NAME.search(name))
@@ -279,7 +290,8 @@ def is_done(outputs: list[Path], options: DetectOptions) -> bool:
         If one is there and neither to be kept nor replaced.
     """
     existing = [path for path in outputs if path.exists()]
-    if options.resume and len(existing) == len(outputs):
+    # Of no bytes is what a power cut or a bad copy leaves.
+    if options.resume and len(existing) == len(outputs) and all(p.stat().st_size for p in outputs):
         return True
     if existing and not (options.overwrite or options.resume):
         raise ImageError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from semanticblur_core import disk
-from semanticblur_core.errors import ConfigError
+from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.inference.inputs import is_sample
 from semanticblur_core.inference.results import FileResult
 
@@ -50,10 +50,12 @@ class SummaryTable:
 
     def __init__(
         self,
+        path: Path,
         writer: _CsvWriter | _ParquetWriter,
         earlier: dict[str, dict[str, Any]],
         settings: Mapping[str, Any],
     ) -> None:
+        self._path = path
         self._writer = writer
         self._earlier = earlier
         self._settings = settings
@@ -61,7 +63,13 @@ class SummaryTable:
         self.n_of_other_settings = 0
 
     def add(self, result: FileResult) -> None:
-        """Add the row of a file; what is known of a skipped one from before is kept."""
+        """Add the row of a file; what is known of a skipped one from before is kept.
+
+        Raises
+        ------
+        ImageError
+            If it cannot be written.
+        """
         row = _row(result)
         if result.error is None and not result.skipped:
             row |= self._settings
@@ -74,7 +82,11 @@ class SummaryTable:
                 value not in (None, "") and str(value) != str(self._settings[name])
                 for name, value in told_before.items()
             )
-        self._writer.add(row)
+        try:
+            self._writer.add(row)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ImageError(f"{self._path}: cannot be written: {reason}") from error
         if self._earlier and not result.skipped:  # what was another's results is this one's now
             for output in result.outputs:
                 for other in self.claims.get(place(output), {}):
@@ -206,15 +218,20 @@ def summary_table(
     stopped: BaseException | None = None
     with disk.replacing(path) as temporary:
         writer = _CsvWriter(temporary) if is_csv else _ParquetWriter(temporary)
-        table = SummaryTable(writer, earlier, settings or {})
+        table = SummaryTable(path, writer, earlier, settings or {})
         try:
             yield table
         except BaseException as error:  # what was done until then is kept, also after Ctrl+C
             stopped = error
         try:
-            table.add_unreached()
-        finally:
-            writer.close()
+            try:
+                table.add_unreached()
+            finally:
+                writer.close()
+        except OSError:
+            if is_csv:  # what stands there is found by the next run that resumes
+                disk.leave_behind(temporary)
+            raise
     for part in parts:  # taken over
         with suppress(OSError):
             part.unlink()

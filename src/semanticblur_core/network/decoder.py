@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from semanticblur_core.network.fused import conv_relu, conv_to_one, runs_on_gpu
+from semanticblur_core.network.fused import conv_relu, conv_to_one, infers_on_gpu
 
 HEAD_CHANNELS = (64, 32)
 
@@ -41,5 +41,5 @@ class FeaturePyramidDecoder(nn.Module):
             x = conv_relu(x, self.conv2)
         else:
             x = torch.relu(self.norm2(self.conv2(x)))
-        logits: Tensor = conv_to_one(x, self.conv3) if runs_on_gpu(x) else self.conv3(x)
+        logits: Tensor = conv_to_one(x, self.conv3) if infers_on_gpu(x) else self.conv3(x)
         return logits

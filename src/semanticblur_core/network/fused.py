@@ -8,29 +8,77 @@ own over feature maps of tens of megabytes; cuDNN does them as it writes the con
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import Bottleneck
 
+from semanticblur_core.device import is_out_of_memory
 
-def runs_on_gpu(x: Tensor) -> bool:
-    """Whether a tensor is of an inference on a CUDA GPU."""
+# Kinds of numbers that cuDNN turned out to have no such convolution for.
+_REFUSED: set[torch.dtype] = set()
+_ZEROS: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def infers_on_gpu(x: Tensor) -> bool:
+    """Whether a tensor is on a CUDA GPU and no gradient is to come."""
     return x.is_cuda and not torch.is_grad_enabled()
 
 
 def conv_relu(x: Tensor, convolution: nn.Conv2d, shortcut: Tensor | None = None) -> Tensor:
-    """``relu(convolution(x) + shortcut)`` of ``(N, C, H, W)``, without groups; for inference."""
-    if not runs_on_gpu(x) or torch.compiler.is_compiling() or not torch.backends.cudnn.enabled:
-        y: Tensor = convolution(x)
-        return torch.relu_(y if shortcut is None else y + shortcut)
-    weight, bias = convolution.weight, convolution.bias
-    geometry: Any = (convolution.stride, convolution.padding, convolution.dilation, 1)
-    if shortcut is None:
-        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-    return torch.cudnn_convolution_add_relu(x, weight, shortcut, 1.0, bias, *geometry)
+    """``relu(convolution(x) + shortcut)`` of ``(N, C, H, W)``, for inference."""
+    if _has_fused(x):
+        try:
+            return _fused(x, convolution, shortcut)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            _REFUSED.add(x.dtype)
+    y: Tensor = convolution(x)
+    return torch.relu_(y if shortcut is None else y.add_(shortcut))
+
+
+def _has_fused(x: Tensor) -> bool:
+    return (
+        infers_on_gpu(x)
+        and x.dtype not in _REFUSED
+        and torch.backends.cudnn.enabled
+        and torch.version.hip is None
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled()
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _fused(x: Tensor, convolution: nn.Conv2d, shortcut: Tensor | None) -> Tensor:
+    shape, weight = [len(x)], convolution.weight
+    shape.append(len(weight))
+    stride, padding, dilation = (
+        tuple(int(k) for k in given)
+        for given in (convolution.stride, convolution.padding, convolution.dilation)
+    )
+    for side, kernel, s, p, d in zip(
+        x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+    ):
+        shape.append((side + 2 * p - d * (kernel - 1) - 1) // s + 1)
+    # Without a shortcut of its own torch gives cuDNN memory that was never written, times zero.
+    added = _zeros(shape, x) if shortcut is None else shortcut
+    return torch.cudnn_convolution_add_relu(
+        *(x, weight, added, 0.0 if shortcut is None else 1.0, convolution.bias),
+        *(stride, padding, dilation, convolution.groups),
+    )
+
+
+def _zeros(shape: list[int], like: Tensor) -> Tensor:
+    """Zeros ``(N, C, H, W)``, channels last, of which there is one piece of memory."""
+    n, c, h, w = shape
+    key = (like.device, like.dtype)
+    found = _ZEROS.get(key)
+    if found is None or len(found) < n * c * h * w:
+        found = _ZEROS[key] = like.new_zeros(n * c * h * w)
+        torch.cuda.current_stream(like.device).synchronize()  # other streams read it, too
+    return found[: n * c * h * w].view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def conv_to_one(x: Tensor, convolution: nn.Conv2d) -> Tensor:
@@ -55,6 +103,7 @@ class FusedBottleneck(nn.Module):
 
     def __init__(self, block: Bottleneck) -> None:
         super().__init__()
+        assert isinstance(block.bn3, nn.Identity)
         self.conv1, self.conv2, self.conv3 = block.conv1, block.conv2, block.conv3
         self.downsample = block.downsample
 

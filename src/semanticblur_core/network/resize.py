@@ -16,9 +16,15 @@ from torch import Tensor
 
 def resize_matrix(n_in: int, n_out: int, device: torch.device | None = None) -> Tensor:
     """Weights ``(n_out, n_in)`` float32 that resize an axis; rows sum to one."""
-    if torch.compiler.is_compiling():  # sizes may be symbols
+    if torch.compiler.is_compiling() or _is_recorded(device):  # sizes may be symbols
         return _make_matrix(n_in, n_out, device)
     return _cached_matrix(n_in, n_out, device)
+
+
+def _is_recorded(device: torch.device | None) -> bool:
+    """Whether a graph is recorded, which would go on reading what the cache has dropped."""
+    on_gpu = device is not None and device.type == "cuda"
+    return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
 @lru_cache(maxsize=64)

@@ -1,5 +1,6 @@
 """Bad input on the command line: one line each, exit code 2, the rest done."""
 
+import csv
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ import tifffile
 import zarr
 from command_line import Done, run
 from PIL import Image
+
+from semanticblur_core.inference.table import _CsvWriter
 
 
 def detect(*arguments: str, cwd: Path) -> Done:
@@ -216,3 +219,44 @@ def test_a_full_disk_is_one_line_for_each_file_that_does_not_fit(
     assert (again.returncode, again.stderr.count("\n")) == (2, 1), again.stderr
     assert "No space left on device" in again.stderr or "does not fit" in again.stderr
     assert not [p.name for p in full_folder.iterdir() if p.name.endswith(".part")]
+
+
+def test_a_disk_that_fills_up_under_the_table_loses_nothing(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(folder / "good.png", folder / "also.png")
+    add = _CsvWriter.add
+
+    def full(writer: _CsvWriter, row: dict[str, object]) -> None:
+        if "good" in str(row["input"]):
+            raise OSError(28, "No space left on device")
+        add(writer, row)
+
+    monkeypatch.setattr(_CsvWriter, "add", full)
+    how = ("--input=in", "--output=out", "--size=64", "--table=t.csv", "--json=j.json")
+    stopped = detect(*how, cwd=tmp_path)
+    assert stopped.returncode == 2
+    assert "t.csv: cannot be written: No space left on device" in stopped.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["also_blur.png"]
+    report = json.loads((tmp_path / "j.json").read_text())
+    assert report["interrupted"]
+    monkeypatch.undo()
+    (tmp_path / "out" / "also_blur.png").write_bytes(b"")  # as a power cut leaves it
+    again = detect(*how, "--resume", cwd=tmp_path)
+    assert (again.returncode, again.stderr) == (0, "")
+    report = json.loads((tmp_path / "j.json").read_text())
+    assert not report["interrupted"]
+    assert {Path(image["input"]).stem for image in report["images"]} == {"also", "good"}
+    assert report["skipped"] == []
+    with (tmp_path / "t.csv").open(newline="") as stream:
+        assert [row["status"] for row in csv.DictReader(stream)] == ["done", "done"]
+
+
+def test_what_is_too_long_to_be_squashed_is_told(tmp_path: Path, folder: Path) -> None:
+    Image.new("RGB", (500, 100)).save(folder / "long.png")
+    done = detect("--input=in", "--output=out", "--size=64", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "in/long.png: 500 x 100 px are squashed to a square" in done.stderr
+    assert done.stderr.count("\n") == 1
+    native = detect("--input=in/long.png", "--output=o2", "--size=native", cwd=tmp_path)
+    assert (native.returncode, native.stderr) == (0, "")

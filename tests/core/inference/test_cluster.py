@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from worker_detectors import KillsItsProcess, no_such_model
+from worker_detectors import IsSlow, KillsItsProcess, no_such_model
 
 from semanticblur_core import DetectionCluster, DetectOptions, Detector, detect_files, find_jobs
 from semanticblur_core.errors import ConfigError, WeightsError
@@ -131,6 +131,32 @@ def test_interrupted_it_tells_of_every_map_that_is_there(folder: Path, tmp_path:
             next(cluster.detect_files(jobs, DetectOptions(tmp_path)))
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, GeneratorExit])
+def test_what_a_stop_does_not_wait_for_is_not_made(
+    stop: type[BaseException],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("semanticblur_core.inference.cluster.DRAIN_S", 0.1)
+    jobs, _ = find_jobs([str(folder / "photo0*.png")], tmp_path)
+    with DetectionCluster(IsSlow, n_workers=2) as cluster:
+        coming = cluster.detect_files(jobs, DetectOptions(tmp_path))
+        told = {path.name for path in next(coming).outputs}
+        time.sleep(1.5)  # another is made meanwhile, and not told of
+        start = time.monotonic()
+        if stop is GeneratorExit:
+            coming.close()
+        else:
+            told.update(path.name for path in coming.throw(stop).outputs)
+            with pytest.raises(KeyboardInterrupt):
+                next(coming)
+        assert time.monotonic() - start < 5
+        assert {path.name for path in tmp_path.iterdir()} == told
+    time.sleep(2)
+    assert {path.name for path in tmp_path.iterdir()} == told
+
+
 def test_a_file_that_kills_its_worker_costs_no_other_one(folder: Path, tmp_path: Path) -> None:
     Image.new("RGB", (50, 41)).save(tmp_path / "killer.png")
     jobs, _ = find_jobs([str(folder / "photo0*.png"), str(tmp_path / "killer.png")], tmp_path)
@@ -208,6 +234,8 @@ def test_what_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ConfigError, match=r"tcp://127\.0\.0\.1:1: cannot be reached") as caught:
         DetectionCluster(KillsItsProcess, scheduler="tcp://127.0.0.1:1")
     assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="foo: cannot be reached: missing port number"):
+        DetectionCluster(KillsItsProcess, scheduler="foo")
     with pytest.raises(ConfigError, match="either a number of workers or"):
         DetectionCluster(KillsItsProcess)
 

@@ -1,10 +1,12 @@
 """A GPU's work recorded once and launched at once."""
 
+import pickle
 import threading
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from semanticblur_core.inference.graphed import _MAX_GRAPHS, _GraphedForward
 
@@ -30,8 +32,9 @@ def test_threads_share_a_graph() -> None:
     found: dict[int, torch.Tensor] = {}
 
     def run(k: int) -> None:
-        with torch.inference_mode():
-            found[k] = forward(images[k])
+        with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                found[k] = forward(images[k])
             torch.cuda.synchronize()
 
     threads = [threading.Thread(target=run, args=(k,)) for k in range(4)]
@@ -42,3 +45,35 @@ def test_threads_share_a_graph() -> None:
     with torch.inference_mode():
         for k, given in enumerate(images):
             torch.testing.assert_close(found[k], module(given), atol=1e-3, rtol=1e-3)
+
+
+class Recorder(_GraphedForward):
+    """Runs on the processor; what is recorded is a function."""
+
+    recorded: list[int]
+
+    def _record(self, images: Tensor) -> Any:
+        self.recorded.append(len(images))
+        given = images.clone()
+        result = torch.empty_like(images)
+
+        class Graph:
+            def replay(_) -> None:  # noqa: N805
+                result.copy_(self._forward(given))
+
+        return Graph(), given, result
+
+
+def test_the_sizes_used_last_are_kept() -> None:
+    recorder = Recorder(lambda x: x * 2)
+    recorder.recorded = []
+    for size in (1, 2, 3, 4, 1, 5, 1, 2):
+        images = torch.full((size,), float(size))
+        assert torch.equal(recorder._run(images), images * 2)
+    assert recorder.recorded == [1, 2, 3, 4, 5, 2]
+
+
+def test_a_detector_s_forward_can_be_pickled() -> None:
+    copied = pickle.loads(pickle.dumps(_GraphedForward(torch.neg)))
+    assert isinstance(copied, _GraphedForward)
+    assert copied._forward is torch.neg

@@ -75,6 +75,17 @@ def test_folders_and_globs_give_zarr_and_npy_too(arrays: Path) -> None:
         assert (text, stems(jobs), left_out) == (text, expected, [])
 
 
+def test_levels_are_named_after_the_zarr_that_they_are_of(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        group = zarr.open_group(str(tmp_path / f"{name}.zarr"), mode="w")
+        group.create_group("labels").create_array("1", data=np.zeros((40, 50), np.uint8))
+        group.create_array("1", data=np.zeros((40, 50), np.uint8))
+    inputs = [f"{tmp_path}/{name}.zarr/{level}" for name in "ab" for level in ("1", "labels/1")]
+    jobs, _ = find_jobs(inputs, tmp_path / "out")
+    assert stems(jobs) == ["a_1", "a_labels_1", "b_1", "b_labels_1"]
+    assert not any(job.refusal for job in jobs)
+
+
 def test_earlier_results_that_are_zarr_and_npy_are_not_taken_as_input(
     arrays: Path, detector: Detector
 ) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from semanticblur_core import disk
+from semanticblur_core.errors import ImageError
 from semanticblur_core.inference.results import FileResult
-from semanticblur_core.inference.table import still_holds, summary_table
+from semanticblur_core.inference.table import _CsvWriter, still_holds, summary_table
 
 SUFFIXES = ("csv", "parquet")
 
@@ -124,6 +125,36 @@ def test_rows_of_a_run_that_was_killed_are_taken_over(tmp_path: Path) -> None:
         "b": ("skipped", 0.5, 7.0),
         "c": ("skipped", 0.75, 7.0),
         "d": ("skipped", None, 0.0),
+    }
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_of_a_run_whose_disk_was_full_are_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.csv"
+    add = _CsvWriter.add
+
+    def full(writer: _CsvWriter, row: dict[str, Any]) -> None:
+        if "/c." in row["input"]:
+            raise OSError(28, "No space left on device")
+        add(writer, row)
+
+    def close(writer: _CsvWriter) -> None:
+        writer._stream.close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_CsvWriter, "add", full)
+    monkeypatch.setattr(_CsvWriter, "close", close)
+    with pytest.raises(ImageError, match=r"t\.csv: cannot be written: No space left on device"):
+        write(path, result("a", 0.5), result("b"), result("c"))
+    monkeypatch.undo()
+    assert not path.exists()
+    write(path, skipped("a"), skipped("b"), result("c"), resume=True)
+    assert rows_of(path) == {
+        "a": ("skipped", 0.5, 7.0),
+        "b": ("skipped", 0.25, 7.0),
+        "c": ("done", 0.25, 7.0),
     }
     assert list(tmp_path.iterdir()) == [path]
 

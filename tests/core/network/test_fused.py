@@ -1,11 +1,16 @@
 """The forms that a GPU runs, on the processor where they can be."""
 
+from typing import Any
+from unittest.mock import Mock
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision import models
 
 from semanticblur_core.network import SemanticBlur, decoder
+from semanticblur_core.network import fused as module
 from semanticblur_core.network.fused import FusedBottleneck, FusedConvReLU, conv_to_one, fuse
 
 
@@ -24,19 +29,52 @@ def test_the_gpu_s_prediction_is_that_of_the_processor(monkeypatch: pytest.Monke
     network = SemanticBlur().eval().for_inference()
     images = torch.randn(2, 3, 65, 97)
     here = network(images)
-    monkeypatch.setattr(decoder, "runs_on_gpu", lambda _: True)
+    taken = []
+
+    def fused(
+        x: Tensor, weight: Tensor, added: Tensor, factor: float, bias: Tensor, *geometry: Any
+    ) -> Tensor:
+        y = F.conv2d(x, weight, bias, *geometry)
+        assert added.shape == y.shape
+        assert factor or not added.any()
+        taken.append(factor)
+        return torch.relu(y + factor * added)
+
+    def to_one(x: Tensor, convolution: nn.Conv2d) -> Tensor:
+        taken.append(2.0)
+        return conv_to_one(x, convolution)
+
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", fused)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Mock())
+    monkeypatch.setattr(module, "_has_fused", lambda _: True)
+    monkeypatch.setattr(decoder, "infers_on_gpu", lambda _: True)
+    monkeypatch.setattr(decoder, "conv_to_one", to_one)
     torch.testing.assert_close(network(images), here, atol=1e-5, rtol=1e-4)
+    # The stem, two in each of 16 blocks and the decoder's second; the blocks' third; the last.
+    assert {factor: taken.count(factor) for factor in taken} == {0.0: 34, 1.0: 16, 2.0: 1}
 
 
-def test_what_is_rectified_elsewhere_is_left_alone() -> None:
-    """A block of ResNet-34 uses its rectifier twice, after the sum too."""
-    net = models.resnet34()
-    fuse(net.layer1)
-    assert not any(isinstance(module, FusedConvReLU) for module in net.layer1.modules())
+@torch.inference_mode()
+def test_what_cudnn_cannot_do_is_done_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any) -> Tensor:
+        raise RuntimeError("GET was unable to find an engine to execute this computation")
+
     network = SemanticBlur().eval().for_inference()
-    blocks = [m for m in network.modules() if isinstance(m, FusedBottleneck)]
-    assert len(blocks) == 16
-    assert sum(isinstance(m, FusedConvReLU) for m in network.modules()) == 1  # the stem's
+    images = torch.randn(1, 3, 40, 40)
+    here = network(images)
+    refused: set[torch.dtype] = set()
+    monkeypatch.setattr(module, "_REFUSED", refused)
+    monkeypatch.setattr(module, "_has_fused", lambda x: x.dtype not in refused)
+    monkeypatch.setattr(module, "_fused", refuses)
+    assert torch.equal(network(images), here)
+    assert refused == {torch.float32}
+
+
+def test_blocks_of_other_networks_are_left_alone() -> None:
+    """One of ResNet-34 uses its rectifier twice, after the sum too."""
+    layer = models.resnet34().layer1
+    fuse(layer)
+    assert not any(isinstance(m, FusedBottleneck | FusedConvReLU) for m in layer.modules())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
