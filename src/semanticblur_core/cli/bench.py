@@ -48,7 +48,9 @@ def command() -> None:
     show_default=True,
     help="Images at once.",
 )
-@click.option("--compile", "compiled", is_flag=True, help="Both through torch.compile.")
+@click.option(
+    "--compile", "compiled", is_flag=True, help="Both through torch.compile, on a GPU as one graph."
+)
 @click.option("--json", "json_path", type=PathType(dir_okay=False, writes=True))
 def bench_model(
     size_px: int,

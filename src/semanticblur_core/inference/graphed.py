@@ -95,8 +95,8 @@ class _GraphedForward:
             with _RECORDING, torch.cuda.graph(graph, **how, capture_error_mode="thread_local"):
                 result = self._forward(given)
         except RuntimeError as error:
-            self._graphs.clear()
             if is_out_of_memory(error):
+                self._graphs.clear()
                 raise
             return None
         return graph, given, result
