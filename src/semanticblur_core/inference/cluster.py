@@ -245,7 +245,8 @@ class DetectionCluster:
                 self._end_processes()
                 begun = [task for chunk in running.values() for task in chunk.tasks]
                 for task in (*begun, *(task for task, _ in untold)):
-                    made = possible_outputs(task.job, options)
+                    # One that is refused has the names of another's results, which were told of.
+                    made = () if task.job.refusal else possible_outputs(task.job, options)
                     take_back(path for path in made if path.name not in task.existing)
 
     def _results(

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +156,20 @@ def test_what_a_stop_does_not_wait_for_is_not_made(
         assert {path.name for path in tmp_path.iterdir()} == told
     time.sleep(2)
     assert {path.name for path in tmp_path.iterdir()} == told
+
+
+def test_a_stop_leaves_results_whose_names_a_refused_file_has(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    shutil.copy(folder / "photo00.png", tmp_path / "in" / "photo00.png")
+    sources = [str(folder / "photo00.png"), str(tmp_path / "in" / "photo00.png")]
+    out = tmp_path / "out"
+    jobs, _ = find_jobs([*sources, str(folder / "photo01.png")], out)
+    assert [bool(job.refusal) for job in jobs] == [False, True, False]
+    with DetectionCluster(IsSlow, n_workers=1) as cluster:
+        coming = cluster.detect_files(jobs, DetectOptions(out))
+        [told] = next(coming).outputs
+        coming.close()
+    assert list(out.iterdir()) == [told]
 
 
 def test_a_file_that_kills_its_worker_costs_no_other_one(folder: Path, tmp_path: Path) -> None:
