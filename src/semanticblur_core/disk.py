@@ -38,7 +38,7 @@ def require_writable(path: Path) -> None:
         temporary.touch()
         temporary.unlink()
     except OSError as error:
-        raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise unwritable(path, error) from error
 
 
 def user_folder() -> Path:
@@ -88,6 +88,14 @@ def held(temporary: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def remove(path: Path) -> None:
+    """Delete a file or a folder, of a link the link; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remove_if_stale(temporary: Path) -> None:
     """Delete a temporary file or folder, unless a process may still be writing it."""
     if os.name == "nt":  # without such locks, but a file that is open cannot be deleted
@@ -98,10 +106,7 @@ def remove_if_stale(temporary: Path) -> None:
     if descriptor is None:
         return
     try:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        remove(temporary)
     finally:
         os.close(descriptor)
 
@@ -163,8 +168,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
                 with temporary.open("rb") as source, path.open("wb") as special:
                     shutil.copyfileobj(source, special)
             except OSError as error:
-                reason = error.strerror or error
-                raise ImageError(f"{path}: cannot be written: {reason}") from error
+                raise unwritable(path, error) from error
         return
     target = _target(path)
     temporary = temporary_name(target)
@@ -177,7 +181,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
                 os.fsync(stream.fileno())
         temporary.replace(target)
     except OSError as error:
-        raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise unwritable(path, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -217,6 +221,11 @@ def require_file(path: Path) -> None:
         raise ImageError(f"{path}: {what}")
     if path.stat().st_size == 0:
         raise ImageError(f"{path}: the file is empty (0 bytes)")
+
+
+def unwritable(path: Path, error: OSError) -> ImageError:
+    """What to raise for a file that the system does not let be written."""
+    return ImageError(f"{path}: cannot be written: {error.strerror or error}")
 
 
 def unreadable(path: Path, error: Exception) -> ImageError:

@@ -220,7 +220,7 @@ def new_map(path: Path, shape: tuple[int, ...]) -> Iterator[MapFile]:
         with disk.held(temporary), temporary.open("w+b") as stream:
             yield MapFile(stream, shape)
     except OSError as error:
-        raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise disk.unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -328,7 +328,7 @@ def write_zarr(
         group.attrs["multiscales"] = [image]
         _take_place(temporary, path)
     except OSError as error:
-        raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise disk.unwritable(path, error) from error
     finally:
         resources.close()
         shutil.rmtree(temporary, ignore_errors=True)
@@ -345,10 +345,7 @@ def _take_place(temporary: Path, path: Path) -> None:
         if old.exists():
             old.rename(path)
         raise
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.unlink(missing_ok=True)
+    disk.remove(old)
 
 
 def _tiles(maps: MapFile, index: tuple[int, ...]) -> Iterator[NDArray[np.float32]]:

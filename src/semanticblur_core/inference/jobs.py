@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -242,10 +241,7 @@ def take_back(outputs: Iterable[Path]) -> None:
     """Delete results that no report will tell of, so that they are made again."""
     for path in outputs:
         with suppress(OSError):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            disk.remove(path)
 
 
 def is_result_name(name: str) -> bool:

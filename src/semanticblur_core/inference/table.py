@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from semanticblur_core import disk
-from semanticblur_core.errors import ConfigError, ImageError
+from semanticblur_core.errors import ConfigError
 from semanticblur_core.inference.inputs import is_sample
 from semanticblur_core.inference.results import FileResult
 
@@ -85,8 +85,7 @@ class SummaryTable:
         try:
             self._writer.add(row)
         except OSError as error:
-            reason = error.strerror or error
-            raise ImageError(f"{self._path}: cannot be written: {reason}") from error
+            raise disk.unwritable(self._path, error) from error
         if self._earlier and not result.skipped:  # what was another's results is this one's now
             for output in result.outputs:
                 for other in self.claims.get(place(output), {}):
@@ -224,10 +223,8 @@ def summary_table(
         except BaseException as error:  # what was done until then is kept, also after Ctrl+C
             stopped = error
         try:
-            try:
+            with closing(writer):
                 table.add_unreached()
-            finally:
-                writer.close()
         except OSError:
             if is_csv:  # what stands there is found by the next run that resumes
                 disk.leave_behind(temporary)

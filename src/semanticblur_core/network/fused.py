@@ -8,6 +8,7 @@ own over feature maps of tens of megabytes; cuDNN does them as it writes the con
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,27 +53,27 @@ def _has_fused(x: Tensor) -> bool:
 
 
 def _fused(x: Tensor, convolution: nn.Conv2d, shortcut: Tensor | None) -> Tensor:
-    shape, weight = [len(x)], convolution.weight
-    shape.append(len(weight))
-    stride, padding, dilation = (
-        tuple(int(k) for k in given)
-        for given in (convolution.stride, convolution.padding, convolution.dilation)
-    )
-    for side, kernel, s, p, d in zip(
-        x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
-    ):
-        shape.append((side + 2 * p - d * (kernel - 1) - 1) // s + 1)
-    # Without a shortcut of its own torch gives cuDNN memory that was never written, times zero.
-    added = _zeros(shape, x) if shortcut is None else shortcut
+    weight, factor = convolution.weight, 1.0
+    strides: Any = convolution.stride
+    paddings: Any = convolution.padding
+    dilations: Any = convolution.dilation
+    if shortcut is None:
+        # Without one torch gives cuDNN memory that was never written, times zero.
+        sides = (
+            (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for side, kernel, stride, padding, dilation in zip(
+                x.shape[2:], weight.shape[2:], strides, paddings, dilations, strict=True
+            )
+        )
+        shortcut, factor = _zeros(len(x), len(weight), *sides, like=x), 0.0
     return torch.cudnn_convolution_add_relu(
-        *(x, weight, added, 0.0 if shortcut is None else 1.0, convolution.bias),
-        *(stride, padding, dilation, convolution.groups),
+        *(x, weight, shortcut, factor, convolution.bias),
+        *(strides, paddings, dilations, convolution.groups),
     )
 
 
-def _zeros(shape: list[int], like: Tensor) -> Tensor:
+def _zeros(n: int, c: int, h: int, w: int, *, like: Tensor) -> Tensor:
     """Zeros ``(N, C, H, W)``, channels last, of which there is one piece of memory."""
-    n, c, h, w = shape
     key = (like.device, like.dtype)
     found = _ZEROS.get(key)
     if found is None or len(found) < n * c * h * w:
