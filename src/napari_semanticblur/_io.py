@@ -13,6 +13,7 @@ from napari_semanticblur._colors import BLURRED, MAP_COLORMAP, SHARP, UNLABELLED
 from napari_semanticblur._layers import axis_letters
 from semanticblur_core import io, stacks
 from semanticblur_core.errors import DataError, ImageError
+from semanticblur_core.scale import Scale
 
 LayerData = tuple[Any, dict[str, Any], str]
 SUFFIXES = (".png", ".tif", ".npy", ".zarr")
@@ -78,11 +79,12 @@ def _read_zarr(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _scale(stack: stacks.Stack) -> dict[str, Any]:
-    sizes = stack.pixel_size_um
+    sizes, origin = stack.scale.pixel_size_um, stack.scale.origin
     if not sizes:
         return {}
     return {
         "scale": [float(sizes.get(axis, 1)) for axis in stack.axes],
+        "translate": [float(origin.get(axis, 0)) if axis in sizes else 0.0 for axis in stack.axes],
         "units": ["um" if axis in sizes else "pixel" for axis in stack.axes],
         "axis_labels": [axis.lower() for axis in stack.axes],
     }
@@ -100,7 +102,8 @@ def write_map(path: str, data: Any, attributes: dict[str, Any]) -> list[str]:
     """Write an image layer in 0..1: float32 as tif and npy, 8 bits as png.
 
     NaN, what was not analysed, is kept in tif and npy. A tif is an OME-TIFF with the names of the
-    axes and, where the layer's units are lengths, the pixel size; no file holds its place.
+    axes and, where the layer's units are lengths, the pixel size and the place; no file holds how
+    it is turned.
 
     Raises
     ------
@@ -128,24 +131,30 @@ def write_map(path: str, data: Any, attributes: dict[str, Any]) -> list[str]:
         axes = axis_letters(tuple(labels), rgb=False)
         with stacks.new_map(target, blur.shape) as maps:
             maps.append(blur)
-            stacks.write_tiff(target, maps, axes=axes, pixel_size_um=_sizes_um(axes, attributes))
+            stacks.write_tiff(target, maps, axes=axes, scale=_scale_of_layer(axes, attributes))
     return [path]
 
 
-def _sizes_um(axes: str, attributes: dict[str, Any]) -> dict[str, float]:
-    """Micrometres a step along the axes whose unit is a length."""
+def _scale_of_layer(axes: str, attributes: dict[str, Any]) -> Scale:
+    """Micrometres a step and the place along the axes whose unit is a length."""
     import pint
 
     registry = pint.get_application_registry()  # type: ignore[no-untyped-call]
-    sizes = {}
     steps, units = attributes.get("scale"), attributes.get("units")
     if steps is None or units is None:
-        return {}
-    for axis, step, unit in zip(axes, steps, units, strict=True):
-        length = registry.Quantity(abs(float(step)), str(unit))
-        if length.is_compatible_with("micrometer"):
-            sizes[axis] = float(length.to("micrometer").magnitude)
-    return sizes
+        return Scale()
+    places = attributes.get("translate")
+    sizes, origin = {}, {}
+    for axis, step, at, unit in zip(
+        axes, steps, [0.0] * len(axes) if places is None else places, units, strict=True
+    ):
+        one = registry.Quantity(1.0, str(unit))
+        if one.is_compatible_with("micrometer"):
+            factor = float(one.to("micrometer").magnitude)
+            sizes[axis] = abs(float(step)) * factor
+            if step > 0:
+                origin[axis] = float(at) * factor
+    return Scale(sizes, origin=origin)
 
 
 def write_mask(path: str, data: Any, attributes: dict[str, Any]) -> list[str]:

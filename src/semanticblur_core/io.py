@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from semanticblur_core import camera, disk
 from semanticblur_core.errors import DataError, ImageError
+from semanticblur_core.scale import Scale
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 PILLOW_SUFFIXES = (
@@ -322,9 +323,7 @@ def write_tiff(path: Path, array: NDArray[np.float32]) -> None:
         tifffile.imwrite(temporary, array, compression="zlib", photometric="minisblack")
 
 
-def write_image(
-    path: Path, array: NDArray[Any], *, pixel_size_um: Mapping[str, float] | None = None
-) -> None:
+def write_image(path: Path, array: NDArray[Any], *, scale: Scale | None = None) -> None:
     """Write ``(H, W)`` or ``(H, W, 3)`` of any real dtype as TIFF, or of 8 bits also as PNG.
 
     A TIFF with a pixel size becomes an OME-TIFF.
@@ -344,7 +343,8 @@ def write_image(
         )
     import tifffile
 
-    metadata = ome_metadata("YX" if array.ndim == 2 else "YXS", pixel_size_um or {})
+    axes = "YX" if array.ndim == 2 else "YXS"
+    metadata = (scale or Scale()).ome_metadata(axes, array.shape)
     with disk.replacing(path) as temporary:
         tifffile.imwrite(
             temporary,
@@ -354,20 +354,6 @@ def write_image(
             ome=len(metadata) > 1,
             metadata=metadata,
         )
-
-
-def ome_metadata(
-    axes: str, pixel_size_um: Mapping[str, float], time_step_s: float | None = None
-) -> dict[str, Any]:
-    """Axes and, as far as they are known, pixel size and time step, as tifffile takes them."""
-    metadata: dict[str, Any] = {"axes": axes}
-    for axis in "XYZ":
-        if axis in axes and axis in pixel_size_um:
-            metadata[f"PhysicalSize{axis}"] = pixel_size_um[axis]
-            metadata[f"PhysicalSize{axis}Unit"] = "µm"
-    if time_step_s is not None and "T" in axes:
-        metadata |= {"TimeIncrement": time_step_s, "TimeIncrementUnit": "s"}
-    return metadata
 
 
 def write_npy(path: Path, array: NDArray[np.float32]) -> None:

@@ -6,16 +6,16 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
-from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
 
 from semanticblur_core import disk, io
 from semanticblur_core.errors import ImageError
+from semanticblur_core.scale import Scale, of_ngff, of_tiff
 
 STACK_SUFFIXES = (*io.TIFF_SUFFIXES, ".npy", ".zarr")
 BLOCK_PX = 512
@@ -24,20 +24,6 @@ COARSEST_SIDE_PX = 2048
 FEWEST_COLUMNS = 16
 # By the number of axes, where a file does not name them.
 _USUAL_AXES = {2: "YX", 3: "ZYX", 4: "TZYX", 5: "TCZYX"}
-# As OME-XML, ImageJ and OME-Zarr name them.
-_MICROMETRES = {
-    **{"pm": 1e-6, "picometer": 1e-6, "Å": 1e-4, "angstrom": 1e-4, "nm": 1e-3, "nanometer": 1e-3},
-    **{"µm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "micrometer": 1.0},
-    **{"mm": 1e3, "millimeter": 1e3, "cm": 1e4, "centimeter": 1e4, "dm": 1e5, "decimeter": 1e5},
-    **{"m": 1e6, "meter": 1e6, "in": 25400.0, "inch": 25400.0},
-}
-_SECONDS = {
-    **{"ns": 1e-9, "nanosecond": 1e-9, "µs": 1e-6, "us": 1e-6, "microsecond": 1e-6},
-    **{"ms": 1e-3, "msec": 1e-3, "millisecond": 1e-3, "milliseconds": 1e-3},
-    **{"s": 1.0, "sec": 1.0, "second": 1.0, "seconds": 1.0, "usec": 1e-6, "µsec": 1e-6},
-    **{"min": 60.0, "minute": 60.0, "minutes": 60.0, "h": 3600.0, "hr": 3600.0, "hour": 3600.0},
-    **{"hours": 3600.0, "d": 86400.0, "day": 86400.0, "days": 86400.0},
-}
 
 
 @dataclass(frozen=True)
@@ -50,16 +36,23 @@ class Stack:
         Has ``shape``, ``dtype`` and slicing; read where it is sliced.
     axes
         One letter an axis, see `semanticblur_core.inference.planes.Planes`.
-    pixel_size_um
-        Micrometres a step along an axis, for those axes where the file says.
-    time_step_s
-        Seconds a step along T, where the file says.
+    scale
+        Steps, place and names of channels, as far as the file says.
     """
 
     array: Any
     axes: str
-    pixel_size_um: Mapping[str, float] = field(default_factory=dict)
-    time_step_s: float | None = None
+    scale: Scale = field(default_factory=Scale)
+
+    @property
+    def pixel_size_um(self) -> Mapping[str, float]:
+        """Micrometres a step along an axis, for those axes where the file says."""
+        return self.scale.pixel_size_um
+
+    @property
+    def time_step_s(self) -> float | None:
+        """Seconds a step along T, where the file says."""
+        return self.scale.time_step_s
 
 
 @contextmanager
@@ -92,11 +85,11 @@ def open_stack(path: str | Path, *, axes: str | None = None, level: int = 0) -> 
                     raise ImageError(f"{path}: expected one array, got an archive of several")
                 _refuse_level(path, level)
                 found = _guess_axes(array.shape)
-                sizes: dict[str, float] = {}
+                scale = Scale()
             elif is_zarr(path) or suffix == ".zarr":
-                array, found, sizes = _open_zarr(path, level)
+                array, found, scale = _open_zarr(path, level)
             else:
-                array, found, sizes = _open_tiff(path, level, resources)
+                array, found, scale = _open_tiff(path, level, resources)
         named = (axes or found).upper()
         if len(named) != len(array.shape):
             what = f"axes {named!r} do not fit" if named else "the file does not say the axes of"
@@ -104,8 +97,10 @@ def open_stack(path: str | Path, *, axes: str | None = None, level: int = 0) -> 
                 f"{path}: {what} an array of shape {tuple(array.shape)}; "
                 f"--axes names them, {len(array.shape)} letters with Y and X among them"
             )
-        time_step_s = sizes.pop("T", None)
-        yield Stack(array, named, sizes, time_step_s)
+        n_channels = array.shape[named.index("C")] if "C" in named else 0
+        if len(scale.channel_names) != n_channels:
+            scale = replace(scale, channel_names=())
+        yield Stack(array, named, scale)
 
 
 def is_zarr(path: Path) -> bool:
@@ -138,8 +133,8 @@ def is_stack(path: Path) -> bool:
         return False
 
 
-def read_pixel_size(path: Path) -> Mapping[str, float]:
-    """Micrometres a step along an axis, also of a TIFF that is not opened as a stack.
+def read_scale(path: Path) -> Scale:
+    """Steps and place, also of a TIFF that is not opened as a stack.
 
     Raises
     ------
@@ -148,10 +143,9 @@ def read_pixel_size(path: Path) -> Mapping[str, float]:
     """
     if path.suffix.lower() in io.TIFF_SUFFIXES:
         with _explained(path), io.open_tiff(path) as tiff:
-            sizes = _tiff_steps(tiff)
-            return {axis: size for axis, size in sizes.items() if axis != "T"}
+            return of_tiff(tiff)
     with open_stack(path) as stack:
-        return stack.pixel_size_um
+        return stack.scale
 
 
 def plane_pixels(path: Path) -> int:
@@ -233,14 +227,7 @@ def write_npy(path: Path, maps: MapFile) -> None:
         maps.copy_to(stream)
 
 
-def write_tiff(
-    path: Path,
-    maps: MapFile,
-    *,
-    axes: str,
-    pixel_size_um: Mapping[str, float],
-    time_step_s: float | None = None,
-) -> None:
+def write_tiff(path: Path, maps: MapFile, *, axes: str, scale: Scale) -> None:
     """Write an OME-TIFF piece by piece, BigTIFF where it has to be, tiled where it is large."""
     import tifffile
 
@@ -251,30 +238,25 @@ def write_tiff(
         pieces = (tile for index in planes for tile in _tiles(maps, index))
     else:
         pieces = (maps.read(index, slice(None)) for index in planes)
+    is_ome = set(axes) <= set("TCZYX")
+    metadata = scale.ome_metadata(axes, maps.shape) if is_ome else {"axes": axes}
     with disk.replacing(path) as temporary:
         tifffile.imwrite(
             temporary,
             pieces,
             shape=maps.shape,
             dtype=np.float32,
-            ome=set(axes) <= set("TCZYX"),
+            ome=is_ome,
             bigtiff=math.prod(maps.shape) * 4 > 2**31,
             compression="zlib",
             compressionargs={"level": 1},
             photometric="minisblack",
             tile=(BLOCK_PX, BLOCK_PX) if tiled else None,
-            metadata=io.ome_metadata(axes, pixel_size_um, time_step_s),
+            metadata=metadata,
         )
 
 
-def write_zarr(
-    path: Path,
-    maps: MapFile,
-    *,
-    axes: str,
-    pixel_size_um: Mapping[str, float],
-    time_step_s: float | None = None,
-) -> None:
+def write_zarr(path: Path, maps: MapFile, *, axes: str, scale: Scale) -> None:
     """Write an OME-Zarr (NGFF 0.4), each resolution level half the one before."""
     import zarr
 
@@ -284,18 +266,17 @@ def write_zarr(
     ranks = {"T": 0, "Z": 2, "Y": 3, "X": 4}
     order = sorted(range(len(axes)), key=lambda i: ranks.get(axes[i], 1))
     axes = "".join(axes[i] for i in order)
+    steps = scale.steps
     described: list[dict[str, str]] = []
     for axis in axes:
         entry = {"name": axis.lower()}
         if axis in kinds:
             entry["type"] = kinds[axis]
-        if axis in pixel_size_um:
-            entry["unit"] = "micrometer"
-        elif axis == "T" and time_step_s is not None:
-            entry["unit"] = "second"
+        if axis in steps:
+            entry["unit"] = "second" if axis == "T" else "micrometer"
         described.append(entry)
-    steps = dict(pixel_size_um) | ({"T": time_step_s} if time_step_s is not None else {})
-    scale = [float(steps.get(axis, 1)) for axis in axes]
+    factors = [float(steps.get(axis, 1)) for axis in axes]
+    places = [float(scale.origin.get(axis, 0)) for axis in axes]
     datasets: list[Any] = []
     resources = ExitStack()
     try:
@@ -317,15 +298,25 @@ def write_zarr(
                         maps.read(place, rows) if finer is None else _halved(finer, index, rows)
                     )
                     level[(*index, rows)] = source
-            transform = {"type": "scale", "scale": scale}
-            datasets.append({"path": name, "coordinateTransformations": [transform]})
+            transforms: list[Any] = [{"type": "scale", "scale": factors}]
+            if any(places):
+                transforms.append({"type": "translation", "translation": places})
+            datasets.append({"path": name, "coordinateTransformations": transforms})
             if max(shape[-2:]) <= COARSEST_SIDE_PX:
                 break
             finer = level
             shape = (*shape[:-2], *((n + 1) // 2 for n in shape[-2:]))
-            scale = [*scale[:-2], *(2 * s for s in scale[-2:])]
+            factors = [*factors[:-2], *(2 * factor for factor in factors[-2:])]
         image: Any = {"version": "0.4", "name": path.stem, "axes": described, "datasets": datasets}
         group.attrs["multiscales"] = [image]
+        if scale.channel_names and "C" in axes:
+            window = {"min": 0.0, "max": 1.0, "start": 0.0, "end": 1.0}
+            group.attrs["omero"] = {
+                "channels": [
+                    {"label": name, "active": True, "color": "FFFFFF", "window": window}
+                    for name in scale.channel_names
+                ]
+            }
         _take_place(temporary, path)
     except OSError as error:
         raise disk.unwritable(path, error) from error
@@ -393,7 +384,7 @@ def _has_few_columns(shape: tuple[int, ...]) -> bool:
     return len(shape) > 2 and shape[-1] < FEWEST_COLUMNS <= min(shape[-3:-1])
 
 
-def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, dict[str, float]]:
+def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, Scale]:
     import tifffile
     import zarr
 
@@ -412,11 +403,9 @@ def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, 
         array = zarr.open(resources.enter_context(series.aszarr(level=level)), mode="r")
     if chosen.keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
         array = _Inverted(array)
-    sizes = _tiff_steps(tiff)
-    for axis, length, full in zip(series.axes, chosen.shape, series.shape, strict=True):
-        if axis in sizes and axis in "YX":
-            sizes[axis] *= full / length
-    return array, _tiff_axes(series), sizes
+    lengths = zip(series.axes, chosen.shape, series.shape, strict=True)
+    factors = {axis: full / length for axis, length, full in lengths if axis in "YX"}
+    return array, _tiff_axes(series), of_tiff(tiff).coarser(factors)
 
 
 @dataclass(frozen=True)
@@ -497,74 +486,21 @@ def _tiff_axes(series: Any) -> str:
     return axes
 
 
-def _tiff_steps(tiff: Any) -> dict[str, float]:
-    """Micrometres a step, along T seconds; none where what the file says makes no sense."""
-    sizes: dict[str, float] = {}
-    with suppress(ElementTree.ParseError, ValueError, TypeError):  # that spoils no image
-        root = ElementTree.fromstring(tiff.ome_metadata or "<OME/>")
-        pixels = next((e for e in root.iter() if e.tag.endswith("Pixels")), None)
-        sizes |= _stated_pixel_size(tiff, pixels)
-        with suppress(ValueError, TypeError):
-            sizes |= _stated_time_step(tiff, pixels)
-        return {axis: size for axis, size in sizes.items() if 0 < size < math.inf}
-    return {}
-
-
-def _stated_pixel_size(tiff: Any, pixels: ElementTree.Element | None) -> dict[str, float]:
-    """Micrometres a step; ``pixels`` is what OME metadata say, where there are any."""
-    sizes: dict[str, float] = {}
-    if pixels is not None:
-        for axis in "XYZ":
-            size = pixels.get(f"PhysicalSize{axis}")
-            factor = _factor(pixels.get(f"PhysicalSize{axis}Unit", "µm"), _MICROMETRES)
-            if size is not None and factor is not None:
-                sizes[axis] = float(size) * factor
-    elif tiff.imagej_metadata and not tiff.ome_metadata:
-        information = tiff.imagej_metadata
-        factor = _factor(information.get("unit", ""), _MICROMETRES)
-        if factor is not None:
-            if "spacing" in information:
-                sizes["Z"] = float(information["spacing"]) * factor
-            for axis in "XY":
-                tag = tiff.pages.first.tags.get(f"{axis}Resolution")
-                if tag is not None and tag.value[0]:
-                    sizes[axis] = tag.value[1] / tag.value[0] * factor
-    return sizes
-
-
-def _stated_time_step(tiff: Any, pixels: ElementTree.Element | None) -> dict[str, float]:
-    """Seconds a step along T, as `_stated_pixel_size`."""
-    value, unit = None, "s"
-    if pixels is not None:
-        value, unit = pixels.get("TimeIncrement"), pixels.get("TimeIncrementUnit", "s")
-    elif tiff.imagej_metadata and not tiff.ome_metadata:
-        information = tiff.imagej_metadata
-        value, unit = information.get("finterval"), information.get("tunit", "sec")
-    factor = _factor(unit, _SECONDS)
-    return {} if value is None or factor is None else {"T": float(value) * factor}
-
-
-def _factor(unit: object, known: Mapping[str, float]) -> float | None:
-    """How many of ours one unit is; micro comes as the letter mu too, from ImageJ even escaped."""
-    name = str(unit).strip().replace("\\u00B5", "µ").replace("\N{GREEK SMALL LETTER MU}", "µ")
-    return known.get(name)
-
-
 def _refuse_level(path: Path, level: int) -> None:
     if level:
         raise ImageError(f"{path}: has no resolution levels, so none is {level}")
 
 
-def _open_zarr(path: Path, level: int) -> tuple[Any, str, dict[str, float]]:
+def _open_zarr(path: Path, level: int) -> tuple[Any, str, Scale]:
     import zarr
 
     opened: Any = zarr.open(path, mode="r")
     if isinstance(opened, zarr.Array):
         _refuse_level(path, level)
-        axes, sizes = _described_above(path) or ("", {})
+        axes, scale = _described_above(path) or ("", Scale())
         if len(axes) == opened.ndim:
-            return opened, axes, sizes
-        return opened, _dimension_axes(opened) or _guess_axes(opened.shape), {}
+            return opened, axes, scale
+        return opened, _dimension_axes(opened) or _guess_axes(opened.shape), Scale()
     attributes = _ome_attributes(opened)
     if "bioformats2raw.layout" in attributes and "multiscales" not in attributes and "0" in opened:
         # A group of images, of which the first is the scan; labels and overviews follow.
@@ -580,33 +516,11 @@ def _open_zarr(path: Path, level: int) -> tuple[Any, str, dict[str, float]]:
     if not 0 <= level < len(datasets):
         raise ImageError(f"{path}: expected a level of 0 to {len(datasets) - 1}, got {level}")
     array = opened[datasets[level]["path"]]
-    axes, sizes = _described(scales[0], datasets[level])
-    return array, axes or _guess_axes(array.shape), sizes
+    axes, scale = of_ngff(scales[0], datasets[level], attributes.get("omero"))
+    return array, axes or _guess_axes(array.shape), scale
 
 
-def _described(image: dict[str, Any], dataset: dict[str, Any]) -> tuple[str, dict[str, float]]:
-    """Axes, empty if they are not named, and sizes of one level of an OME-Zarr image."""
-    described = image.get("axes") or []
-    names = [axis["name"] if isinstance(axis, dict) else axis for axis in described]
-    axes = "".join(name[0].upper() for name in names)
-    sizes: dict[str, float] = {}
-    # What a file says wrong of its pixels' size spoils no image.
-    with suppress(TypeError, ValueError, KeyError, AttributeError):
-        # That of all levels comes after that of the level.
-        steps = [1.0] * len(axes)
-        for each in (dataset, image):
-            for transform in each.get("coordinateTransformations") or []:
-                if transform["type"] == "scale":
-                    steps = [a * float(b) for a, b in zip(steps, transform["scale"], strict=True)]
-        for letter, axis, step in zip(axes, described, steps, strict=False):
-            known = _SECONDS if letter == "T" else _MICROMETRES
-            factor = _factor(axis.get("unit", ""), known) if isinstance(axis, dict) else None
-            if factor is not None and 0 < step * factor < math.inf:
-                sizes[letter] = step * factor
-    return axes, sizes
-
-
-def _described_above(path: Path) -> tuple[str, dict[str, float]] | None:
+def _described_above(path: Path) -> tuple[str, Scale] | None:
     """What the image that an array is a level of says of it, if there is one."""
     import zarr
 
@@ -616,10 +530,11 @@ def _described_above(path: Path) -> tuple[str, dict[str, float]] | None:
             return None
         # A parent that is no group, or one that is damaged, describes nothing.
         with suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
-            for image in _ome_attributes(zarr.open_group(folder, mode="r"))["multiscales"]:
+            attributes = _ome_attributes(zarr.open_group(folder, mode="r"))
+            for image in attributes["multiscales"]:
                 for dataset in image["datasets"]:
                     if folder / dataset["path"] == path:
-                        return _described(image, dataset)
+                        return of_ngff(image, dataset, attributes.get("omero"))
     return None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -15,11 +16,13 @@ import zarr
 from semanticblur_core import disk, io, stacks
 from semanticblur_core.errors import ImageError
 from semanticblur_core.inference.planes import Planes
+from semanticblur_core.scale import Scale
 
 SIZES = {"Z": 2.0, "Y": 0.5, "X": 0.25}
+SCALE = Scale(SIZES, 1.5)
 
 
-def written(path: Path, maps: np.ndarray, axes: str) -> None:
+def written(path: Path, maps: np.ndarray, axes: str, scale: Scale = SCALE) -> None:
     with stacks.new_map(path, maps.shape) as file:
         for plane in maps.reshape(-1, *maps.shape[-2:]):
             file.append(plane[:7])
@@ -27,9 +30,9 @@ def written(path: Path, maps: np.ndarray, axes: str) -> None:
         if path.suffix == ".npy":
             stacks.write_npy(path, file)
         elif path.suffix == ".zarr":
-            stacks.write_zarr(path, file, axes=axes, pixel_size_um=SIZES, time_step_s=1.5)
+            stacks.write_zarr(path, file, axes=axes, scale=scale)
         else:
-            stacks.write_tiff(path, file, axes=axes, pixel_size_um=SIZES, time_step_s=1.5)
+            stacks.write_tiff(path, file, axes=axes, scale=scale)
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -400,7 +403,7 @@ def test_imagej_names_the_micrometre_in_many_ways(tmp_path: Path, unit: str) -> 
     tifffile.imwrite(path, data, imagej=True, resolution=(4, 2), metadata=metadata)
     if written_as != unit:  # as ImageJ writes it, and tifffile does not
         path.write_bytes(path.read_bytes().replace(b"unit=um", "unit=\xb5m".encode("latin-1")))
-    assert stacks.read_pixel_size(path) == pytest.approx({"Z": 3.0, "X": 0.25, "Y": 0.5})
+    assert stacks.read_scale(path).pixel_size_um == pytest.approx({"Z": 3.0, "X": 0.25, "Y": 0.5})
 
 
 @pytest.mark.parametrize(
@@ -410,7 +413,7 @@ def test_units_of_ome_metadata(tmp_path: Path, unit: str, size: float | None) ->
     path = tmp_path / "s.ome.tif"
     metadata = {"axes": "YX", "PhysicalSizeX": 0.25, "PhysicalSizeXUnit": unit}
     tifffile.imwrite(path, np.zeros((40, 50), np.uint8), ome=True, metadata=metadata)
-    assert stacks.read_pixel_size(path).get("X") == size
+    assert stacks.read_scale(path).pixel_size_um.get("X") == size
 
 
 def test_a_pixel_size_that_is_no_number_spoils_no_image(tmp_path: Path) -> None:
@@ -418,7 +421,7 @@ def test_a_pixel_size_that_is_no_number_spoils_no_image(tmp_path: Path) -> None:
     metadata = {"axes": "YX", "PhysicalSizeX": 123.25}
     tifffile.imwrite(path, np.zeros((40, 50), np.uint8), ome=True, metadata=metadata)
     path.write_bytes(path.read_bytes().replace(b'"123.25"', b'"a 1/4 "'))
-    assert stacks.read_pixel_size(path) == {}
+    assert stacks.read_scale(path).pixel_size_um == {}
 
 
 def test_an_image_of_bioformats2raw_is_found_at_the_top_and_by_its_own_folder(
@@ -529,7 +532,7 @@ def test_time_steps_of_other_writers_are_seconds(tmp_path: Path) -> None:
     tifffile.imwrite(path, frames, ome=True, metadata=metadata)
     with stacks.open_stack(path) as stack:
         assert (stack.axes, stack.time_step_s) == ("TYX", 0.25)
-    assert stacks.read_pixel_size(path) == {}
+    assert stacks.read_scale(path).pixel_size_um == {}
     tifffile.imwrite(path, frames, imagej=True, metadata={"axes": "TYX", "finterval": 2.5})
     with stacks.open_stack(path) as stack:
         assert (stack.axes, stack.time_step_s) == ("TYX", 2.5)
@@ -583,3 +586,51 @@ def test_levels_are_of_pyramids(tmp_path: Path) -> None:
             stacks.open_stack(tmp_path / name, level=3),
         ):
             pass
+
+
+def test_place_and_names_of_channels_go_from_file_to_file(tmp_path: Path) -> None:
+    maps = np.zeros((2, 3, 8, 9), np.float32)
+    origin = {"Z": 7.0, "Y": -3.0, "X": 0.5}
+    scale = Scale(SIZES, origin=origin, channel_names=("DAPI", "GFP & Cy3"))
+    for suffix in (".ome.tif", ".zarr"):
+        path = tmp_path / f"m{suffix}"
+        written(path, maps, "CZYX", scale)
+        with stacks.open_stack(path) as stack:
+            assert stack.scale == scale
+        with stacks.open_stack(path, axes="TZYX") as stack:
+            assert stack.scale.channel_names == ()
+    with tifffile.TiffFile(tmp_path / "m.ome.tif") as tiff:
+        assert tiff.ome_metadata
+        planes = re.findall(
+            r'<Plane TheC="(\d)" TheZ="(\d)"[^>]* PositionZ="([^"]*)"', tiff.ome_metadata
+        )
+    assert planes == [(c, z, str(7.0 + 2 * int(z))) for c in "01" for z in "012"]
+
+
+def test_a_part_has_its_own_place_steps_and_channels() -> None:
+    whole = Scale({"Z": 2.0, "X": 0.5}, 3.0, {"Z": 10.0, "X": 4.0}, ("a", "b", "c"))
+    part = whole.of_part({"T": range(2, 3), "C": range(1, 3), "Z": range(1, 9, 2)})
+    assert part == Scale({"Z": 4.0, "X": 0.5}, 3.0, {"Z": 12.0, "X": 4.0, "T": 6.0}, ("b", "c"))
+    assert Scale().of_part({"Z": range(3, 4), "C": range(1)}) == Scale()
+
+
+def test_a_translation_of_all_levels_comes_after_their_scales(tmp_path: Path) -> None:
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2)
+    group.create_array("0", shape=(4, 4), dtype="uint8")
+    axes = [{"name": n, "type": "space", "unit": "nanometer"} for n in "yx"]
+    own: list[Any] = [{"type": "scale", "scale": [500, 250]}]
+    own.append({"type": "translation", "translation": [1000, 0]})
+    of_all = [{"type": "scale", "scale": [2, 2]}, {"type": "translation", "translation": [0, 100]}]
+    datasets = [{"path": "0", "coordinateTransformations": own}]
+    image: dict[str, Any] = {"version": "0.4", "axes": axes, "datasets": datasets}
+    group.attrs["multiscales"] = [image | {"coordinateTransformations": of_all}]
+    with stacks.open_stack(tmp_path / "a.zarr") as stack:
+        assert stack.scale.pixel_size_um == {"Y": 1.0, "X": 0.5}
+        assert stack.scale.origin == pytest.approx({"Y": 2.0, "X": 0.1})
+
+
+def test_a_frame_of_reference_without_a_unit_is_no_place(tmp_path: Path) -> None:
+    path = tmp_path / "a.ome.tif"
+    metadata = {"axes": "YX", "PhysicalSizeX": 0.5, "Plane": {"PositionX": [12.0]}}
+    tifffile.imwrite(path, np.zeros((8, 9), np.uint8), ome=True, metadata=metadata)
+    assert stacks.read_scale(path) == Scale({"X": 0.5})

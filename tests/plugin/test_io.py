@@ -46,12 +46,16 @@ def test_a_stack_of_maps_comes_back_with_what_was_not_analysed(
 
 def test_a_tif_keeps_the_pixel_size_and_the_names_of_the_axes(tmp_path: Path) -> None:
     blur = np.random.default_rng(0).random((3, 40, 50)).astype(np.float32)
-    layer = Image(blur, scale=(2, -0.5, 250), units=("um", "um", "nm"), axis_labels=("z", "y", "x"))
+    layer = Image(
+        blur, scale=(2, -0.5, 250), units=("um", "um", "nm"), axis_labels=("z", "y", "x"),
+        translate=(3, 4, 500),
+    )  # fmt: skip
     path = tmp_path / "cells_blur.tif"
     _io.write_map(str(path), *layer.as_layer_data_tuple()[:2])
     [(data, attributes, _)] = _io.read_maps(str(path))
     np.testing.assert_array_equal(data, blur)
     assert attributes["scale"] == [2.0, 0.5, 0.25]
+    assert attributes["translate"] == [3.0, 0.0, 0.5]  # of what is mirrored no file holds the place
     assert attributes["units"] == ["um", "um", "um"]
     assert attributes["axis_labels"] == ["z", "y", "x"]
     with tifffile.TiffFile(path) as tiff:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ import click
 if TYPE_CHECKING:
     from semanticblur_core.focus.check import FocusOptions, Source
     from semanticblur_core.focus.stack import StackFocus
+    from semanticblur_core.scale import Scale
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class StackInput:
     value_range: tuple[float, float] | None
     array: Any
     axes: str
-    pixel_size_um: Mapping[str, float]
+    scale: Scale
 
 
 def find_sources(
@@ -117,6 +118,7 @@ def _of_folder(
     from semanticblur_core.errors import ImageError
     from semanticblur_core.focus.stack import FileStack, StackFocus, in_stack_order
     from semanticblur_core.inference.planes import Planes
+    from semanticblur_core.scale import Scale
 
     files = {source.path: source for source in found}
     ordered = in_stack_order(list(files))
@@ -135,7 +137,7 @@ def _of_folder(
         value_range=options.value_range or stack.estimate_range(),
         array=stack,
         axes=stack.axes,
-        pixel_size_um={},
+        scale=Scale(),
     )
 
 
@@ -179,5 +181,5 @@ def _of_file(
         value_range=unit_range(planes, limits),
         array=opened.array,
         axes=opened.axes,
-        pixel_size_um=opened.pixel_size_um,
+        scale=opened.scale,
     )

@@ -272,7 +272,7 @@ class Results:
         if not self._opened or not self._opened.collected.planes:
             return {}
         names = {source.index: source.name for source in self._opened.sources}
-        step_um = self._opened.pixel_size_um.get(self._opened.collected.along)
+        step_um = self._opened.scale.pixel_size_um.get(self._opened.collected.along)
         return stack_rows(self._opened.collected, names, step_um=step_um)
 
     def _summary(self) -> dict[str, Any]:
@@ -313,7 +313,7 @@ def write_composite(
             progress.update(task, completed=last.n_done, total=last.n_total)
     assert last is not None
     if composite and last.composite is not None:
-        io.write_image(composite, last.composite, pixel_size_um=opened.pixel_size_um)
+        io.write_image(composite, last.composite, scale=opened.scale)
     if depth and last.depth is not None:
-        io.write_image(depth, last.depth, pixel_size_um=opened.pixel_size_um)
+        io.write_image(depth, last.depth, scale=opened.scale)
     click.echo(f"all in focus -> {', '.join(str(path) for path in (composite, depth) if path)}")

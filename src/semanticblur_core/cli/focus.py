@@ -533,12 +533,12 @@ def _tile_px(
     size, unit = tile_size
     if unit == "px":
         return int(size)
-    if opened and opened.pixel_size_um:
-        return tile_size_in_px(size, opened.pixel_size_um.get("X"))
+    if opened and opened.scale.pixel_size_um:
+        return tile_size_in_px(size, opened.scale.pixel_size_um.get("X"))
 
     def of_source(source: Source) -> int:
         has_size = source.path.suffix.lower() in stacks.STACK_SUFFIXES and source.path.exists()
-        sizes = stacks.read_pixel_size(source.path) if has_size else {}
+        sizes = stacks.read_scale(source.path).pixel_size_um if has_size else {}
         return tile_size_in_px(size, sizes.get("X"))
 
     # Planes of one stack are alike.

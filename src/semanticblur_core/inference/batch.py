@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -23,6 +23,7 @@ from semanticblur_core.inference.overlay import draw_overlay
 from semanticblur_core.inference.planes import Planes
 from semanticblur_core.inference.results import FileResult, PlaneResult
 from semanticblur_core.inference.tiling import TileGrid
+from semanticblur_core.scale import Scale
 
 if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector
@@ -189,17 +190,17 @@ def _finish(begun: _Begun, detector: MapMaker, options: DetectOptions) -> FileRe
         except SemanticBlurError as error:
             raise ImageError(f"{job.source}: {error}") from error
     targets, overlay = _picture_outputs(job, options, "png")
-    sizes = _photograph_pixel_size(job) if {"tif", "zarr"} & set(targets) else {}
-    if "tif" in targets and not sizes:
+    scale = _photograph_scale(job) if {"tif", "zarr"} & set(targets) else Scale()
+    if "tif" in targets and not scale.steps:
         io.write_tiff(targets["tif"], blur)
     if "npy" in targets:
         io.write_npy(targets["npy"], blur)
-    described = {"tif", "zarr"} if sizes else {"zarr"}
+    described = {"tif", "zarr"} if scale.steps else {"zarr"}
     for name in sorted(described & set(targets)):
         with stacks.new_map(targets[name], blur.shape) as maps:
             maps.append(blur)
             write = stacks.write_tiff if name == "tif" else stacks.write_zarr
-            write(targets[name], maps, axes="YX", pixel_size_um=sizes)
+            write(targets[name], maps, axes="YX", scale=scale)
     _write_pictures(targets.get("png"), overlay, blur, image, options, options.value_range)
     return FileResult(
         source=job.source,
@@ -211,16 +212,18 @@ def _finish(begun: _Begun, detector: MapMaker, options: DetectOptions) -> FileRe
     )
 
 
-def _photograph_pixel_size(job: Job) -> Mapping[str, float]:
-    """Micrometres a step of the image as it is read, turned upright; of others than TIFF none."""
+def _photograph_scale(job: Job) -> Scale:
+    """That of the image as it is read, turned upright; of others than TIFF none."""
     path = Path(job.source)
     if is_sample(job.source) or path.suffix.lower() not in io.TIFF_SUFFIXES:
-        return {}
-    sizes = stacks.read_pixel_size(path)
-    if io.read_orientation(path) in (5, 6, 7, 8):
-        turned = {"X": "Y", "Y": "X"}
-        return {turned.get(axis, axis): size for axis, size in sizes.items()}
-    return sizes
+        return Scale()
+    scale = stacks.read_scale(path)
+    orientation = io.read_orientation(path)
+    if orientation == 1:
+        return scale
+    turned = {"X": "Y", "Y": "X"} if orientation >= 5 else {}
+    sizes = {turned.get(axis, axis): size for axis, size in scale.pixel_size_um.items()}
+    return Scale(sizes)  # its first pixel lies elsewhere than the file's
 
 
 def _write_pictures(
@@ -264,8 +267,7 @@ def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileR
                 raise ImageError(f"{path}: {error}") from error
             where: dict[str, Any] = {
                 "axes": f"{planes.walked_axes}YX",
-                "pixel_size_um": stack.pixel_size_um,
-                "time_step_s": stack.time_step_s,
+                "scale": stack.scale.of_part(dict(zip(planes.walked_axes, box, strict=True))),
             }
             if "tif" in targets:
                 stacks.write_tiff(targets["tif"], maps, **where)

@@ -20,6 +20,7 @@ from semanticblur_core.inference.jobs import DetectOptions, Job, find_jobs
 from semanticblur_core.inference.overlay import draw_overlay
 from semanticblur_core.inference.planes import ALL, DetectUpdate
 from semanticblur_core.network import SemanticBlur
+from semanticblur_core.scale import Scale
 
 
 def test_formats_agree_and_have_the_size_of_the_image(folder: Path, detector: Detector) -> None:
@@ -366,7 +367,22 @@ def test_the_pixel_size_of_a_turned_image_is_turned(tmp_path: Path) -> None:
     )  # fmt: skip
     result = detect_one(tmp_path / "t.tif", formats=("tif",))
     assert (result.error, result.height, result.width) == (None, 50, 40)
-    assert stacks.read_pixel_size(result.outputs[0]) == pytest.approx({"X": 0.5, "Y": 0.25})
+    assert stacks.read_scale(result.outputs[0]).pixel_size_um == pytest.approx(
+        {"X": 0.5, "Y": 0.25}
+    )
+
+
+def test_maps_of_some_planes_lie_where_these_do_and_keep_their_names(tmp_path: Path) -> None:
+    metadata = {"axes": "CZYX", "PhysicalSizeZ": 2.0, "Channel": {"Name": ["DAPI", "GFP"]}}
+    path = tmp_path / "s.ome.tif"
+    tifffile.imwrite(path, np.zeros((2, 5, 40, 40), np.uint8), ome=True, metadata=metadata)
+    chosen = (slice(3, None),)
+    result = detect_one(path, planes=chosen, formats=("tif", "zarr"))
+    for output in result.outputs:
+        with stacks.open_stack(output) as stack:
+            assert stack.array.shape == (2, 2, 40, 40)
+            found = Scale({"Z": 2.0}, origin={"Z": 6.0}, channel_names=("DAPI", "GFP"))
+            assert stack.scale == found
 
 
 @pytest.mark.parametrize(
