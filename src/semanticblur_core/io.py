@@ -6,7 +6,7 @@ import math
 import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -452,11 +452,20 @@ def open_tiff(path: Path) -> Iterator[Any]:
     Raises
     ------
     ImageError
-        If its chain of images comes back to one of them: tifffile would follow it for ever.
+        If it is an image of another format, or its chain of images comes back to one of them:
+        tifffile would follow it for ever.
     """
     import tifffile
 
-    with tifffile.TiffFile(path) as tiff:
+    try:
+        opened = tifffile.TiffFile(path)
+    except tifffile.TiffFileError:
+        if kind := _pillow_format(path):
+            raise ImageError(
+                f"{path}: is {kind} and no TIFF, whatever its name; rename it"
+            ) from None
+        raise
+    with opened as tiff:
         form, stream = tiff.tiff, tiff.filehandle
         offset, seen = tiff.pages.first.offset, set[int]()
         while offset != 0:
@@ -493,6 +502,13 @@ def whole_series(path: Path, tiff: Any) -> Any:
             "file of its own"
         )
     return whole[0] if whole else tiff.series[0]
+
+
+def _pillow_format(path: Path) -> str | None:
+    """Such as JPEG; None of what Pillow does not know."""
+    with suppress(Exception), camera.open_pillow(path) as image:  # it raises many kinds
+        return image.format
+    return None
 
 
 def refuse_lying_tiff(path: Path, tiff: Any) -> None:

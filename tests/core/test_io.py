@@ -279,3 +279,13 @@ def test_one_value_alone_is_brought_to_the_range_too() -> None:
     assert float(io.to_unit_range(np.float32(3), limits=(0, 10))) == pytest.approx(0.3)  # type: ignore[arg-type]
     tiny = np.array([[0, 1e-40]], np.float32)
     np.testing.assert_allclose(io.to_unit_range(tiny, limits=(0, 2e-40)), [[0, 0.5]], atol=1e-3)
+
+
+def test_another_format_under_the_name_of_a_tiff_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    Image.new("L", (40, 40)).save(path, "JPEG")
+    with pytest.raises(ImageError, match=r"a\.tif: is JPEG and no TIFF.*rename it"):
+        io.read_image(path)
+    path.write_bytes(b"anything else")
+    with pytest.raises(ImageError, match=r"a\.tif: damaged or unreadable: not a TIFF file"):
+        io.read_image(path)
