@@ -80,11 +80,12 @@ def _read_zarr(path: Path) -> tuple[Any, dict[str, Any]]:
 
 def _scale(stack: stacks.Stack) -> dict[str, Any]:
     sizes, origin = stack.scale.pixel_size_um, stack.scale.origin
-    if not sizes:
+    steps = dict(stack.scale.unnamed) | dict(sizes)
+    if not steps:
         return {}
     return {
-        "scale": [float(sizes.get(axis, 1)) for axis in stack.axes],
-        "translate": [float(origin.get(axis, 0)) if axis in sizes else 0.0 for axis in stack.axes],
+        "scale": [float(steps.get(axis, 1)) for axis in stack.axes],
+        "translate": [float(origin.get(axis, 0)) if axis in steps else 0.0 for axis in stack.axes],
         "units": ["um" if axis in sizes else "pixel" for axis in stack.axes],
         "axis_labels": [axis.lower() for axis in stack.axes],
     }

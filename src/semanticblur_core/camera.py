@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,13 +123,11 @@ def _preview(raw: Any, path: Path, max_pixels: int) -> Image.Image | None:
     """The largest picture in it, upright, RGB; None if there is none that can be read."""
     try:
         found = raw.extract_thumb()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # Of the other kinds, bitmaps, none is large.
-            with open_pillow(io.BytesIO(found.data)) as opened:
-                disk.refuse_bomb(path, opened.width * opened.height, max_pixels)
-                refuse_lying_jpeg(path, opened, len(found.data))
-                return ImageOps.exif_transpose(opened).convert("RGB")
+        # Of the other kinds, bitmaps, none is large.
+        with open_pillow(io.BytesIO(found.data)) as opened:
+            disk.refuse_bomb(path, opened.width * opened.height, max_pixels)
+            refuse_lying_jpeg(path, opened, len(found.data))
+            return ImageOps.exif_transpose(opened).convert("RGB")
     except Exception:  # LibRaw and Pillow raise many kinds
         return None
 

@@ -62,6 +62,17 @@ class _Config:
             )
         return cls(**values)
 
+    def _require_types(self) -> None:
+        """Refuse values of another type than the default's; whole numbers are numbers, too."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, kind = getattr(self, field.name), type(field.default)
+            fits = isinstance(value, (int, float) if kind is float else kind)
+            if not fits or (isinstance(value, bool) and kind is not bool):
+                wanted = {bool: "true or false", int: "a whole number", float: "a number"}
+                raise ConfigError(
+                    f"{field.name}: expected {wanted.get(kind, 'text')}, got {value!r}"
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``from_dict`` reads them back."""
         return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]
@@ -98,11 +109,9 @@ class ModelConfig(_Config):
     decoder_channels: int = 128
 
     def __post_init__(self) -> None:
+        self._require_types()
         require_choice("backbone", self.backbone, BackboneName)
-        for name in ("channel_attention", "spatial_attention", "semantic_enhancement"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}: expected true or false, got {getattr(self, name)!r}")
-        if not isinstance(self.output_stride, int) or self.output_stride not in (8, 16, 32):
+        if self.output_stride not in (8, 16, 32):
             raise ConfigError(f"output_stride: expected 8, 16 or 32, got {self.output_stride}")
         if self.output_stride != 32 and self.backbone != "resnet50":
             raise ConfigError(
@@ -111,7 +120,7 @@ class ModelConfig(_Config):
             )
         for name in ("attention_reduction", "semantic_channels", "decoder_channels"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise ConfigError(f"{name}: expected a whole number of at least 1, got {value!r}")
 
 
@@ -204,9 +213,10 @@ class TrainConfig(_Config):
         lowest = {"epochs": 1, "batch_size": 1, "image_size_px": 33, "warmup_steps": 0, "seed": 0}
         lowest |= {"synthetic_photographs": 0, "synthetic_microscopy": 0, "accumulate": 1}
         lowest |= {"passes_per_epoch": 1}
+        self._require_types()
         for name, low in lowest.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or not low <= value < 2**63:
+            if not low <= value < 2**63:
                 raise ConfigError(f"{name}: expected a whole number of at least {low}, got {value}")
         if self.accumulate > self.batch_size:
             raise ConfigError(
@@ -314,9 +324,10 @@ class FinetuneConfig(_Config):
         lowest = {"n_steps": 1, "batch_size": 1, "n_views": 1, "replay_size": 0, "n_replay": 0}
         lowest |= {"validate_every": 1, "patience": 1, "image_size_px": 33, "seed": 0}
         lowest |= {"window_px": 16}
+        self._require_types()
         for name, low in lowest.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or not low <= value < 2**63:
+            if not low <= value < 2**63:
                 raise ConfigError(f"{name}: expected a whole number of at least {low}, got {value}")
         if self.frozen_stages not in range(5):
             raise ConfigError(f"frozen_stages: expected 0 to 4, got {self.frozen_stages}")

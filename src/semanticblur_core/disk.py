@@ -32,8 +32,8 @@ def require_writable(path: Path) -> None:
     """
     if is_special(path):
         return
-    temporary = temporary_name(_target(path))
     try:
+        temporary = temporary_name(_target(path))
         temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         temporary.unlink()
@@ -170,12 +170,17 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
             except OSError as error:
                 raise unwritable(path, error) from error
         return
-    target = _target(path)
+    try:
+        target = _target(path)
+    except OSError as error:  # a name that is too long
+        raise unwritable(path, error) from error
     temporary = temporary_name(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with held(temporary):
             yield temporary
+            with suppress(OSError):  # there is none yet
+                shutil.copymode(target, temporary)
         if durable:
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())

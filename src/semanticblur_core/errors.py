@@ -1,5 +1,8 @@
 """Errors whose message is for the person: which file or setting, what is wrong, what would do."""
 
+import logging
+import warnings
+
 
 class SemanticBlurError(Exception):
     """Base of all errors raised on purpose; the command line prints it as one line."""
@@ -23,3 +26,13 @@ class DataError(SemanticBlurError):
 
 class TrainingError(SemanticBlurError):
     """A training run cannot go on."""
+
+
+def quieten_readers() -> None:
+    """Let the libraries that read images say nothing in this process beside what they raise.
+
+    For programs, which tell of that in a line of their own; the library leaves it as it is.
+    """
+    for library in ("tifffile", "PIL"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module=r"PIL\b")

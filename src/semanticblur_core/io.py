@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -93,10 +92,8 @@ def read_shape(path: Path) -> tuple[int, int]:
     if path.suffix.lower() in camera.RAW_SUFFIXES:
         return camera.read_raw_shape(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with camera.open_pillow(path) as opened:
-                return opened.height, opened.width
+        with camera.open_pillow(path) as opened:
+            return opened.height, opened.width
     except ImageError:
         raise
     except Exception as error:  # Pillow raises many kinds
@@ -114,15 +111,13 @@ def read_orientation(path: Path) -> int:
     if path.suffix.lower() in camera.RAW_SUFFIXES:
         return 1  # the picture in it is given upright, whatever way that is stored
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if path.suffix.lower() in TIFF_SUFFIXES:
-                with open_tiff(path) as tiff:
-                    tag = whole_series(path, tiff).keyframe.tags.get("Orientation")
-                    code = tag.value if tag is not None else 1
-            else:
-                with camera.open_pillow(path) as opened:
-                    code = opened.getexif().get(ExifTags.Base.Orientation, 1)
+        if path.suffix.lower() in TIFF_SUFFIXES:
+            with open_tiff(path) as tiff:
+                tag = whole_series(path, tiff).keyframe.tags.get("Orientation")
+                code = tag.value if tag is not None else 1
+        else:
+            with camera.open_pillow(path) as opened:
+                code = opened.getexif().get(ExifTags.Base.Orientation, 1)
         return int(code) if code in range(1, 9) else 1
     except ImageError:
         raise
@@ -367,12 +362,10 @@ def write_npy(path: Path, array: NDArray[np.float32]) -> None:
 
 def _read_pillow(path: Path, max_pixels: int) -> NDArray[Any]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with camera.open_pillow(path) as opened:
-                disk.refuse_bomb(path, opened.width * opened.height, max_pixels)
-                camera.refuse_lying_jpeg(path, opened, path.stat().st_size)
-                return _pillow_array(ImageOps.exif_transpose(opened))
+        with camera.open_pillow(path) as opened:
+            disk.refuse_bomb(path, opened.width * opened.height, max_pixels)
+            camera.refuse_lying_jpeg(path, opened, path.stat().st_size)
+            return _pillow_array(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
         if path.suffix.lower() in VIDEO_SUFFIXES:
             raise ImageError(f"{path}: a video, not an image; `detect` reads its frames") from None

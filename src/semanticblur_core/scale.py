@@ -37,9 +37,10 @@ class Scale:
         Micrometres a step along an axis.
     time_step_s
         Seconds a step along T.
+    unnamed
+        Steps other than 1 along axes whose unit is not known.
     origin
-        Place of the first index along an axis that has a step, in the step's unit; 0 where none is
-        given.
+        Place of the first index along an axis, in the unit of its step; 0 where none is given.
     channel_names
         One for each index along C, or none.
     """
@@ -48,22 +49,25 @@ class Scale:
     time_step_s: float | None = None
     origin: Mapping[str, float] = field(default_factory=dict)
     channel_names: Sequence[str] = ()
+    unnamed: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def steps(self) -> dict[str, float]:
-        """Micrometres a step along an axis, along T seconds."""
+        """Along an axis whose unit is known: micrometres, along T seconds."""
         time = {} if self.time_step_s is None else {"T": self.time_step_s}
         return dict(self.pixel_size_um) | time
 
     def of_part(self, chosen: Mapping[str, range]) -> Scale:
         """That of the indices that are chosen along some axes."""
-        steps, origin, names = self.steps, dict(self.origin), self.channel_names
-        for axis in steps.keys() & chosen.keys():
-            origin[axis] = origin.get(axis, 0.0) + chosen[axis][0] * steps[axis]
-            steps[axis] *= abs(chosen[axis].step)
+        steps, unnamed = self.steps, dict(self.unnamed)
+        origin, names = dict(self.origin), self.channel_names
+        for known in (steps, unnamed):
+            for axis in known.keys() & chosen.keys():
+                origin[axis] = origin.get(axis, 0.0) + chosen[axis][0] * known[axis]
+                known[axis] *= abs(chosen[axis].step)
         if names and "C" in chosen:
             names = tuple(names[i] for i in chosen["C"])
-        return _of_steps(steps, origin, names)
+        return _of_steps(steps, origin, names, unnamed)
 
     def coarser(self, factors: Mapping[str, float]) -> Scale:
         """That of a level of a pyramid whose steps are so many times as large."""
@@ -85,7 +89,7 @@ class Scale:
         plane: dict[str, Any] = {}
         n_planes = math.prod(lengths.values())
         for axis in "XYZ":
-            if axis in axes and self.origin.get(axis):
+            if axis in axes and axis in self.pixel_size_um and self.origin.get(axis):
                 places = np.full(tuple(lengths.values()), self.origin[axis])
                 if axis in lengths:
                     along = np.arange(lengths[axis]) * self.pixel_size_um[axis]
@@ -131,6 +135,7 @@ def of_ngff(
     names = [axis["name"] if isinstance(axis, dict) else axis for axis in described]
     axes = "".join(name[0].upper() for name in names)
     steps: dict[str, float] = {}
+    unnamed: dict[str, float] = {}
     origin: dict[str, float] = {}
     channels: tuple[str, ...] = ()
     # What a file says wrong of its pixels' size spoils no image.
@@ -151,21 +156,31 @@ def of_ngff(
             factor = _factor(axis.get("unit", ""), known) if isinstance(axis, dict) else None
             if factor is not None:
                 steps[letter], origin[letter] = step * factor, place * factor
+            elif step != 1 or place:
+                unnamed[letter], origin[letter] = step, place
     with suppress(TypeError, KeyError, AttributeError):
         channels = tuple(str(each.get("label", "")) for each in (omero or {})["channels"])
-    return axes, _of_steps(steps, origin, channels if any(channels) else ())
+    return axes, _of_steps(steps, origin, channels if any(channels) else (), unnamed)
 
 
 def _of_steps(
-    steps: Mapping[str, float], origin: Mapping[str, float], names: Sequence[str]
+    steps: Mapping[str, float],
+    origin: Mapping[str, float],
+    names: Sequence[str],
+    unnamed: Mapping[str, float] | None = None,
 ) -> Scale:
     """Of steps of which that along T is in seconds; without those that make no sense."""
-    steps = {axis: step for axis, step in steps.items() if 0 < step < math.inf}
+    steps, others = (
+        {axis: step for axis, step in each.items() if 0 < step < math.inf}
+        for each in (steps, unnamed or {})
+    )
+    known = steps.keys() | others.keys()
     return Scale(
         {axis: step for axis, step in steps.items() if axis != "T"},
         steps.get("T"),
-        {axis: at for axis, at in origin.items() if axis in steps and at and math.isfinite(at)},
+        {axis: at for axis, at in origin.items() if axis in known and at and math.isfinite(at)},
         names,
+        others,
     )
 
 

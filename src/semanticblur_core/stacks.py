@@ -275,7 +275,7 @@ def write_zarr(path: Path, maps: MapFile, *, axes: str, scale: Scale) -> None:
         if axis in steps:
             entry["unit"] = "second" if axis == "T" else "micrometer"
         described.append(entry)
-    factors = [float(steps.get(axis, 1)) for axis in axes]
+    factors = [float((dict(scale.unnamed) | steps).get(axis, 1)) for axis in axes]
     places = [float(scale.origin.get(axis, 0)) for axis in axes]
     datasets: list[Any] = []
     resources = ExitStack()

@@ -116,6 +116,12 @@ def next_version(name: str) -> Path:
             f"model {name}: looks like a file; a file of weights ends in .safetensors, a name of a "
             f"model not in {Path(name).suffix}"
         )
+    for other in own_models():
+        if other != name and other.casefold() == name.casefold():
+            raise WeightsError(
+                f"model {name}: there is one called {other}, the same name to some disks; take "
+                "another name, or that"
+            )
     versions = model_versions(name)
     number = _version(versions[-1]) + 1 if versions else 1
     return models_folder() / f"{name}@{number}.safetensors"
@@ -168,7 +174,7 @@ def _sha256_of(path: Path) -> str | None:
 
 def _own_files() -> list[Path]:
     found = models_folder().glob("*@*.safetensors")
-    return [path for path in found if path.stem.partition("@")[2].isdecimal()]
+    return [path for path in found if path.stem.partition("@")[2].isdecimal() and path.is_file()]
 
 
 def _version(path: Path) -> int:
@@ -249,7 +255,8 @@ def _build(info: WeightsInfo, tensors: dict[str, Tensor]) -> SemanticBlur:
             f"{info.path}: {len(foreign)} tensors do not belong to a "
             f"{info.architecture.backbone} network, first {foreign[0]}"
         )
-    single = {key: tensor.float() for key, tensor in tensors.items()}
+    # A copy, also of float32: the file is to be free to change.
+    single = {key: tensor.to(torch.float32, copy=True) for key, tensor in tensors.items()}
     try:
         model.load_state_dict(single, strict=False, assign=True)
     except RuntimeError as error:

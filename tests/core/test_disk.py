@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from semanticblur_core import disk
+from semanticblur_core.errors import ImageError
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
@@ -61,3 +62,19 @@ def test_links_are_followed_and_pipes_stay_pipes(tmp_path: Path) -> None:
     assert read == ["through"]
     assert pipe.is_fifo()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "link.txt", "pipe"]
+
+
+def test_a_name_that_is_too_long_cannot_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 300)
+    with pytest.raises(ImageError, match="cannot be written: File name too long"):
+        disk.write_text(path, "x")
+    with pytest.raises(ImageError, match="cannot be written: File name too long"):
+        disk.require_writable(path)
+
+
+def test_a_file_that_is_replaced_stays_as_private_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    path.chmod(0o600)
+    disk.write_text(path, "new")
+    assert (path.read_text(), path.stat().st_mode & 0o777) == ("new", 0o600)

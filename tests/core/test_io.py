@@ -1,5 +1,7 @@
 """Files that people have: kinds, depths, orientations, compressions, and broken ones."""
 
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -289,3 +291,12 @@ def test_another_format_under_the_name_of_a_tiff_is_named(tmp_path: Path) -> Non
     path.write_bytes(b"anything else")
     with pytest.raises(ImageError, match=r"a\.tif: damaged or unreadable: not a TIFF file"):
         io.read_image(path)
+
+
+def test_reading_in_threads_leaves_warnings_alone(tmp_path: Path) -> None:
+    """Python's own way of silencing them for a while is of the whole process."""
+    Image.new("RGB", (400, 400)).save(tmp_path / "a.jpg")
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(io.read_image, [tmp_path / "a.jpg"] * 40):
+            assert list(warnings.filters) == before

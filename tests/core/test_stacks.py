@@ -629,6 +629,17 @@ def test_a_translation_of_all_levels_comes_after_their_scales(tmp_path: Path) ->
         assert stack.scale.origin == pytest.approx({"Y": 2.0, "X": 0.1})
 
 
+def test_steps_and_place_without_a_unit_stay(tmp_path: Path) -> None:
+    scale = Scale({"Y": 0.5}, origin={"X": 8.0, "Z": 5.0}, unnamed={"X": 1.0, "Z": 2.0})
+    path = tmp_path / "m.zarr"
+    written(path, np.zeros((4, 8, 9), np.float32), "ZYX", scale)
+    with stacks.open_stack(path) as stack:
+        assert stack.scale == scale
+        assert stack.scale.of_part({"Z": range(1, 4, 2)}).origin["Z"] == 7.0
+    axes = json.loads((path / ".zattrs").read_text())["multiscales"][0]["axes"]
+    assert [axis.get("unit") for axis in axes] == [None, "micrometer", None]
+
+
 def test_a_frame_of_reference_without_a_unit_is_no_place(tmp_path: Path) -> None:
     path = tmp_path / "a.ome.tif"
     metadata = {"axes": "YX", "PhysicalSizeX": 0.5, "Plane": {"PositionX": [12.0]}}

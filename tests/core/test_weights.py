@@ -167,3 +167,27 @@ def test_weights_that_compute_nothing_are_refused(
     with pytest.raises(WeightsError, match=message):
         weights.load(str(tmp_path / "odd.safetensors"))
     assert info.sha256
+
+
+def test_the_file_may_change_once_it_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    torch.manual_seed(0)
+    weights.save(path, SemanticBlur(), provenance={}, metrics={}, licence="test", half=False)
+    model, _ = weights.load(str(path))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with path.open("r+b") as stream:  # the same file, not one in its place
+        stream.seek(path.stat().st_size // 2)
+        stream.write(bytes(path.stat().st_size // 4))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_names_that_differ_by_capitals_alone_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEMANTICBLUR_HOME", str(tmp_path))
+    (tmp_path / "models" / "folder@1.safetensors").mkdir(parents=True)
+    (tmp_path / "models" / "cells@1.safetensors").touch()
+    assert weights.own_models() == ["cells"]
+    assert weights.next_version("cells").name == "cells@2.safetensors"
+    with pytest.raises(WeightsError, match="model Cells: there is one called cells"):
+        weights.next_version("Cells")

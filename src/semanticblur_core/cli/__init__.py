@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from semanticblur_core import __version__
-from semanticblur_core.errors import SemanticBlurError
+from semanticblur_core.errors import SemanticBlurError, quieten_readers
 
 _COMMANDS = {
     "detect": "Find what is out of focus in images.",
@@ -106,9 +106,7 @@ def main() -> None:
         sys.stderr.reconfigure(errors="replace")  # type: ignore[union-attr]
     except AttributeError:
         pass
-    # They log what they then raise; one line is enough.
-    for library in ("tifffile", "PIL"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+    quieten_readers()
     ours = logging.getLogger("semanticblur_core")
     ours.setLevel(logging.INFO)
     ours.handlers = [_Echo()]

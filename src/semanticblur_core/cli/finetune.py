@@ -113,7 +113,8 @@ def command(
     if size != "native" and values.setdefault("image_size_px", size) != size:
         raise click.UsageError("--set=image_size_px: --size says it, but for native windows")
     config = FinetuneConfig.from_dict(config.to_dict() | values | {"seed": seed})
-    weights.next_version(output)  # refuses what is no name, before anything is read
+    if not output.endswith(".safetensors"):
+        weights.next_version(output)  # refuses what is no name, before anything is read
     labelled = read_labelled(data, images, masks, mask_polarity)
 
     from semanticblur_core import disk

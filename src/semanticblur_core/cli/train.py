@@ -196,7 +196,7 @@ def command(
         n_set = _load_backbone(model, backbone_weights)
         start = {"from": backbone_weights.name, "n_parameters_set": n_set}
     if state is not None:
-        start = state["start"]
+        start = state["start"] or {"from": "Python"}  # which need not have said
     say(f"recipe {recipe}: {json.dumps(config.to_dict())}")
     say(f"start: {start['from']}, {start.get('n_parameters_set', 'all')} parameters")
     say(f"scores: {VALIDATION_PROTOCOL.describe()}")

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
-from semanticblur_core.errors import ConfigError, SemanticBlurError
+from semanticblur_core.errors import ConfigError, SemanticBlurError, quieten_readers
 from semanticblur_core.inference.batch import detect_files, job_outputs
 from semanticblur_core.inference.inputs import is_sample
 from semanticblur_core.inference.jobs import (
@@ -376,8 +376,7 @@ def process_detector(pickled_make: bytes) -> MapMaker:
 def dask_setup(worker: Any) -> None:
     """Called by dask in each process of this machine."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the main process's affair
-    for library in ("tifffile", "PIL"):  # as on the command line
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+    quieten_readers()  # as on the command line
 
 
 def _detect_chunk(

@@ -93,6 +93,7 @@ def detect_dask(
         model = str(Path(model).absolute())  # workers are in folders of their own
     array = da.asarray(array)
     planes = Planes(array, axes, channels)
+    channels = planes.channels  # of numpy's whole numbers, Python's
     if isinstance(channels, int):  # the other channels are not even read
         array = array[tuple(channels if axis == "C" else slice(None) for axis in axes)]
         axes, channels = axes.replace("C", ""), "each"

@@ -263,6 +263,8 @@ class Planes:
             return None
         spread, step = self.range_samples()
         chosen = spread if indices is None else indices
+        if not len(chosen):
+            raise ImageError("no planes to take the range of intensities from")
         some, others = self._range_pieces(step, len(chosen))
         samples, sampled, failure = [], [], None
         for n_read, index in enumerate(chosen):
@@ -311,7 +313,7 @@ class Planes:
         if len(rows) * len(columns) <= RANGE_PIECES:
             return list(itertools.product(rows, columns)), []
         n = max(4, RANGE_PIECES // n_planes)
-        step = max(1, math.ceil(math.sqrt(n * math.prod(sides) / RANGE_SAMPLES_PER_PLANE)))
+        step = _sampling_step(n * math.prod(sides))
         rows, columns = map(_pieces, self.plane_shape, sides, (step, step))
         # Even over the rows, and over the columns by steps of the golden ratio.
         places = [
@@ -334,7 +336,7 @@ class Planes:
                 for index in indices
             ]
         height, width = self.plane_shape
-        return indices, max(1, math.ceil(math.sqrt(height * width / RANGE_SAMPLES_PER_PLANE)))
+        return indices, _sampling_step(height * width)
 
 
 @dataclass(frozen=True)
@@ -399,6 +401,11 @@ class PlaneView:
         ]
         mean: NDArray[np.float32] = np.asarray(np.mean(each, axis=0, dtype=np.float32))
         return mean / np.float32(255) if each[0].dtype == np.uint8 else mean
+
+
+def _sampling_step(n_pixels: int) -> int:
+    """Step between rows and columns of a sample; odd, to meet every colour of a Bayer mosaic."""
+    return max(1, math.ceil(math.sqrt(n_pixels / RANGE_SAMPLES_PER_PLANE))) | 1
 
 
 def _pieces(length: int, side: int, step: int) -> list[slice]:

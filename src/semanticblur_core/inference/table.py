@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from semanticblur_core import disk
 from semanticblur_core.errors import ConfigError
@@ -204,7 +204,7 @@ def summary_table(
     Raises
     ------
     ConfigError, ImageError
-        If the format is not known, or the file cannot be written.
+        If the format is not known, the file cannot be written, or what is there is no such table.
     """
     require_table_format(path)
     is_csv = path.suffix.lower() == ".csv"
@@ -213,6 +213,8 @@ def summary_table(
         for part in parts:
             disk.remove_if_stale(part)
         parts = []
+    if resume:
+        _require_table(path, is_csv)
     earlier = _read_rows([*parts, path], is_csv) if resume else {}
     stopped: BaseException | None = None
     with disk.replacing(path) as temporary:
@@ -236,6 +238,32 @@ def summary_table(
         raise stopped
 
 
+def _require_table(path: Path, is_csv: bool) -> None:
+    """Refuse to go on from, and so to replace, what is there and is no table of ours."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    names: Iterable[str] = ()
+    if is_csv:
+        with suppress(OSError, ValueError, csv.Error), _csv_stream(path) as stream:
+            names = csv.DictReader(stream).fieldnames or ()
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        with suppress(OSError, ValueError, pyarrow.ArrowException):
+            names = parquet.read_schema(path).names
+    if not set(names) >= _NEEDED:
+        raise ConfigError(
+            f"{path}: not a table that --resume can go on from, or saved by another program with "
+            "other separators; move it away"
+        )
+
+
+def _csv_stream(path: Path) -> TextIO:
+    # As UTF-8 with a mark at its beginning, as spreadsheets save it, too.
+    return path.open(newline="", encoding="utf-8-sig", errors="surrogateescape")
+
+
 def _read_rows(paths: list[Path], is_csv: bool) -> dict[str, dict[str, Any]]:
     """Rows with numbers by input, the latest one of each; what cannot be read is left out."""
     existing = sorted((p for p in paths if p.is_file()), key=lambda p: p.stat().st_mtime_ns)
@@ -248,10 +276,7 @@ def _read_rows(paths: list[Path], is_csv: bool) -> dict[str, dict[str, Any]]:
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with (
-        suppress(OSError, ValueError, csv.Error),
-        path.open(newline="", encoding="utf-8", errors="surrogateescape") as stream,
-    ):
+    with suppress(OSError, ValueError, csv.Error), _csv_stream(path) as stream:
         for row in csv.DictReader(stream):
             # The last row of a run that was killed may be cut.
             if set(row) >= _NEEDED and None not in row.values():

@@ -79,6 +79,8 @@ def _zeros(n: int, c: int, h: int, w: int, *, like: Tensor) -> Tensor:
     if found is None or len(found) < n * c * h * w:
         found = _ZEROS[key] = like.new_zeros(n * c * h * w)
         torch.cuda.current_stream(like.device).synchronize()  # other streams read it, too
+    # The allocator is to know, for when a larger one takes its place.
+    found.record_stream(torch.cuda.current_stream(like.device))
     return found[: n * c * h * w].view(n, h, w, c).permute(0, 3, 1, 2)
 
 

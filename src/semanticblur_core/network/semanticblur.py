@@ -319,7 +319,12 @@ def _fold_batch_norms(module: nn.Module) -> None:
     """Fold each batch normalisation into the convolution registered just before it."""
     previous: tuple[str, nn.Module] | None = None
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.BatchNorm2d) and previous and isinstance(previous[1], nn.Conv2d):
+        # Of several GPUs they are SyncBatchNorm, which is no BatchNorm2d.
+        if (
+            isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm)
+            and previous
+            and isinstance(previous[1], nn.Conv2d)
+        ):
             setattr(module, previous[0], fuse_conv_bn_eval(previous[1], child))
             setattr(module, name, nn.Identity())
         else:

@@ -154,6 +154,8 @@ def ablate(
     TrainingError
         As in `train`; also when the folder holds a variant of other settings.
     """
+    if torch.distributed.is_torchelastic_launched():
+        raise TrainingError("ablate trains in one process; start it without torchrun")
     variants = TABLES[table]
     from_imagenet = imagenet if table != 1 else None
     start = "random initialisation" if from_imagenet is None else "ImageNet, in part"

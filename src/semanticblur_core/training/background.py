@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from semanticblur_core import disk, weights
 from semanticblur_core.data.journal import Lock
-from semanticblur_core.errors import DataError, TrainingError
+from semanticblur_core.errors import DataError, ImageError, TrainingError, WeightsError
 
 if TYPE_CHECKING:
     from semanticblur_core.training.finetune import FinetuneUpdate
@@ -253,7 +253,10 @@ def rescue() -> list[str]:
         except DataError:  # a run that is alive has locked it
             continue
         with lock:
-            name = _keep_best(folder, folder.name.removeprefix(_RUN).rpartition("-")[0])
+            try:
+                name = _keep_best(folder, folder.name.removeprefix(_RUN).rpartition("-")[0])
+            except WeightsError:  # no name of a model; it stays, and keeps no other from it
+                continue
         shutil.rmtree(folder, ignore_errors=True)
         kept += [] if name is None else [name]
     return kept
@@ -316,8 +319,11 @@ class Channel:
             "result": None if update.result is None else update.result.to_dict(),
         }
         if update.preview is not None:
-            with disk.replacing(self._folder / _MAP) as path, path.open("wb") as stream:
-                np.save(stream, update.preview)
+            try:
+                with disk.replacing(self._folder / _MAP) as path, path.open("wb") as stream:
+                    np.save(stream, update.preview)
+            except ImageError:  # on Windows, while the other end reads the one before
+                values["preview"] = False
         try:
             print(json.dumps(values), flush=True)  # noqa: T201
         except OSError:

@@ -11,6 +11,7 @@ zero-shot models, CVPR 2022, doi:10.1109/CVPR52688.2022.00780).
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -29,7 +30,7 @@ from semanticblur_core.config import FinetuneConfig
 from semanticblur_core.data.defocus import Example
 from semanticblur_core.data.labels import BLURRED, SHARP, LabelledImage
 from semanticblur_core.device import DeviceChoice, choose_device, computes_bfloat16
-from semanticblur_core.errors import DataError, TrainingError, WeightsError
+from semanticblur_core.errors import ConfigError, DataError, TrainingError, WeightsError
 from semanticblur_core.inference.detector import Detector
 from semanticblur_core.metrics import BlurScorer, Protocol, Scores
 from semanticblur_core.network import SemanticBlur
@@ -256,6 +257,8 @@ def finetune(
         if not any((image.labels == code).any() for image in images):
             raise DataError(f"nothing is labelled {word}: paint some of it")
     chosen = choose_device(device, "float32" if precision == "auto" else precision)
+    if chosen.dtype == torch.float16:
+        raise ConfigError("precision float16: fine-tuning computes in float32 or bfloat16")
     if precision == "auto" and computes_bfloat16(chosen.device):
         chosen = chosen._replace(dtype=torch.bfloat16)
     model, info = weights.load(base)
@@ -374,8 +377,7 @@ def _finetune(
         best_step=tuner.best_step,
         n_steps=n_steps,
     )
-    # The name is looked up again: another run may have taken the version meanwhile.
-    target = _target(output)
+    target = _free_target(output)
     if target is not None:
         name = target.stem if target.parent == weights.models_folder() else str(target)
         result = replace(result, path=target, model=name)
@@ -513,6 +515,18 @@ def _some_of_each_class(views: list[View], most: int) -> list[View]:
         having = [i for i, view in enumerate(views) if (view.held_out == code).any()]
         kept.update(having[:: math.ceil(2 * len(having) / most) or 1])
     return [views[i] for i in sorted(kept)]
+
+
+def _free_target(output: str | Path | None) -> Path | None:
+    """As `_target`, but of what another run has taken meanwhile the next name that is free."""
+    path = None if output is None else Path(output)
+    if path is None or path.suffix != ".safetensors" or not path.exists():
+        return _target(output)
+    return next(
+        free
+        for i in itertools.count(2)
+        if not (free := path.with_stem(f"{path.stem}-{i}")).exists()
+    )
 
 
 def _target(output: str | Path | None) -> Path | None:

@@ -127,6 +127,10 @@ def train(
             )
     if not len(validation):
         raise TrainingError("validation: holds no images, and the best epoch is picked by them")
+    for i, name in enumerate(validation.names):
+        mask = validation[i][1]
+        if len(mask) == 2 and not mask[1].any():
+            raise TrainingError(f"validation: nothing of {name} is labelled; leave it out")
     count_steps(training, config)
     synthetic = synthetic_sources(config, sharp or {})
     return _train(
@@ -191,6 +195,8 @@ def _train(
         first_epoch, best_mae = int(state["epoch"]), float(state["best_mae"])
         first_batch, loss_sum = int(state.get("batch", 0)), float(state.get("loss_sum", 0.0))
         history, start = state["history"], state["start"]
+        if history and is_first_process():  # a run may have been killed just before
+            _write_history(run_dir / HISTORY, history)
     n_parts = config.accumulate
 
     def write_state(epoch: int, batch: int) -> None:
@@ -301,7 +307,7 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
 
 def is_first_process() -> bool:
     """Whether this process is the one that prints and writes; always without ``torchrun``."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return not torch.distributed.is_torchelastic_launched() or int(os.environ["RANK"]) == 0
 
 
 def launch_fabric(device: DeviceChoice, config: TrainConfig) -> Any:
@@ -351,7 +357,8 @@ def backward(
         for tensor in batch
     ]
     assert mine[0] is not None
-    n_images = len(mine[0])
+    # As many parts in each process: where one had fewer, another would wait for its BatchNorm.
+    n_images = max(1, len(batch[0]) // n_processes)
     while True:
         optimizer.zero_grad()
         try:
@@ -505,7 +512,7 @@ def _restore(
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["torch_rng"])
     if state["cuda_rng"]:
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
     return state
 
 
@@ -525,7 +532,7 @@ def _history_row(update: TrainUpdate, mean_loss: float) -> dict[str, str]:
 
 def _write_history(path: Path, rows: list[dict[str, str]]) -> None:
     text = streams.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]))
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     disk.write_text(path, text.getvalue())

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from semanticblur_core import io
 from semanticblur_core.config import FinetuneConfig
@@ -25,6 +26,8 @@ _REPLAYED = ("brick", "camera", "chelsea", "grass", "motorcycle_left", "rocket")
 _CHECKED = ("astronaut", "coffee", "gravel")
 _UNTOUCHED = ("astronaut", "camera", "chelsea", "coffee", "motorcycle_left", "rocket")
 _N_CHECKED = 6
+# What the smallest of them give sharp; for larger sizes it is enlarged.
+_LARGEST_PX = 640
 
 
 def replayed(config: FinetuneConfig) -> list[Tensor]:
@@ -67,7 +70,22 @@ def _generated(
     if n == 0:
         return []
     sources = SharpImages(_photographs(names))
-    return [synthesise(sources, 1, config.image_size_px, rng) for _ in range(n)]
+    size = min(config.image_size_px, _LARGEST_PX)
+    made = [synthesise(sources, 1, size, rng) for _ in range(n)]
+    return made if size == config.image_size_px else [_enlarged(e, config) for e in made]
+
+
+def _enlarged(example: Example, config: FinetuneConfig) -> Example:
+    """As the photographs are that are enlarged to that size for the network."""
+    size = (config.image_size_px, config.image_size_px)
+    blurred, labelled = (
+        F.interpolate(truth.float(), size, mode="nearest-exact") > 0
+        for truth in (example.blurred, example.labelled)
+    )
+    radius = F.interpolate(example.radius_px, size, mode="nearest-exact")
+    factor = size[0] / example.image.shape[-1]
+    image = F.interpolate(example.image, size, mode="bilinear")
+    return Example(image, blurred, labelled, radius * factor)
 
 
 def _photographs(names: Sequence[str]) -> list[Path]:

@@ -104,7 +104,8 @@ def recipe(name: str) -> TrainConfig:
 def _find(name: str, above: tuple[Path, ...]) -> TrainConfig:
     """A recipe, named in the files ``above``."""
     if name.lower().endswith((".yaml", ".yml")):
-        return _recipe_from_file(Path(name), above)
+        # One that a file names lies beside it.
+        return _recipe_from_file(above[-1].parent / name if above else Path(name), above)
     if name not in RECIPES:
         raise ConfigError(f"recipe {name!r}: expected one of {', '.join(RECIPES)}, or a YAML file")
     return RECIPES[name]

@@ -64,7 +64,8 @@ def hold_out(images: Sequence[LabelledImage], share: float, rng: np.random.Gener
     Raises
     ------
     DataError
-        If the images that are not marked ``val`` lack a class.
+        If the images that are not marked ``val`` lack a class, or nothing is labelled in those that
+        are.
     """
     everything = [image.labels for image in images]
     marked = [i for i, image in enumerate(images) if image.split == "val"]
@@ -76,6 +77,11 @@ def hold_out(images: Sequence[LabelledImage], share: float, rng: np.random.Gener
                     f"nothing is labelled {word} in the images that are not held out: paint some "
                     "of it there, or hold out fewer"
                 )
+        if not any(labels.any() for labels in split.held_out):
+            raise DataError(
+                f"nothing is labelled in the {len(marked)} images marked for validation: paint "
+                "there, or hold out others"
+            )
         return split
     free = [i for i, image in enumerate(images) if image.split is None]
     stacks = sorted({_stack(images[i]) for i in free})
@@ -252,13 +258,14 @@ def _in_turn(views: Sequence[View], rng: np.random.Generator) -> list[View]:
 def reduce_labels(labels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     """Labels ``(H, W)`` at ``(side, side)``: the commoner class, where a fifth is labelled.
 
-    A stroke thinner than a pixel of the result stays, where picking nearest pixels would lose it.
+    Of large images less, so that a stroke of one of their pixels stays.
     """
     shares = torch.from_numpy(np.stack([labels == SHARP, labels == BLURRED])[None]).float()
     antialias = max(labels.shape) > side
     shares = F.interpolate(shares, (side, side), mode="bilinear", antialias=antialias)[0]
     codes = torch.where(shares[1] > shares[0], BLURRED, SHARP)
-    codes[shares.sum(dim=0) < _LEAST_LABELLED_SHARE] = UNLABELLED
+    least = min(_LEAST_LABELLED_SHARE, 0.49 * side / max(labels.shape))
+    codes[shares.sum(dim=0) < least] = UNLABELLED
     return codes.byte().numpy()
 
 

@@ -6,10 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command_line import run
 
 from semanticblur_core import io, weights
+from semanticblur_core.config import TrainConfig
+from semanticblur_core.data.datasets import DecodedPairs, find_pairs
 from semanticblur_core.data.store import AnnotationStore
+from semanticblur_core.device import DeviceChoice
+from semanticblur_core.network import SemanticBlur
+from semanticblur_core.training.loop import train
 
 
 @pytest.fixture
@@ -177,3 +183,40 @@ def test_flags_that_a_run_would_not_heed_are_refused(
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_model_is_written_to_a_file(store: AnnotationStore, tmp_path: Path) -> None:
+    output = tmp_path / "made" / "mine.safetensors"
+    arguments = ["finetune", f"--data={store.folder}", f"--output={output}", "--size=64"]
+    arguments += ["--device=cpu"]
+    for name in ("n_steps", "n_views", "n_replay", "replay_size", "batch_size"):
+        arguments.append(f"--set={name}=1")
+    done = run(*arguments)
+    assert done.returncode in (0, 1), done.stderr
+    assert f"--model={output}" in done.stdout
+    assert output.is_file()
+    again = run(*arguments)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+
+
+def test_a_run_that_python_began_is_resumed(
+    pair_folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    pairs = find_pairs(*pair_folders)
+    config = TrainConfig(epochs=1, batch_size=3, image_size_px=64)
+    device = DeviceChoice(torch.device("cpu"), torch.float32, "test")
+    torch.manual_seed(0)
+    for _ in train(
+        *(SemanticBlur(), DecodedPairs(pairs[1:]), DecodedPairs(pairs[:1]), config),
+        run_dir=tmp_path, device=device, save_best=lambda *_: None,
+    ):  # fmt: skip
+        pass
+    (tmp_path / "val.txt").write_text(pairs[0].name)
+    done = run(
+        *("train", f"--images={pair_folders[0]}", f"--masks={pair_folders[1]}", "--resume"),
+        *(f"--output={tmp_path}", f"--val-split={tmp_path / 'val.txt'}", "--device=cpu"),
+        *("--set=epochs=1", "--set=batch_size=3", "--set=image_size_px=64"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "start: Python" in done.stdout

@@ -71,6 +71,7 @@ def test_one_plane_reads_that_plane_only(
         ("ZYX", (20, 40, 50), "each"),
         ("CZYX", (2, 3, 40, 50), "mean"),
         ("ZCYX", (3, 2, 40, 50), 1),
+        ("ZCYX", (3, 2, 40, 50), np.int64(1)),
         ("CZYX", (2, 2, 40, 50), "each"),
         ("YXZ", (40, 50, 2), "each"),
         ("TYXS", (2, 40, 50, 4), "each"),

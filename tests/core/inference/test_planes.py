@@ -273,3 +273,10 @@ def test_ranges_may_be_arrays() -> None:
     for ranges in (3, [1, 2, 3], ["a", "b"], None):
         with pytest.raises(ImageError, match="expected LOW and HIGH, or a pair a channel"):
             planes.as_limits(ranges)
+
+
+def test_the_range_is_that_of_all_colours_of_a_mosaic() -> None:
+    mosaic = np.tile(np.array([[0, 20000], [240, 5000]], np.uint16), (400, 600))
+    assert Planes(mosaic, "YX").estimate_range() == [(0, 20000)]
+    with pytest.raises(ImageError, match="no planes to take the range"):
+        Planes(mosaic, "YX").estimate_range([])

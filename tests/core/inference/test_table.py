@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from semanticblur_core import disk
-from semanticblur_core.errors import ImageError
+from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.inference.results import FileResult
 from semanticblur_core.inference.table import _CsvWriter, still_holds, summary_table
 
@@ -165,12 +165,25 @@ def test_what_killed_runs_left_is_deleted_by_one_that_begins_anew(path: Path) ->
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_what_is_no_table_is_replaced(path: Path) -> None:
-    for content in (b"", b"input,mean_blur\nin/a.png,0.5\n", b"\xff\x00PAR1"):
+def test_what_is_no_table_is_not_replaced(path: Path) -> None:
+    for content in (b"input,mean_blur\nin/a.png,0.5\n", b"\xff\x00PAR1"):
         path.write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"t{path.suffix}: not a table that --resume"):
+            write(path, skipped("a"), resume=True)
+        assert path.read_bytes() == content
+        path.write_bytes(b"")
         disk.temporary_name(path).write_bytes(content)
         write(path, skipped("a"), resume=True)
         assert rows_of(path) == {"a": ("skipped", None, 0.0)}
+
+
+def test_a_table_that_a_spreadsheet_saved_is_gone_on_from(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    write(path, result("a"))
+    before = rows_of(path)["a"]
+    path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    write(path, skipped("a"), resume=True)
+    assert rows_of(path)["a"][1:] == before[1:]
 
 
 def test_a_name_that_is_not_utf8_is_a_row_like_any_other(path: Path) -> None:

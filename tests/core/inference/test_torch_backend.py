@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from semanticblur_core import Detector, SemanticBlur
 from semanticblur_core.errors import SemanticBlurError
-from semanticblur_core.inference.torch_backend import TorchBackend
+from semanticblur_core.inference.torch_backend import TorchBackend, _copy_on_cpu
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +101,14 @@ def test_a_cpu_without_memory_says_what_would_do(
     fail_above(0, backend, monkeypatch)
     with pytest.raises(SemanticBlurError, match=r"out of memory for 64 x 80 px.*native tiles"):
         backend.run(np.zeros((2, 64, 80, 3), np.float32))
+
+
+def test_the_copy_on_the_cpu_leaves_the_network_to_other_threads(network: SemanticBlur) -> None:
+    half = network.for_inference(torch.bfloat16)
+    x = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        before = half(x.bfloat16())
+        torch.testing.assert_close(
+            _copy_on_cpu(half)(x), half.float()(x)
+        )  # of the same rounded weights
+        assert torch.equal(half.bfloat16()(x.bfloat16()), before)

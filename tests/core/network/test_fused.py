@@ -46,6 +46,7 @@ def test_the_gpu_s_prediction_is_that_of_the_processor(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", fused)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Mock())
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
     monkeypatch.setattr(module, "_has_fused", lambda _: True)
     monkeypatch.setattr(decoder, "infers_on_gpu", lambda _: True)
     monkeypatch.setattr(decoder, "conv_to_one", to_one)

@@ -1,5 +1,6 @@
 """The network against the equations of the paper and its parameter counts."""
 
+import copy
 import itertools
 
 import pytest
@@ -251,3 +252,11 @@ def test_resize_is_bilinear_interpolation(source: tuple[int, int], size: tuple[i
     expected = nn.functional.interpolate(x, size=size, mode="bilinear", align_corners=False)
     got = resize(x.permute(0, 2, 3, 1).contiguous(), *size).permute(0, 3, 1, 2)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_normalisations_of_several_gpus_are_folded_too(default_model: SemanticBlur) -> None:
+    x = torch.rand(1, 3, 64, 64)
+    synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(default_model))
+    with torch.inference_mode():
+        expected = default_model.for_inference(torch.float32)(x)
+        torch.testing.assert_close(synchronised.for_inference(torch.float32)(x), expected)

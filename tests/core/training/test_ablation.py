@@ -119,3 +119,12 @@ def test_other_masks_under_the_same_names_are_other_images(
         io.write_png(path, np.where(io.read_mask(path), np.uint8(0), np.uint8(255)))
     with pytest.raises(TrainingError, match="made with other settings or images"):
         run(pair_folders, tmp_path)
+
+
+@pytest.mark.usefixtures("small_table")
+def test_one_of_several_processes_is_refused(
+    pair_folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    with pytest.raises(TrainingError, match="start it without torchrun"):
+        run(pair_folders, tmp_path)

@@ -141,7 +141,13 @@ def test_it_rests_while_paused(command: FinetuneCommand) -> None:
     thread, seen = collect(run)
     until(lambda: any(update.phase == "training" for update in seen))
     run.pause()
-    time.sleep(1.0)
+
+    def is_still() -> bool:
+        n_seen = len(seen)
+        time.sleep(1.0)
+        return len(seen) == n_seen
+
+    until(is_still)  # the step that was under way is over
     n_seen = len(seen)
     time.sleep(1.0)
     assert len(seen) == n_seen

@@ -21,6 +21,7 @@ from semanticblur_core.device import choose_device
 from semanticblur_core.errors import ConfigError, DataError, WeightsError
 from semanticblur_core.metrics import Protocol, Scores
 from semanticblur_core.network import SemanticBlur
+from semanticblur_core.training import photographs
 from semanticblur_core.training.finetune import (
     FinetuneResult,
     FinetuneUpdate,
@@ -434,3 +435,28 @@ def test_of_many_held_out_views_some_of_each_class_are_looked_at() -> None:
     n_sharp = sum(bool((each.held_out == 1).all()) for each in kept)
     assert 20 <= n_sharp <= len(kept) - 20
     assert _some_of_each_class(views, 121) == views
+
+
+def test_a_file_that_another_run_made_meanwhile_costs_no_training(
+    small_model: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.safetensors"
+    updates = []
+    for update in finetune(
+        noise_and_smooth(), base=small_model, budget=TINY, size=64, device="cpu", output=path
+    ):
+        path.touch()
+        updates.append(update)
+    assert result_of(updates).path == tmp_path / "mine-2.safetensors"
+    assert weights.load(str(tmp_path / "mine-2.safetensors"))
+
+
+def test_photographs_are_there_for_any_size() -> None:
+    for example in photographs.watched(FinetuneConfig(image_size_px=800)):
+        assert example.image.shape == (1, 3, 800, 800)
+        assert example.blurred.shape == example.labelled.shape == (1, 1, 800, 800)
+
+
+def test_float16_is_refused(small_model: str) -> None:
+    with pytest.raises(ConfigError, match="float16"):
+        run(small_model, precision="float16")

@@ -505,3 +505,39 @@ def test_learning_curves_are_drawn(tmp_path: Path) -> None:
     (tmp_path / "history.csv").write_text(text + "1,5,0.7,1e-4,2,0.3,0.6,0.5\n")
     draw_curves(tmp_path / "history.csv", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_history_is_whole_though_a_run_was_killed_before_it_was_written(
+    pairs: DecodedPairs, tmp_path: Path
+) -> None:
+    run = Run(pairs, tmp_path / "run")
+    run.updates()
+    whole = (tmp_path / "run" / "history.csv").read_bytes()
+    assert (whole.count(b"\n"), whole.count(b"\r")) == (3, 0)
+    (tmp_path / "run" / "history.csv").write_bytes(whole[: whole.rstrip().rindex(b"\n") + 1])
+    assert run.updates(resume=True) == []
+    assert (tmp_path / "run" / "history.csv").read_bytes() == whole
+
+
+def test_validation_without_labels_is_refused_before_the_first_step(
+    pairs: DecodedPairs, tmp_path: Path
+) -> None:
+    run = Run(pairs, tmp_path / "run")
+    blank = LabelledImage("x", np.zeros((64, 64), np.uint8), np.zeros((64, 64), np.uint8))
+    run.validation = DecodedPairs.from_labels([blank])
+    with pytest.raises(TrainingError, match="validation: nothing of x is labelled"):
+        run.updates()
+
+
+def test_a_recipe_that_a_recipe_names_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("epochs: 3\n")
+    (tmp_path / "mine.yaml").write_text("recipe: base.yaml\nbatch_size: 5\n")
+    assert recipe(str(tmp_path / "mine.yaml")) == TrainConfig(epochs=3, batch_size=5)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": True}, {"learning_rate": None}, {"frozen_statistics": "false"}]
+)
+def test_settings_of_another_type_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))}: expected "):
+        TrainConfig.from_dict(wrong)

@@ -144,7 +144,7 @@ def test_windows_of_one_image_do_not_crowd_out_the_others() -> None:
 
 def test_strokes_that_vanish_are_said_to_be_too_thin() -> None:
     labels = np.zeros((2400, 2400), np.uint8)
-    labels[100:500:50, 100:2000] = 1
+    labels[100:500:50, 100:2000:50] = 1
     labels[1000:1400] = 2
     image = LabelledImage("wide", np.zeros((2400, 2400), np.uint8), labels)
     split = hold_out([image], 0.25, np.random.default_rng(0))
@@ -202,3 +202,18 @@ def test_augmented_views_keep_label_and_pixel_together(seed: int) -> None:
     ]
     assert (grey[inside[0]] < 0.1).all()
     assert (grey[inside[1]] > 0.8).all()
+
+
+@pytest.mark.parametrize("width", [700, 1280, 6400])
+def test_a_stroke_of_one_pixel_survives_reduction_from_any_size(width: int) -> None:
+    labels = np.zeros((200, width), np.uint8)
+    for column in (101, 202, 303, 404, 505, 606):
+        labels[:, column] = 1
+    assert (reduce_labels(labels, 320) == 1).any(axis=0).sum() >= 6
+
+
+def test_images_marked_for_validation_need_labels() -> None:
+    blank = np.zeros((80, 100), np.uint8)
+    images = [painted(0), dataclasses.replace(painted(1), labels=blank, split="val")]
+    with pytest.raises(DataError, match="nothing is labelled in the 1 images marked for validat"):
+        hold_out(images, 0.25, np.random.default_rng(0))
