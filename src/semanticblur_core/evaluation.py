@@ -17,7 +17,8 @@ from semanticblur_core import io, measures
 from semanticblur_core.config import require_choice
 from semanticblur_core.data.datasets import Pair, group_by_stem, list_images
 from semanticblur_core.errors import DataError, SemanticBlurError
-from semanticblur_core.metrics import BETA_SQUARED, BlurScorer, ImageScore, Protocol
+from semanticblur_core.inference.upsampling import upsample_nearest
+from semanticblur_core.metrics import BlurScorer, ImageScore, Protocol
 
 Polarity = Literal["blur", "sharp"]
 MapResize = Literal["nearest", "bilinear", "error"]
@@ -128,14 +129,15 @@ class Evaluator:
         score = scorer.add(blur, mask, name=name)
         counts = measures.level_counts(blur, mask)
         precision, recall = measures.precision_recall(counts)
-        f = measures.f_measure(precision, recall, BETA_SQUARED)
+        beta_squared = scorer.protocol.beta_squared
+        f = measures.f_measure(precision, recall, beta_squared)
         e = measures.e_measure_curve(counts)
         wider = {
             "structure_measure": measures.structure_measure(blur, mask),
             "weighted_f_beta": measures.weighted_f(blur, mask),
             "max_f_beta": float(f.max()),
-            "adaptive_1_5_f_beta": measures.adaptive_f(blur, mask, 1.5, BETA_SQUARED),
-            "adaptive_2_f_beta": measures.adaptive_f(blur, mask, 2.0, BETA_SQUARED),
+            "adaptive_1_5_f_beta": measures.adaptive_f(blur, mask, 1.5, beta_squared),
+            "adaptive_2_f_beta": measures.adaptive_f(blur, mask, 2.0, beta_squared),
             "mean_e_measure": float(e.mean()),
             "boundary_f": measures.boundary_f(blur > self._scorer.protocol.threshold, mask),
         }
@@ -165,7 +167,8 @@ class Evaluator:
         n = scores.n_images
         curves = {name: curve / n for name, curve in self._curves.items()}
         mean = {key: float(np.mean([row[key] for row in self._wider])) for key in self._wider[0]}
-        pr = measures.f_measure(curves["precision"], curves["recall"], BETA_SQUARED)
+        beta_squared = scores.protocol.beta_squared
+        pr = measures.f_measure(curves["precision"], curves["recall"], beta_squared)
         wider = {
             "structure_measure": mean["structure_measure"],
             "weighted_f_beta": mean["weighted_f_beta"],
@@ -377,8 +380,8 @@ def _evaluate(
         mask = io.read_mask(pair.mask)
         if mask_polarity == "sharp":
             mask = ~mask
-        if blur is None:
-            blur = io.read_map(pair.image)
+        # A network may give half precision, which Pillow does not resize.
+        blur = io.read_map(pair.image) if blur is None else np.asarray(blur, np.float32)
         if map_polarity == "sharp":
             blur = 1 - blur
         resized = blur.shape != mask.shape
@@ -439,22 +442,10 @@ def resize_map(
 ) -> NDArray[np.float32]:
     """Bring a map ``(h, w)`` to ``(height, width)``, nearest-exact or antialiased bilinear."""
     if how == "nearest":
-        rows, columns = (
-            _nearest_exact(old, new)
-            for old, new in ((blur.shape[0], height), (blur.shape[1], width))
-        )
-        nearest: NDArray[np.float32] = blur[rows[:, None], columns[None]]
-        return nearest
+        return upsample_nearest(blur, (height, width))
     resized = Image.fromarray(blur).resize((width, height), Image.Resampling.BILINEAR)
     clipped: NDArray[np.float32] = np.asarray(resized, np.float32).clip(0, 1)
     return clipped
-
-
-def _nearest_exact(old: int, new: int) -> NDArray[np.intp]:
-    """Source index of each pixel, in torch's own float32 arithmetic."""
-    scale = np.float32(old) / np.float32(new)
-    places = (np.arange(new, dtype=np.float32) + np.float32(0.5)) * scale
-    return np.minimum(places.astype(np.intp), old - 1)
 
 
 def _size(array: NDArray[Any]) -> str:

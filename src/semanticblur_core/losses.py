@@ -70,7 +70,8 @@ def blur_loss(
     Returns
     -------
     BlurLoss
-        0 where nothing is labelled (with a gradient of 0, so that ``backward`` works).
+        0 where nothing is labelled (with a gradient of 0, so that ``backward`` works); the SSIM
+        term also where no window of 11 x 11 is labelled throughout, as in smaller images.
     """
     logits = logits.float()
     if labelled is not None:
@@ -90,14 +91,14 @@ def ssim_loss(probability: Tensor, target: Tensor, *, labelled: Tensor | None = 
     Parameters
     ----------
     probability, target
-        ``(N, 1, H, W)`` float32 in 0..1, at least 11 x 11.
+        ``(N, 1, H, W)`` float32 in 0..1.
     labelled
         ``(N, 1, H, W)`` bool or None, as in `blur_loss`.
 
     Returns
     -------
     Tensor
-        Scalar in 0..2; 0 where no window is wholly labelled.
+        Scalar in 0..2; 0 where no window is wholly labelled, or the image is smaller than one.
 
     References
     ----------
@@ -111,6 +112,8 @@ def ssim_loss(probability: Tensor, target: Tensor, *, labelled: Tensor | None = 
 def _ssim_loss(
     probability: Tensor, target: Tensor, labelled: Tensor | None, n_windows: Tensor | None
 ) -> Tensor:
+    if min(probability.shape[-2:]) < SSIM_WINDOW_PX:
+        return 0 * probability.sum()  # with a gradient of 0
     ssim = _ssim_map(probability, target)
     whole = None if labelled is None else _whole_windows(labelled)
     return _masked_mean(1 - ssim, whole, n_windows)

@@ -54,7 +54,10 @@ class Protocol:
 
 @dataclass(frozen=True)
 class ImageScore:
-    """Scores of one image; ``tp``, ``fp``, ``fn``, ``tn`` count pixels."""
+    """Scores of one image; ``tp``, ``fp``, ``fn``, ``tn`` count pixels.
+
+    ``beta_squared`` is the protocol's, for `f_beta`.
+    """
 
     name: str
     h: int
@@ -64,6 +67,7 @@ class ImageScore:
     fp: int
     fn: int
     tn: int
+    beta_squared: float = BETA_SQUARED
 
     @property
     def precision(self) -> float:
@@ -77,9 +81,9 @@ class ImageScore:
 
     @property
     def f_beta(self) -> float:
-        """F-measure with beta squared 0.3."""
+        """F-measure with the protocol's beta squared."""
         p, r = self.precision, self.recall
-        return _ratio((1 + BETA_SQUARED) * p * r, BETA_SQUARED * p + r)
+        return _ratio((1 + self.beta_squared) * p * r, self.beta_squared * p + r)
 
     @property
     def iou(self) -> float:
@@ -88,7 +92,9 @@ class ImageScore:
 
     def to_dict(self) -> dict[str, Any]:
         """Columns of a per-image table."""
-        return asdict(self) | {
+        columns = asdict(self)
+        del columns["beta_squared"]  # the same for every image
+        return columns | {
             "precision": self.precision,
             "recall": self.recall,
             "f_beta": self.f_beta,
@@ -206,7 +212,8 @@ class BlurScorer:
         height, width = shape
         fp, fn = n_predicted - tp, n_blurred - tp
         tn = height * width - tp - fp - fn
-        score = ImageScore(name, height, width, mae, tp, fp, fn, tn)
+        beta_squared = self.protocol.beta_squared
+        score = ImageScore(name, height, width, mae, tp, fp, fn, tn, beta_squared)
         self.images.append(score)
         return score
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from semanticblur_core import published
+from semanticblur_core.data.datasets import Pair
 from semanticblur_core.errors import ConfigError, DataError
 from semanticblur_core.evaluation import Evaluator, EvalUpdate, evaluate, match
 
@@ -80,6 +81,15 @@ def test_maps_of_another_size_can_be_refused(folders: tuple[Path, Path]) -> None
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(maps / "a.bmp")
     _, updates = run(maps, masks, map_resize="error")
     assert "map of 9 x 9 px for a mask of 40 x 60 px" in str(updates[0].problem)
+
+
+def test_maps_of_half_precision_are_scored(folders: tuple[Path, Path]) -> None:
+    def predict(_: Pair) -> Any:
+        return np.tile(np.linspace(0, 1, 30, dtype=np.float16), (20, 1))
+
+    evaluator, updates = run(*folders, map_resize="bilinear", predict=predict)
+    assert [update.problem for update in updates] == [None] * 4
+    assert evaluator.result().f_beta == 1
 
 
 def test_missing_and_ambiguous_partners_are_named(folders: tuple[Path, Path]) -> None:

@@ -73,6 +73,19 @@ def test_only_wholly_labelled_windows_count_for_ssim() -> None:
     assert float(ssim_loss(x, y, labelled=labelled)) == pytest.approx(float(expected), abs=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(10, 10), (8, 40), (40, 3)])
+@pytest.mark.parametrize("labels", [None, True])
+def test_images_below_a_window_have_no_ssim(shape: tuple[int, int], labels: bool | None) -> None:
+    logits = torch.randn(2, 1, *shape, requires_grad=True)
+    target = torch.zeros(2, 1, *shape)
+    labelled = None if labels is None else torch.ones_like(target, dtype=torch.bool)
+    loss = blur_loss(logits, target, labelled=labelled)
+    assert loss.ssim.item() == 0
+    assert loss.total.item() == loss.bce.item() > 0
+    loss.ssim.backward()
+    assert torch.count_nonzero(logits.grad) == 0
+
+
 def test_nothing_labelled_gives_zero() -> None:
     logits = torch.randn(1, 1, 20, 20, requires_grad=True)
     nothing = torch.zeros(1, 1, 20, 20, dtype=torch.bool)

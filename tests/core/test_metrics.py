@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from semanticblur_core.metrics import BlurScorer
+from semanticblur_core.metrics import BlurScorer, Protocol
 
 
 def test_scores_by_hand() -> None:
@@ -24,6 +24,13 @@ def test_scores_by_hand() -> None:
     assert image.mae == pytest.approx((0.1 + 0.6 + 0.5 + 0.1) / 4)
     assert image.f_beta == pytest.approx(1.3 * 0.5 * 0.5 / (0.3 * 0.5 + 0.5))
     assert image.iou == pytest.approx(1 / 3)
+
+
+def test_f_is_that_of_the_protocol() -> None:
+    scorer = BlurScorer(Protocol(beta_squared=1.0))
+    image = scorer.add(np.ones((1, 4), np.float32), np.array([[True, False, False, False]]))
+    assert (image.precision, image.recall) == (0.25, 1)
+    assert image.f_beta == image.to_dict()["f_beta"] == scorer.result().f_beta == 0.4
 
 
 def test_iou_is_pooled_and_f_is_a_mean() -> None:

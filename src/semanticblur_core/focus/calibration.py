@@ -121,7 +121,9 @@ def calibrate(
 
     The best has the highest area under its ROC curve; of equals that with the widest gap in
     standard deviations. The limit is the middle of the gap, or where examples overlap the one that
-    judges the largest shares of good and of bad rightly.
+    judges the largest shares of good and of bad rightly. A score that is NaN counts as worse than
+    any; one that no bad example has is taken only if there is no other, and its limit is that of
+    the worst good one.
 
     Parameters
     ----------
@@ -134,6 +136,8 @@ def calibrate(
 
     Raises
     ------
+    ConfigError
+        If no good example has the score.
     DataError
         If there are fewer than two examples of a kind, or no score separates them at all.
     """
@@ -142,7 +146,13 @@ def calibrate(
             f"calibration needs at least 2 good and 2 bad examples, got {len(good)} and {len(bad)}"
         )
     names = [score] if score else list(HIGHER_IS_SHARPER)
-    chosen, limit, auc = _choose(names, good, bad)
+    best = _choose(names, good, bad)
+    if best is None:
+        raise ConfigError(
+            f"calibration: no good example has a value of {score or 'any score'}; give others, or "
+            "choose another score or region"
+        )
+    chosen, limit, auc = best
     if auc <= 0.5:
         raise DataError(
             f"no score tells good from bad examples: the best is {chosen}, AUC {auc:.2f}"
@@ -152,8 +162,9 @@ def calibrate(
     for examples, others, is_good in ((good, bad, True), (bad, good, False)):
         for i, example in enumerate(examples):
             rest = [*examples[:i], *examples[i + 1 :]]
-            name, without, _ = _choose(names, *((rest, others) if is_good else (others, rest)))
-            n_right += Gate(name, without).passes(example) == is_good
+            without = _choose(names, *((rest, others) if is_good else (others, rest)))
+            if without is not None:  # or else there is no gate to be right
+                n_right += Gate(*without[:2]).passes(example) == is_good
     return Calibration(
         score=chosen,
         limit=limit,
@@ -241,31 +252,38 @@ def load(path: Path) -> Calibration:
 
 def _choose(
     names: Sequence[str], good: Sequence[Mapping[str, float]], bad: Sequence[Mapping[str, float]]
-) -> tuple[str, float, float]:
-    """Name, limit and AUC of the best of the scores."""
-    best: tuple[tuple[float, float], str, float] | None = None
+) -> tuple[str, float, float] | None:
+    """Name, limit and AUC of the best of the scores; None where no good example has one."""
+    best: tuple[tuple[bool, float, float], str, float] | None = None
     for name in names:
         sign = 1 if HIGHER_IS_SHARPER[name] else -1
         # A score that could not be had counts as worse than any.
         a, b = (
-            np.nan_to_num([sign * example[name] for example in kind], nan=-1e30)
+            np.nan_to_num([sign * example[name] for example in kind], nan=-np.inf)
             for kind in (good, bad)
         )
+        known_a, known_b = a[a > -np.inf], b[b > -np.inf]
+        if known_a.size == 0:
+            continue
         wins = (a[:, None] > b[None]).mean() + (a[:, None] == b[None]).mean() / 2
-        spread = math.sqrt((a.var() + b.var()) / 2) or 1e-12
-        rank = float(wins), float((a.mean() - b.mean()) / spread)
+        gap = 0.0
+        if known_b.size:
+            spread = math.sqrt((known_a.var() + known_b.var()) / 2) or 1e-12
+            gap = float((known_a.mean() - known_b.mean()) / spread)
+        rank = known_b.size > 0, float(wins), gap
         if best is None or rank > best[0]:
             best = rank, name, sign * _limit(a, b)
-    assert best is not None
-    return best[1], best[2], best[0][0]
+    return None if best is None else (best[1], best[2], best[0][1])
 
 
 def _limit(good: Any, bad: Any) -> float:
-    """Where the mean of the shares judged rightly is largest, the middle of the widest such gap."""
+    """Where the mean of the shares judged rightly is largest, the middle of the widest such gap.
+
+    Or the lowest of the values, where none but those that could not be had are to fail.
+    """
     values = np.unique(np.concatenate([good, bad]))
-    middles = (values[1:] + values[:-1]) / 2
-    if len(middles) == 0:
-        return float(values[0])
-    right = (good[:, None] >= middles).mean(axis=0) + (bad[:, None] < middles).mean(axis=0)
-    gaps = np.where(right >= right.max() - 1e-9, values[1:] - values[:-1], -1)
-    return float(middles[gaps.argmax()])
+    values = values[values > -np.inf]
+    limits = np.concatenate([values[:1], (values[1:] + values[:-1]) / 2])
+    right = (good[:, None] >= limits).mean(axis=0) + (bad[:, None] < limits).mean(axis=0)
+    gaps = np.where(right >= right.max() - 1e-9, np.diff(values, prepend=values[0]), -1)
+    return float(limits[gaps.argmax()])

@@ -340,8 +340,11 @@ def _prepare(source: Source, options: FocusOptions) -> _Prepared:
             raise ImageError(f"{source.path}: a stack; --stack checks its planes")
         stamp = file_stamp(source.path) if source.read is None else None
         read = source.read or (lambda: io.read_image(source.path, max_pixels=options.max_pixels))
+        pixels = read()
+        if pixels.size == 0:
+            raise ImageError(f"{source.name}: the image has no pixels, shape {pixels.shape}")
         image = io.to_unit_range(
-            io.without_alpha(read()), limits=options.value_range, name=source.name
+            io.without_alpha(pixels), limits=options.value_range, name=source.name
         )
         if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
             raise ImageError(f"{source.name}: expected a grey or RGB image, got {image.shape}")

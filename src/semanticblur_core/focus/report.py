@@ -164,7 +164,10 @@ def stack_rows(
                 "best_tiles": stack.best_tiles(at).tolist() if len(shapes) == 1 else None,
             }
         )
-    scored = [max(sign * s for s in one["curve"]["score"] if s is not None) for one in series]
+    scored = [
+        max((sign * s for s in one["curve"]["score"] if s is not None), default=-math.inf)
+        for one in series
+    ]
     top = max(range(len(series)), key=lambda i: scored[i])
     document: dict[str, Any] = {"best_plane": series[top]["best_plane"], "stacks": series}
     others = stack.walked_axes.replace(stack.along, "")

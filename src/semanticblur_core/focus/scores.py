@@ -113,9 +113,9 @@ def score_image(
     Raises
     ------
     ImageError
-        If the shapes differ.
+        If the shapes differ or the region is not bool.
     """
-    _require_same_shape(grey, blur, region)
+    _require_same_shape(grey, blur, region=region)
     of_map = dict.fromkeys(MAP_SCORES, math.nan)
     if blur is not None:
         weights = centre_weights(*blur.shape) if subject == "centre" else saliency(grey)
@@ -148,7 +148,7 @@ def in_focus_fraction(
     weights: NDArray[np.float32] | None = None,
 ) -> float:
     """Share of the region, or of its weights ``(H, W)``, that is in focus; NaN of no region."""
-    _require_same_shape(blur, region, weights)
+    _require_same_shape(blur, weights, region=region)
     sharp = blur <= threshold
     if weights is None:
         chosen = sharp if region is None else sharp[region]
@@ -160,7 +160,7 @@ def in_focus_fraction(
 
 def mean_blur(blur: NDArray[np.float32], *, region: Bools | None = None) -> float:
     """Mean of the blur map over the region, 0..1; NaN of no region."""
-    _require_same_shape(blur, region)
+    _require_same_shape(blur, region=region)
     chosen = blur if region is None else blur[region]
     return float(chosen.mean(dtype=np.float64)) if chosen.size else math.nan
 
@@ -176,7 +176,7 @@ def largest_in_focus(
         Share in 0..1 (NaN of no region), and slices of rows and columns, None if nothing is in
         focus.
     """
-    _require_same_shape(blur, region)
+    _require_same_shape(blur, region=region)
     sharp = blur <= threshold
     n_pixels = sharp.size
     if region is not None:
@@ -253,9 +253,8 @@ def content_mask(grey: NDArray[np.float32]) -> Bools:
     from skimage.filters import threshold_otsu
 
     step = max(1, math.ceil(max(grey.shape) / _CONTENT_SIDE_PX))
-    smooth = ndimage.uniform_filter(grey, step, mode="nearest")[
-        step // 2 :: step, step // 2 :: step
-    ]
+    top, left = (min(step // 2, n - 1) for n in grey.shape)
+    smooth = ndimage.uniform_filter(grey, step, mode="nearest")[top::step, left::step]
     smooth = ndimage.gaussian_filter(smooth, 1, mode="nearest")
     counts, edges = np.histogram(smooth, bins=64)
     background = float(edges[counts.argmax() : counts.argmax() + 2].mean())
@@ -353,8 +352,11 @@ def tile_size_in_px(tile_size_um: float, pixel_size_um: float | None) -> int:
     return max(1, round(tile_size_um / pixel_size_um))
 
 
-def _require_same_shape(*arrays: NDArray[Any] | None) -> None:
-    shapes = {array.shape for array in arrays if array is not None}
+def _require_same_shape(*arrays: NDArray[Any] | None, region: NDArray[Any] | None = None) -> None:
+    shapes = {array.shape for array in (*arrays, region) if array is not None}
     if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
         listed = " and ".join(str(shape) for shape in sorted(shapes))
         raise ImageError(f"expected images, maps and regions of one (H, W), got {listed}")
+    # As indices, whole numbers would pick rows.
+    if region is not None and region.dtype != np.bool_:
+        raise ImageError(f"region: expected bool, got {region.dtype}; give region != 0")

@@ -85,7 +85,7 @@ def spectrum_slope(grey: NDArray[np.float32]) -> float:
     """
     height, width = grey.shape
     side = min(height, width)
-    if side < 8:
+    if side < 8 or float(grey.max()) <= float(grey.min()):
         return math.nan
     tapered = grey - grey.mean()
     tapered *= np.hanning(height).astype(np.float32)[:, None]

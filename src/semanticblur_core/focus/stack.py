@@ -29,6 +29,7 @@ from semanticblur_core.inference.planes import (
     RANGE_SAMPLES_PER_PLANE,
     Channels,
     Planes,
+    range_of_samples,
 )
 
 if TYPE_CHECKING:
@@ -119,13 +120,13 @@ class CompositeUpdate:
     composite
         ``(H, W)`` or ``(H, W, 3)`` of the stack's dtype.
     depth
-        ``(H, W)`` int16, index of the plane that is sharpest there.
+        ``(H, W)`` int16, index of the plane that is sharpest there; int32 above 32767.
     """
 
     n_done: int
     n_total: int
     composite: NDArray[Any] | None = None
-    depth: NDArray[np.int16] | None = None
+    depth: NDArray[np.signedinteger[Any]] | None = None
 
 
 class FileStack:
@@ -200,10 +201,14 @@ class FileStack:
             except ImageError:  # told where the plane is looked at
                 continue
             step = max(1, math.ceil(math.sqrt(image.size / RANGE_SAMPLES_PER_PLANE)))
-            samples.append(image[::step, ::step].ravel())
-        values = np.concatenate(samples)
-        limits = Planes(values[None], "YX").estimate_range()
-        return limits[0] if limits else None
+            # Each at another place within its step, to meet all colours of a mosaic.
+            rows, columns = (
+                np.flatnonzero(np.arange(n) % step == np.arange(n) // step % step)
+                for n in image.shape[:2]
+            )
+            samples.append(image[np.ix_(rows, columns)].ravel())
+        [limits] = range_of_samples([np.concatenate(samples)], [0], n_ranges=1, is_mean=False)
+        return limits
 
 
 def _first_readable(paths: Sequence[Path], max_pixels: int) -> tuple[Path, NDArray[Any]]:
@@ -285,7 +290,7 @@ class StackFocus:
         best, peak = _peak(positions, np.array(scores))
         return FocusCurve(positions, scores, best, peak)
 
-    def best_tiles(self, at: tuple[int, ...] = ()) -> NDArray[np.int16]:
+    def best_tiles(self, at: tuple[int, ...] = ()) -> NDArray[np.intp]:
         """Index of the sharpest plane in each tile, ``(rows, columns)``.
 
         Raises
@@ -297,8 +302,8 @@ class StackFocus:
         shapes = {plane.tiles.shape for plane in planes}
         if len(shapes) > 1:
             raise ImageError("planes of different sizes have no tiles in common")
-        positions = np.array([plane.index[self._place] for plane in planes], np.int16)
-        best: NDArray[np.int16] = positions[np.stack([p.tiles for p in planes]).argmax(axis=0)]
+        positions = np.array([plane.index[self._place] for plane in planes], np.intp)
+        best: NDArray[np.intp] = positions[np.stack([p.tiles for p in planes]).argmax(axis=0)]
         return best
 
     def drift(
@@ -516,14 +521,18 @@ def all_in_focus(
         )
 
     lost = np.ones(planes.plane_shape, bool)
+    # float32 holds whole numbers up to 2^24 only.
+    kind: Any = np.float32 if np.can_cast(planes.array.dtype, np.float32) else np.float64
+    # Detail is measured in float32 always; what is beyond it counts as infinite.
+    largest = np.finfo(np.float32).max
 
-    def read() -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.bool_]]]:
+    def read() -> Iterator[tuple[int, NDArray[Any], NDArray[np.bool_]]]:
         for z in taken:
             pixels = planes.view((*at[:place], z, *at[place:])).read()
             if channels == "mean":
                 pixels = pixels.mean(axis=0)
-            pixels = pixels.astype(np.float32)
-            finite = np.isfinite(pixels)
+            pixels = pixels.astype(kind)
+            finite: Any = (pixels >= -largest) & (pixels <= largest)
             if not finite.all():
                 # Filters would spread them; they count as the lowest value.
                 pixels[~finite] = pixels[finite].min() if finite.any() else 0
@@ -532,7 +541,8 @@ def all_in_focus(
     n_done = 0
     best = np.full(planes.plane_shape, -1, np.float32)
     total = np.zeros(planes.plane_shape, np.float32)
-    depth = np.full(planes.plane_shape, taken[0], np.int16)
+    fits = taken[-1] <= np.iinfo(np.int16).max
+    depth = np.full(planes.plane_shape, taken[0], np.int16 if fits else np.int32)
     for z, pixels, finite in read():
         lost &= ~finite
         detail = np.abs(ndimage.gaussian_laplace(as_grey(pixels), _DETAIL_SIGMA_PX, mode="nearest"))
@@ -545,11 +555,11 @@ def all_in_focus(
         yield CompositeUpdate(n_done, 2 * n_planes)
     depth = _consistent(depth, best > _CLEAR_PEAK * total / n_planes)
 
-    low = high = np.zeros(0, np.float32)
+    low = high = np.zeros(0, kind)
     low_weights, high_weights = np.zeros((2, *planes.plane_shape), np.float32)
     for z, pixels, _ in read():
         if z == taken[0]:
-            low, high = np.zeros((2, *pixels.shape), np.float32)
+            low, high = np.zeros((2, *pixels.shape), kind)
         here = (depth == z).astype(np.float32)
         if here.any():
             sigmas = (_BAND_SIGMA_PX, _BAND_SIGMA_PX, 0)[: pixels.ndim]
@@ -570,7 +580,9 @@ def all_in_focus(
     yield CompositeUpdate(n_done, 2 * n_planes, _as_type(low, planes.array.dtype), depth)
 
 
-def _consistent(depth: NDArray[np.int16], clear: NDArray[np.bool_]) -> NDArray[np.int16]:
+def _consistent(
+    depth: NDArray[np.signedinteger[Any]], clear: NDArray[np.bool_]
+) -> NDArray[np.signedinteger[Any]]:
     """Depth of the nearest clear place where it is unclear, without single wrong pixels."""
     if clear.any():
         nearest = ndimage.distance_transform_edt(
@@ -579,7 +591,9 @@ def _consistent(depth: NDArray[np.int16], clear: NDArray[np.bool_]) -> NDArray[n
         depth = depth[tuple(nearest)]
     else:
         depth = np.full_like(depth, np.bincount(depth.ravel()).argmax())
-    filtered: NDArray[np.int16] = ndimage.median_filter(depth, _MEDIAN_PX, mode="nearest")
+    filtered: NDArray[np.signedinteger[Any]] = ndimage.median_filter(
+        depth, _MEDIAN_PX, mode="nearest"
+    )
     return filtered
 
 
@@ -605,7 +619,7 @@ def _like(weights: NDArray[np.float32], pixels: NDArray[Any]) -> NDArray[np.floa
     return weights if pixels.ndim == 2 else weights[..., None]
 
 
-def _as_type(values: NDArray[np.float32], dtype: Any) -> NDArray[Any]:
+def _as_type(values: NDArray[Any], dtype: Any) -> NDArray[Any]:
     """Rounded to integers where those are wanted, and cut off where the type ends."""
     wide = values.astype(np.float64)
     if np.issubdtype(dtype, np.integer):

@@ -29,12 +29,8 @@ def upsample_bilinear(blur: NDArray[np.float32], shape: tuple[int, ...]) -> NDAr
 
 
 def upsample_nearest(blur: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """``(h, w)`` to ``(H, W)``, as torch's ``nearest-exact`` does it."""
-    rows, columns = (
-        ((np.arange(n_out, dtype=np.float32) + 0.5) * np.float32(n_in / n_out)).astype(int)
-        for n_in, n_out in zip(blur.shape, shape, strict=True)
-    )
-    rows, columns = np.minimum(rows, blur.shape[0] - 1), np.minimum(columns, blur.shape[1] - 1)
+    """``(h, w)`` to ``(H, W)``, as torch's ``nearest-exact`` does it on CPUs."""
+    rows, columns = (_nearest(*lengths) for lengths in zip(blur.shape, shape, strict=True))
     nearest: NDArray[np.float32] = blur[np.ix_(rows, columns)]
     return nearest
 
@@ -91,6 +87,14 @@ def to_logits(blur: NDArray[np.float32]) -> NDArray[np.float32]:
     inside = np.clip(blur, _MARGIN, 1 - _MARGIN)
     logits: NDArray[np.float32] = np.log(inside) - np.log1p(-inside)
     return logits
+
+
+def _nearest(n_in: int, n_out: int) -> NDArray[np.intp]:
+    """Source index of each pixel."""
+    scale = np.float32(n_in) / np.float32(n_out)
+    # Torch multiplies and subtracts in one step there, which rounds once, to float32.
+    position = ((np.arange(n_out) + 0.5) * scale - 0.5).astype(np.float32).clip(0)
+    return np.minimum((position + 0.5).astype(np.intp), n_in - 1)
 
 
 class _Rows:

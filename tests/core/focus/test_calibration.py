@@ -71,6 +71,35 @@ def test_scores_that_could_not_be_had_count_as_bad() -> None:
     assert 0.2 < found.limit < 0.6
 
 
+def test_a_limit_lies_among_values_that_could_be_had() -> None:
+    good = [example(spectrum_slope=s, tenengrad=t) for s, t in ((-2, 3), (-2.1, 4), (-1.9, 5))]
+    blank = [example(spectrum_slope=math.nan, tenengrad=0)] * 3
+    found = calibrate(good, blank, protocol={})
+    assert found.gate == Gate("tenengrad", 1.5)
+    # Of a score that no bad example has, the worst good value.
+    asked = calibrate(good, blank, protocol={}, score="spectrum_slope")
+    assert (asked.gate, asked.auc) == (Gate("spectrum_slope", -2.1), 1.0)
+    # A bad value above all good ones is not worth one of them.
+    mixed = [*blank, example(spectrum_slope=-1)]
+    assert calibrate(good, mixed, protocol={}, score="spectrum_slope").limit == -2.1
+
+
+def test_examples_without_a_value_do_not_widen_the_gap() -> None:
+    good = [example(mean_blur=m, tenengrad=t) for m, t in ((0.1, 8), (0.2, 9))]
+    bad = [example(mean_blur=m, tenengrad=t) for m, t in ((0.9, 1), (math.nan, 7))]
+    assert calibrate(good, bad, protocol={}).score == "mean_blur"
+
+
+def test_a_score_that_no_good_example_has_sets_no_gate() -> None:
+    without, bad = [example(mean_blur=math.nan)] * 2, [example(mean_blur=0.8)] * 2
+    with pytest.raises(ConfigError, match="no good example has a value of mean_blur; give others"):
+        calibrate(without, bad, protocol={}, score="mean_blur")
+    # Without the only good one that has it there is no gate to be right.
+    one = [without[0], example(mean_blur=0.2)]
+    found = calibrate(one, [without[0], bad[0]], protocol={}, score="mean_blur")
+    assert (found.limit, found.accuracy) == (pytest.approx(0.5), 0.5)
+
+
 def test_examples_that_are_too_few_or_alike_are_refused() -> None:
     with pytest.raises(DataError, match="at least 2 good and 2 bad examples, got 1 and 2"):
         calibrate([example()], [example(), example()], protocol={})

@@ -16,7 +16,8 @@ from semanticblur_core import DetectOptions, FocusOptions, focus_report
 from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.focus.calibration import Gate
 from semanticblur_core.focus.check import ImageFocus, Source, colmap_mask, focus_of_image, judge
-from semanticblur_core.focus.report import ranked, to_row, write_csv, write_json
+from semanticblur_core.focus.report import ranked, stack_rows, to_row, write_csv, write_json
+from semanticblur_core.focus.stack import PlaneFocus, StackFocus
 
 
 class Dark:
@@ -74,6 +75,14 @@ def test_what_cannot_be_checked_is_named_and_the_rest_goes_on(tmp_path: Path) ->
     assert "broken.png" in (images[0].error or "")
     assert images[1].error == "volume: expected a grey or RGB image, got (3, 4, 5, 6)"
     assert (images[2].error, images[2].passed) == (None, True)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_an_image_without_pixels_is_named_and_the_rest_goes_on(dtype: Any) -> None:
+    empty = source("empty", np.zeros((0, 5), dtype))
+    images = checked([empty, source("good.png", half(0))])
+    assert images[0].error == "empty: the image has no pixels, shape (0, 5)"
+    assert images[1].passed
 
 
 def test_few_images_are_held_at_a_time() -> None:
@@ -221,6 +230,16 @@ def test_tables_have_every_image_and_no_nan(tmp_path: Path) -> None:
         lines = list(csv.DictReader(stream))
     assert [line["name"] for line in lines] == ["a.png", "b.png"]
     assert lines[1]["error"] == "b.png: torn"
+
+
+def test_a_series_without_a_score_is_not_the_best() -> None:
+    stack = StackFocus("CZ")
+    for index, score in {(0, 0): math.nan, (0, 1): math.nan, (1, 0): -2.0, (1, 1): -1.0}.items():
+        stack.add(PlaneFocus(index, score, np.zeros((1, 1), np.float32)))
+    names = {index: str(index) for index in stack.planes}
+    document = stack_rows(stack, names)
+    assert document["best_plane"] == {"index": 1, "name": "(1, 1)"}
+    assert document["stacks"][0]["curve"]["score"] == [None, None]
 
 
 def test_ranks_put_the_worst_first() -> None:

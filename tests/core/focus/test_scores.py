@@ -106,6 +106,13 @@ def test_an_empty_field_has_no_content() -> None:
     assert not scores.content_mask(np.full((100, 100), 0.3, np.float32)).any()
 
 
+@pytest.mark.parametrize("shape", [(1, 500), (2, 3000), (700, 1)])
+def test_content_of_a_line_is_found(shape: tuple[int, int]) -> None:
+    truth = np.resize(np.arange(max(shape)) < 100, shape)
+    found = scores.content_mask(truth.astype(np.float32))
+    assert np.mean(found == truth) > 0.9
+
+
 def test_what_stands_out_is_salient(rng: np.random.Generator) -> None:
     image = np.full((120, 160), 0.5, np.float32)
     image[30:50, 100:125] = 1.0
@@ -134,6 +141,9 @@ def test_wrong_input_is_named() -> None:
     blur = np.zeros((4, 5), np.float32)
     with pytest.raises(ImageError, match=r"\(4, 5\) and \(5, 4\)"):
         scores.mean_blur(blur, region=np.ones((5, 4), bool))
+    for scored in (scores.in_focus_fraction, scores.mean_blur, scores.largest_in_focus):
+        with pytest.raises(ImageError, match="region: expected bool, got uint8; give region != 0"):
+            scored(blur, region=np.ones((4, 5), np.uint8))  # type: ignore[operator]
     with pytest.raises(ImageError, match="expected whole numbers, got float32"):
         scores.label_scores(blur, blur)
     with pytest.raises(ImageError, match="at least 1 px, got 0"):

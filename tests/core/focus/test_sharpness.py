@@ -65,6 +65,7 @@ def test_constant_and_tiny_images_have_an_answer() -> None:
     assert sharpness.variance_of_laplacian(constant) == 0
     assert sharpness.tenengrad(constant) == 0
     assert math.isnan(sharpness.spectrum_slope(constant))
+    assert math.isnan(sharpness.spectrum_slope(np.full((50, 70), 0.3, np.float32)))
     assert math.isnan(sharpness.blur_effect(constant))
     assert math.isnan(sharpness.spectrum_slope(np.zeros((4, 40), np.float32)))
     assert sharpness.normalised_variance(np.zeros((4, 4), np.float32)) == 0

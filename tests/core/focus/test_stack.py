@@ -187,6 +187,15 @@ def test_files_are_a_stack_in_the_order_of_their_numbers(tmp_path: Path) -> None
         stack[3]
 
 
+def test_the_range_of_files_meets_every_colour_of_a_mosaic(tmp_path: Path) -> None:
+    mosaic = np.zeros((600, 600), np.uint16)
+    mosaic[1::2, 1::2] = 25_400
+    paths = [tmp_path / f"{z}.png" for z in range(4)]
+    for path in paths:
+        Image.fromarray(mosaic).save(path)
+    assert FileStack(paths).estimate_range() == (0, 25_400)
+
+
 def test_wrong_input_is_named() -> None:
     with pytest.raises(ImageError, match="no axis Z to look along: the planes have T"):
         StackFocus("T")
@@ -231,6 +240,31 @@ def test_a_composite_keeps_the_ends_of_a_type() -> None:
     composite = list(all_in_focus(np.full((2, 40, 40), top, np.uint32), "ZYX"))[-1].composite
     assert composite is not None
     assert (composite == top).all()
+
+
+def test_large_whole_numbers_compose_to_themselves(rng: np.random.Generator) -> None:
+    plane = rng.integers(3_999_999_000, 4_000_000_000, (40, 50), np.uint32)
+    for n_planes in (1, 3):
+        composite = compose(np.stack([plane] * n_planes), "ZYX").composite
+        np.testing.assert_array_equal(composite, plane)
+
+
+def test_a_pixel_beyond_single_precision_spoils_no_other(rng: np.random.Generator) -> None:
+    stack = rng.normal(100, 10, (2, 60, 60))
+    stack[0, 20, 20] = -1e300
+    result = compose(stack, "ZYX")
+    assert result.composite.dtype == np.float64
+    assert (np.abs(result.composite - 100) < 60).all()
+
+
+def test_planes_far_along_a_stack_keep_their_index() -> None:
+    stack = np.broadcast_to(np.zeros((20, 20), np.uint8), (40_000, 20, 20))
+    result = compose(stack, "ZYX", positions=[39_998, 39_999])
+    assert result.depth.dtype == np.int32
+    assert (result.depth == 39_998).all()
+    far = StackFocus()
+    far.add(PlaneFocus((39_999,), 1.0, np.ones((1, 1), np.float32)))
+    assert far.best_tiles().tolist() == [[39_999]]
 
 
 def test_what_no_plane_shows_is_nan_and_spreads_no_further(rng: np.random.Generator) -> None:

@@ -1,11 +1,17 @@
-"""Guided upsampling."""
+"""Upsampling along edges, and as torch does it."""
 
 import numpy as np
 import pytest
+import torch
 from skimage.data import chelsea
+from torch.nn import functional as F
 
 from semanticblur_core.data.squash import squash
-from semanticblur_core.inference.upsampling import upsample_bilinear, upsample_guided
+from semanticblur_core.inference.upsampling import (
+    upsample_bilinear,
+    upsample_guided,
+    upsample_nearest,
+)
 
 
 def test_a_boundary_follows_the_image() -> None:
@@ -42,3 +48,17 @@ def test_chunks_do_not_show(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None
     whole = upsample_guided(blur, small, image)
     monkeypatch.setattr("semanticblur_core.inference.upsampling._CHUNK_PIXELS", chunk)
     np.testing.assert_array_equal(upsample_guided(blur, small, image), whole)
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="torch rounds twice here"
+)
+def test_nearest_is_that_of_torch(rng: np.random.Generator) -> None:
+    """At the boundaries of pixels too, where the last bit decides."""
+    lengths = [(40, 820), (256, 5248), (18, 963), *rng.integers(1, 700, (300, 2)).tolist()]
+    lengths += [(320, n) for n in range(1, 2000, 7)]
+    for n_in, n_out in lengths:
+        blur = np.arange(2 * n_in, dtype=np.float32).reshape(2, n_in)
+        for small, shape in ((blur, (3, n_out)), (blur.T.copy(), (n_out, 3))):
+            wanted = F.interpolate(torch.from_numpy(small)[None, None], shape, mode="nearest-exact")
+            np.testing.assert_array_equal(upsample_nearest(small, shape), wanted[0, 0].numpy())
