@@ -11,6 +11,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from semanticblur_core.errors import ImageError
+
 # As OME-XML, ImageJ and OME-Zarr name them.
 _MICROMETRES = {
     **{"pm": 1e-6, "picometer": 1e-6, "Å": 1e-4, "angstrom": 1e-4, "nm": 1e-3, "nanometer": 1e-3},
@@ -56,6 +58,26 @@ class Scale:
         """Along an axis whose unit is known: micrometres, along T seconds."""
         time = {} if self.time_step_s is None else {"T": self.time_step_s}
         return dict(self.pixel_size_um) | time
+
+    @property
+    def pixel_side_um(self) -> float | None:
+        """Of square pixels, None where it is not known.
+
+        Raises
+        ------
+        ImageError
+            If they are not square.
+        """
+        height, width = (self.pixel_size_um.get(axis) for axis in "YX")
+        if (
+            height is not None
+            and width is not None
+            and not math.isclose(height, width, rel_tol=0.01)
+        ):
+            raise ImageError(
+                f"pixels of {height:g} x {width:g} um are not square: give the size in pixels"
+            )
+        return width
 
     def of_part(self, chosen: Mapping[str, range]) -> Scale:
         """That of the indices that are chosen along some axes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,6 +88,8 @@ def open_stack(path: str | Path, *, axes: str | None = None, level: int = 0) -> 
                 found = _guess_axes(array.shape)
                 scale = Scale()
             elif is_zarr(path) or suffix == ".zarr":
+                if path.is_dir() and not any(path.iterdir()):
+                    raise ImageError(f"{path}: an empty folder, not a Zarr")
                 array, found, scale = _open_zarr(path, level)
             else:
                 array, found, scale = _open_tiff(path, level, resources)
@@ -111,6 +114,28 @@ def is_zarr(path: Path) -> bool:
             or any((path / name).is_file() for name in (".zarray", ".zgroup", "zarr.json"))
         )
     return False
+
+
+def plate_images(path: Path) -> list[Path]:
+    """The fields of a plate in OME-Zarr, well by well; none of anything else."""
+    images = []
+    with suppress(OSError, ValueError, TypeError, LookupError, AttributeError):  # no plate, damaged
+        for well in _stored_attributes(path)["plate"]["wells"]:
+            folder = path / well["path"]
+            with suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
+                fields = _stored_attributes(folder)["well"]["images"]
+                images += [folder / str(field["path"]) for field in fields]
+    return images
+
+
+def _stored_attributes(path: Path) -> dict[str, Any]:
+    """OME's attributes of a Zarr group, without the library, which takes its time to import."""
+    if (path / ".zattrs").is_file():
+        found: dict[str, Any] = json.loads((path / ".zattrs").read_text(encoding="utf-8"))
+        return found
+    attributes = json.loads((path / "zarr.json").read_text(encoding="utf-8"))["attributes"]
+    found = attributes.get("ome", attributes)
+    return found
 
 
 def is_stack(path: Path) -> bool:
@@ -391,6 +416,13 @@ def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, 
     tiff = resources.enter_context(io.open_tiff(path))
     io.refuse_lying_tiff(path, tiff)
     series = io.whole_series(path, tiff)
+    first = series.pages[0]
+    begun_by = path if first is None else Path(first.parent.filehandle.path)
+    if begun_by.name != path.name:
+        raise ImageError(
+            f"{path}: a later file of the image that begins in {path.with_name(begun_by.name)}; "
+            "name that one, whose map is of all of them"
+        )
     if not 0 <= level < len(series.levels):
         raise ImageError(f"{path}: expected a level of 0 to {len(series.levels) - 1}, got {level}")
     chosen = series.levels[level]

@@ -645,3 +645,35 @@ def test_a_frame_of_reference_without_a_unit_is_no_place(tmp_path: Path) -> None
     metadata = {"axes": "YX", "PhysicalSizeX": 0.5, "Plane": {"PositionX": [12.0]}}
     tifffile.imwrite(path, np.zeros((8, 9), np.uint8), ome=True, metadata=metadata)
     assert stacks.read_scale(path) == Scale({"X": 0.5})
+
+
+def test_a_later_file_of_an_image_in_several_names_the_first(tmp_path: Path) -> None:
+    ids = [f"urn:uuid:{i}" for i in range(2)]
+    files = "".join(
+        f'<TiffData FirstT="{i}" IFD="0" PlaneCount="1">'
+        f'<UUID FileName="t{i}.ome.tif">{ids[i]}</UUID></TiffData>'
+        for i in range(2)
+    )
+    for i in range(2):
+        xml = (
+            f'<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="{ids[i]}">'
+            '<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint8" '
+            'SizeX="50" SizeY="40" SizeZ="1" SizeC="1" SizeT="2"><Channel ID="C:0"/>'
+            f"{files}</Pixels></Image></OME>"
+        )
+        plane = np.full((40, 50), i, np.uint8)
+        tifffile.imwrite(tmp_path / f"t{i}.ome.tif", plane, description=xml, metadata=None)
+    with stacks.open_stack(tmp_path / "t0.ome.tif") as stack:
+        assert (stack.axes, stack.array.shape) == ("TYX", (2, 40, 50))
+    with (
+        pytest.raises(ImageError, match=r"t1\.ome\.tif: a later file of the image .*t0\.ome\.tif"),
+        stacks.open_stack(tmp_path / "t1.ome.tif"),
+    ):
+        pass
+
+
+def test_a_side_is_of_square_pixels() -> None:
+    assert Scale({"Y": 0.5, "X": 0.5}).pixel_side_um == 0.5
+    assert Scale().pixel_side_um is None
+    with pytest.raises(ImageError, match=r"pixels of 1 x 0\.25 um are not square"):
+        _ = Scale({"Y": 1.0, "X": 0.25}).pixel_side_um

@@ -40,7 +40,7 @@ def find_sources(
     """
     from semanticblur_core.errors import ImageError
     from semanticblur_core.focus.check import Source
-    from semanticblur_core.inference.inputs import expand_inputs, is_sample, load
+    from semanticblur_core.inference.inputs import expand_inputs
 
     sources: dict[str, Source] = {}
     found: list[str] = []
@@ -52,8 +52,7 @@ def find_sources(
         if not named and _is_made_of(Path(path).name, names, stems):
             left_out.append(path)
             continue
-        read = _loader(load, path) if is_sample(path) else None
-        sources.setdefault(path, Source(relative.as_posix(), Path(path), read))
+        sources.setdefault(path, Source(relative.as_posix(), Path(path), _reader(path)))
     if left_out:
         n_files = f"{len(left_out)} file{'s' * (len(left_out) != 1)}"
         click.echo(
@@ -78,8 +77,30 @@ def _is_made_of(name: str, names: set[str], stems: set[str]) -> bool:
     return is_mask or (is_result_name(name) and name.rpartition("_")[0] in stems | names)
 
 
-def _loader(load: Callable[[str], Any], path: str) -> Callable[[], Any]:
-    return lambda: load(path)
+def _reader(path: str) -> Callable[[], Any] | None:
+    """How what is no file of an image is read."""
+    from semanticblur_core import stacks
+    from semanticblur_core.inference.inputs import is_sample, load
+
+    if is_sample(path):
+        return functools.partial(load, path)
+    if Path(path).suffix.lower() == ".npy" or stacks.is_zarr(Path(path)):
+        return functools.partial(_read_array, Path(path))
+    return None
+
+
+def _read_array(path: Path) -> Any:
+    """The one plane of a npy or Zarr."""
+    from semanticblur_core import disk, io, stacks
+    from semanticblur_core.errors import ImageError
+    from semanticblur_core.inference.planes import Planes
+
+    with stacks.open_stack(path) as opened:
+        planes = Planes(opened.array, opened.axes)
+        if len(planes) > 1:
+            raise ImageError(f"{path}: a stack; --stack checks its planes")
+        disk.refuse_bomb(path, math.prod(planes.plane_shape), io.MAX_PIXELS)
+        return planes.view((0,) * len(planes.lengths)).read()
 
 
 @contextmanager

@@ -301,9 +301,16 @@ def write_composite(
     from semanticblur_core.focus.stack import all_in_focus
 
     collected = opened.collected
+    if not collected.planes:
+        return  # each has been told of
     at = collected.others(opened.sources[0].index)
     place = collected.walked_axes.index(along)
-    positions = [source.index[place] for source in opened.sources]
+    readable = [source for source in opened.sources if source.index in collected.planes]
+    if n_lost := len(opened.sources) - len(readable):
+        click.echo(
+            f"semanticblur-core: composed without {n_lost} planes that cannot be read", err=True
+        )
+    positions = [source.index[place] for source in readable]
     last = None
     with progress_bar() as progress:
         task = progress.add_task("Composing", total=None)

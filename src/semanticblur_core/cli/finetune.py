@@ -119,7 +119,7 @@ def command(
 
     from semanticblur_core import disk
     from semanticblur_core.device import keep_freed_memory
-    from semanticblur_core.training.finetune import PROTOCOL, finetune
+    from semanticblur_core.training.finetune import finetune
 
     keep_freed_memory()
     if events is not None:
@@ -167,7 +167,7 @@ def command(
                 )
     assert update is not None
     assert update.result is not None
-    _print(update.result, PROTOCOL.describe())
+    _print(update.result)
     if json_file:
         disk.write_text(json_file, json.dumps(update.result.to_dict(), indent=1) + "\n")
     if not update.result.is_better:
@@ -187,9 +187,9 @@ def _report(folder: Path, labelled: list[LabelledImage], **settings: Any) -> Non
             return
 
 
-def _print(result: FinetuneResult, protocol: str) -> None:
+def _print(result: FinetuneResult) -> None:
     held_out = result.held_out or "NONE: too few strokes, so these are the ones trained on"
-    click.echo(f"held out: {held_out}\nprotocol: {protocol}")
+    click.echo(f"held out: {held_out}\nprotocol: {result.after.protocol.describe()}")
     click.echo(f"  {'':<24}{'before':>8}{'after':>8}")
     for name, key in (("MAE", "mae"), ("F-beta", "f_beta"), ("IoU", "iou")):
         before, after = (getattr(scores, key) for scores in (result.before, result.after))

@@ -254,10 +254,12 @@ def calibrate_command(
                     scores.append(update.image.scores.to_dict())
         examples.append(scores)
     found = calibration.calibrate(*examples, protocol=protocol, score=score)
+    replaces = ", in place of an earlier one" if path.exists() else ""
     calibration.save(found, path)
     click.echo(
         f"{found.gate.describe()}, from {found.n_good} good and {found.n_bad} bad examples: AUC "
-        f"{found.auc:.3f}, {found.accuracy:.1%} right when each is left out in turn -> {path}"
+        f"{found.auc:.3f}, {found.accuracy:.1%} right when each is left out in turn -> "
+        f"{path}{replaces}"
     )
     if n_failed or problems:
         raise SystemExit(2)
@@ -534,12 +536,12 @@ def _tile_px(
     if unit == "px":
         return int(size)
     if opened and opened.scale.pixel_size_um:
-        return tile_size_in_px(size, opened.scale.pixel_size_um.get("X"))
+        return tile_size_in_px(size, opened.scale.pixel_side_um)
 
     def of_source(source: Source) -> int:
         has_size = source.path.suffix.lower() in stacks.STACK_SUFFIXES and source.path.exists()
-        sizes = stacks.read_scale(source.path).pixel_size_um if has_size else {}
-        return tile_size_in_px(size, sizes.get("X"))
+        side = stacks.read_scale(source.path).pixel_side_um if has_size else None
+        return tile_size_in_px(size, side)
 
     # Planes of one stack are alike.
     return of_source(opened.sources[0]) if opened else of_source

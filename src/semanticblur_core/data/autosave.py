@@ -286,8 +286,8 @@ class Autosave:
                     self._end_file()
                 else:
                     self._write_batch()
-        except OSError as error:
-            self.error = error.strerror or str(error)
+        except Exception as error:  # nobody else would tell of it
+            self.error = getattr(error, "strerror", None) or str(error) or type(error).__name__
         else:
             self.error = ""
 

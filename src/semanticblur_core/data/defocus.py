@@ -216,7 +216,8 @@ def defocus(
 
 def is_held_out(name: str) -> bool:
     """Whether a sharp image is kept out of training, by its name stem: about one in eight."""
-    return zlib.crc32(name.encode()) % 8 == 0
+    # Names of files that are not UTF-8 hold surrogates.
+    return zlib.crc32(name.encode(errors="surrogatepass")) % 8 == 0
 
 
 class SharpImages:

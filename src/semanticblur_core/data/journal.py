@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from semanticblur_core import disk
 from semanticblur_core.errors import DataError
 
 MAGIC = b"SBJ1"
@@ -112,8 +113,10 @@ def read_journal(path: Path) -> Journal:
         if len(frame) < _FRAME.size:
             return Journal(facts, changes, bool(frame) or not facts)
         length, checksum = _FRAME.unpack(frame)
-        payload = content[position + _FRAME.size :][:length]
-        if len(payload) < length or zlib.crc32(payload) != checksum:
+        start = position + _FRAME.size
+        payload = content[start : start + length]
+        # Zeros, which a power cut may leave, have the checksum of an empty payload.
+        if not payload or len(payload) < length or zlib.crc32(payload) != checksum:
             return Journal(facts, changes, True)
         line, _, packed = payload.partition(b"\n")
         values = json.loads(line)
@@ -123,7 +126,7 @@ def read_journal(path: Path) -> Journal:
             top, left, height, width = values["box"]
             box = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, width)
             changes.append(Change(tuple(values["plane"]), top, left, box, values["strokes"]))
-        position += _FRAME.size + length
+        position = start + length
 
 
 class JournalWriter:
@@ -153,7 +156,7 @@ class JournalWriter:
             with suppress(OSError):
                 path.unlink()
             raise
-        _sync_folder(path.parent)
+        disk.sync_folder(path.parent)
 
     def append(self, payloads: Iterable[bytes]) -> None:
         """Append records; all of them or, where an OSError is raised, none."""
@@ -203,7 +206,9 @@ def replay(changes: Iterable[Change], labels: NDArray[np.uint8]) -> None:
 
 def journal_files(folder: Path) -> list[Path]:
     """Journals in the folder of an image, oldest first."""
-    return sorted(folder.glob(f"*{_SUFFIX}"))
+    # Others are no journals: copies by a program that syncs, or what macOS puts beside files.
+    found = (path for path in folder.glob(f"*{_SUFFIX}") if path.stem.isdecimal())
+    return sorted(found, key=lambda path: int(path.stem))
 
 
 def next_journal(folder: Path) -> Path:
@@ -398,16 +403,6 @@ def _payload(facts: dict[str, Any], packed: bytes) -> bytes:
 
 def _framed(payload: bytes) -> bytes:
     return _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new file's name durable, where the system can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _holder(path: Path) -> str:

@@ -9,12 +9,16 @@ know of are read too, so that a folder made by hand is a store.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
+import os
 import re
 import shutil
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,8 +95,9 @@ class AnnotationStore:
             for name in ("images", "labels"):
                 try:
                     (folder / name).mkdir(parents=True, exist_ok=True)
-                except OSError as error:
-                    raise DataError(f"{folder}: cannot be made: {error.strerror}") from error
+                except (OSError, ValueError) as error:  # a name with a zero byte
+                    reason = getattr(error, "strerror", None) or error
+                    raise DataError(f"{folder}: cannot be made: {reason}") from error
         if not is_store(folder):
             raise DataError(f"{folder}: no annotation store (no labels and images folder in it)")
 
@@ -110,35 +115,36 @@ class AnnotationStore:
             If ``dataset.json`` is damaged or of another version, says something else of an item
             than a store does, or labels have no image.
         """
-        known = self._read_index()["items"]
+        index = self._read_index()
         try:
-            images = {path.stem: path for path in list_images(self.folder / "images", also=_NPY)}
+            files = list_images(self.folder / "images", also=_NPY)
         except DataError:
-            images = {}
+            files = []
+        # Of two of a name the first, as in `image_of`.
+        images = {_composed(path.stem): path for path in reversed(files)}
         found = []
         for path in _label_files(self.folder):
-            values = known.get(path.stem, {})
-            problem = _problem_of(values)
-            if problem:
-                problem = f"{self.folder / 'dataset.json'}: {path.stem}: {problem}"
-            if path.stem not in images:
-                problem = f"{path}: no image of that name in {self.folder / 'images'}"
-            if problem:
+            name = _composed(path.stem)
+            try:
+                values = self._values_of(index, name)
+                if name not in images:
+                    raise DataError(f"{path}: no image of that name in {self.folder / 'images'}")
+            except DataError as error:
                 if on_problem is None:
-                    raise DataError(problem)
-                on_problem(problem)
+                    raise
+                on_problem(str(error))
                 continue
             plane = values.get("plane")
             found.append(
                 Item(
-                    name=path.stem,
-                    image=images[path.stem],
+                    name=name,
+                    image=images[name],
                     labels=path,
-                    source=values.get("source", ""),
-                    axes=values.get("axes", ""),
+                    source=values.get("source") or "",
+                    axes=values.get("axes") or "",
                     plane=None if plane is None else tuple(plane),
-                    sha256=values.get("sha256", ""),
-                    time=values.get("time", ""),
+                    sha256=values.get("sha256") or "",
+                    time=values.get("time") or "",
                     polarity=values.get("polarity"),
                     split=values.get("split"),
                     painted_in=values.get("painted_in"),
@@ -169,7 +175,8 @@ class AnnotationStore:
             uint8 ``(H, W)``, or ``(..., H, W)`` of a stack. Axes of length one before the last two
             are dropped: an image is the same with and without them.
         image
-            The image: a file to copy, or an array. None when the store holds it already.
+            The image: a file to copy, or an array; of one image, alpha is left out. None when the
+            store holds it already.
         source, axes, plane, polarity, split
             See `Item`; None keeps what is known. A split of ``"open"`` forgets it.
         painted_in
@@ -185,12 +192,15 @@ class AnnotationStore:
         OtherImageError
             If the store holds another image of that name.
         DataError
-            If the name cannot be a file's, the labels are of another kind, the store holds no image
-            of that name, or somebody else has kept the store locked.
+            If the name cannot be a file's, the labels are of another kind or do not fit the image,
+            the store holds no image of that name, ``dataset.json`` is damaged, or somebody else has
+            kept the store locked.
         ImageError
-            If a file cannot be written; the labels before it are untouched.
+            If the image cannot be read, or a file cannot be written; the labels before it are
+            untouched.
         """
-        if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|'):
+        name = _composed(name)
+        if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|\0'):
             raise DataError(f"{name!r}: not a name that a file can have")
         if labels.dtype != np.uint8 or labels.ndim < 2:
             raise DataError(f"{name}: expected labels (..., H, W) of uint8")
@@ -207,14 +217,29 @@ class AnnotationStore:
         labels = labels.reshape(_without_ones(labels.shape))
         stacked = labels.ndim > 2
         path = self.folder / "labels" / f"{name}{'.tif' if stacked else '.png'}"
+        if isinstance(image, Path) and image.suffix.lower() not in (*io.IMAGE_SUFFIXES, *_NPY):
+            image = read_array(image)  # camera raw and the like: its pixels
+        if isinstance(image, np.ndarray) and image.shape[:2] == labels.shape:
+            image = io.without_alpha(image)  # as it will be read
         with self._locked():
             index = self._read_index()
-            values = index["items"].setdefault(name, {})
+            values = self._values_of(index, name)
             held = self.image_of(name)
-            if image is None and held is None:
+            shown = held if image is None else image
+            if shown is None:
                 raise DataError(f"{name}: {self.folder} holds no image of that name yet")
+            known = axes or values.get("axes") or ""
+            shape = _shape_of(shown, known) if isinstance(shown, Path) else shown.shape
+            if _is_colour(shape, known, labels.shape) is None:
+                raise DataError(
+                    f"{name}: labels of shape {labels.shape} for an image of {shape}; give "
+                    "one for each pixel"
+                )
             if image is not None:
                 values["sha256"] = self._put_image(name, image, held)
+            if values.pop("painted_in", None):
+                # Before the labels: should this end amid it, it does not hold for the new ones.
+                self._write_index(index)
             self._keep_previous(path)
             with disk.replacing(path, durable=True) as temporary:
                 if stacked:
@@ -229,7 +254,6 @@ class AnnotationStore:
                 if not other.samefile(path):
                     self._keep_previous(other)
                     other.unlink()
-            values.pop("painted_in", None)
             given = {"source": source, "axes": axes, "polarity": polarity, "split": split}
             given["painted_in"] = painted_in
             given["plane"] = None if plane is None else list(plane)  # type: ignore[assignment]
@@ -242,12 +266,12 @@ class AnnotationStore:
 
     def split_of(self, name: str) -> Split | None:
         """Whether an image is held out; None where nothing is said or there is none."""
-        found: Split | None = self._read_index()["items"].get(name, {}).get("split")
+        found: Split | None = self._values_of(self._read_index(), name).get("split")
         return found
 
     def painted_in(self, name: str) -> str | None:
         """See `Item`."""
-        found: str | None = self._read_index()["items"].get(name, {}).get("painted_in")
+        found: str | None = self._values_of(self._read_index(), name).get("painted_in")
         return found
 
     def set_split(self, name: str, split: Split | None) -> None:
@@ -262,7 +286,7 @@ class AnnotationStore:
         """
         with self._locked():
             index = self._read_index()
-            values = index["items"].setdefault(name, {})
+            values = self._values_of(index, name)
             values.pop("split", None)
             if split is not None:
                 values["split"] = split
@@ -270,8 +294,12 @@ class AnnotationStore:
 
     def previous(self, name: str) -> list[Path]:
         """Kept earlier labels of an image, oldest first; at most the last 20."""
-        kept = (self.folder / "previous").glob(f"{_escape(name)}.*.*")
-        return sorted(p for p in kept if p.stem.rpartition(".")[0] == name)
+        kept = []
+        for path in _starting(self.folder / "previous", f"{name}."):
+            stem, _, number = path.stem.rpartition(".")
+            if _composed(stem) == _composed(name) and number.isdecimal():
+                kept.append((int(number), path))
+        return [path for _, path in sorted(kept)]
 
     def read(self, item: Item) -> list[LabelledImage]:
         """The planes of an item on which anything is labelled; one for a photograph.
@@ -288,12 +316,8 @@ class AnnotationStore:
                 "labels are saved as 8-bit grey"
             )
         labels = labels.reshape(_without_ones(labels.shape))
-        colour = item.axes.endswith("S") or (
-            not item.axes
-            and image.shape[-1] in (3, 4)
-            and _without_ones(image.shape[:-1]) == labels.shape
-        )
-        if _without_ones(image.shape[:-1] if colour else image.shape) != labels.shape:
+        colour = _is_colour(image.shape, item.axes, labels.shape)
+        if colour is None:
             raise DataError(
                 f"{item.labels}: labels of shape {labels.shape} for an image of {image.shape}"
             )
@@ -337,10 +361,10 @@ class AnnotationStore:
     def has_labels_of(self, image: Path) -> bool:
         """Whether an image file has labels, under its name or that and a number; pixels tell."""
         folder = self.folder / "labels"
-        numbered = {path.stem for path in folder.glob(f"{_escape(image.stem)}*")}
-        for name in numbered:
-            number = name.removeprefix(image.stem)
-            held = self.image_of(name) if re.fullmatch(r"( \d+)?", number) else None
+        alike = re.compile(re.escape(_composed(image.stem)) + r"( \d+)?")
+        names = {_composed(path.stem) for path in _starting(folder, image.stem)}
+        for name in filter(alike.fullmatch, names):
+            held = self.image_of(name)
             labels = _files_of(folder, name, _LABEL_SUFFIXES)
             if held is not None and labels and _same_image(held, image):
                 return True
@@ -348,8 +372,6 @@ class AnnotationStore:
 
     def _put_image(self, name: str, image: Path | NDArray[Any], held: Path | None) -> str:
         """Copy the image into the store unless it is there; its file's sha256."""
-        if isinstance(image, Path) and image.suffix.lower() not in (*io.IMAGE_SUFFIXES, *_NPY):
-            image = read_array(image)  # camera raw and the like: its pixels
         if isinstance(image, Path):
             target = self.folder / "images" / f"{name}{image.suffix.lower()}"
         else:
@@ -393,18 +415,31 @@ class AnnotationStore:
         if not path.exists():
             return {"format_version": FORMAT_VERSION, "items": {}}
         try:
-            index = json.loads(path.read_text("utf-8"))
+            index = json.loads(path.read_text("utf-8-sig"))
             version, items = index["format_version"], index["items"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path}: damaged ({error}); without it the labels can still be read: move it away"
             ) from error
-        if version != FORMAT_VERSION or not isinstance(items, dict):
+        if not isinstance(items, dict):
+            raise DataError(f"{path}: items: expected a mapping, got {type(items).__name__}")
+        if version != FORMAT_VERSION:
             raise DataError(
                 f"{path}: a store of format version {version}; this release reads {FORMAT_VERSION}"
             )
-        result: dict[str, Any] = index
-        return result
+        named: dict[str, Any] = {}
+        for name, values in items.items():
+            known = named.setdefault(_composed(name), values)
+            if isinstance(known, dict) and isinstance(values, dict):
+                known |= values  # of a name in two forms
+        return {**index, "items": named}
+
+    def _values_of(self, index: dict[str, Any], name: str) -> dict[str, Any]:
+        """What the index says of an image, to be changed in it."""
+        values: dict[str, Any] = index["items"].setdefault(_composed(name), {})
+        if problem := _problem_of(values):
+            raise DataError(f"{self.folder / 'dataset.json'}: {name}: {problem}")
+        return values
 
     def _write_index(self, index: dict[str, Any]) -> None:
         with disk.replacing(self.folder / "dataset.json", durable=True) as temporary:
@@ -435,20 +470,19 @@ def is_store(folder: Path) -> bool:
     """Whether a folder holds images and labels as an annotation store does.
 
     Without ``dataset.json`` the first file of labels that can be read decides: a data set's
-    ``labels`` of 0 and 255 are masks.
+    ``labels`` of 0 and 255 are masks. Others that are no labels are told of when they are used.
     """
     if not ((folder / "labels").is_dir() and (folder / "images").is_dir()):
         return False
     if (folder / "dataset.json").exists():
         return True
     for path in _label_files(folder)[:_N_LOOKED_AT]:
-        try:
+        with suppress(SemanticBlurError):
+            pixels = io.read_image(path)
+            if pixels.dtype == np.bool_ or {255} <= set(np.unique(pixels).tolist()) <= {0, 255}:
+                return False
             read_labels(path)
-        except DataError:
-            return False
-        except SemanticBlurError:  # damaged, which is told of when it is used
-            continue
-        return True
+            return True
     return True
 
 
@@ -457,14 +491,25 @@ def _label_files(folder: Path) -> list[Path]:
     named: dict[str, list[Path]] = {}
     for path in sorted((folder / "labels").iterdir()):
         if path.suffix.lower() in _LABEL_SUFFIXES and not path.name.startswith("."):
-            named.setdefault(path.stem, []).append(path)
+            named.setdefault(_composed(path.stem), []).append(path)
     return [_newest(files) for files in named.values()]
 
 
 def _files_of(folder: Path, name: str, suffixes: Sequence[str]) -> list[Path]:
     """Files of that name and one of the suffixes, however they are capitalised."""
-    found = sorted(folder.glob(f"{_escape(name)}.*"))
-    return [path for path in found if path.stem == name and path.suffix.lower() in suffixes]
+    return [
+        path
+        for path in _starting(folder, f"{name}.")
+        if _composed(path.stem) == _composed(name) and path.suffix.lower() in suffixes
+    ]
+
+
+def _starting(folder: Path, start: str) -> list[Path]:
+    """Files of a folder whose names start so, in whatever form of Unicode; none without it."""
+    start = _composed(start)
+    # Of thousands of files, all of which a folder of images is asked about, paths take too long.
+    names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208
+    return sorted(folder / name for name in names if _composed(name).startswith(start))
 
 
 def _newest(files: Sequence[Path]) -> Path:
@@ -514,6 +559,14 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*(n for n in shape[:-2] if n != 1), *shape[-2:])
 
 
+def _is_colour(shape: tuple[int, ...], axes: str, labelled: tuple[int, ...]) -> bool | None:
+    """Whether the last axis of an image is colour; None if labels of that shape do not fit it."""
+    colour = axes.endswith("S") or (
+        not axes and shape[-1:] in ((3,), (4,)) and _without_ones(shape[:-1]) == labelled
+    )
+    return colour if _without_ones(shape[:-1] if colour else shape) == labelled else None
+
+
 def read_store(folder: str | Path) -> list[LabelledImage]:
     """Every image and plane of a store on which anything is labelled.
 
@@ -540,6 +593,9 @@ def _problem_of(values: Any) -> str:
         isinstance(plane, list) and all(isinstance(i, int) for i in plane)
     ):
         return f"plane: expected a list of whole numbers, got {plane!r}"
+    for key in ("source", "axes", "sha256", "time", "polarity", "painted_in"):
+        if not isinstance(values.get(key), str | None):
+            return f"{key}: expected text, got {values[key]!r}"
     return ""
 
 
@@ -604,6 +660,7 @@ def read_array(path: Path) -> NDArray[Any]:
     """
     suffix = path.suffix.lower()
     try:
+        disk.require_file(path)
         if suffix == ".npy":
             array: NDArray[Any] = np.load(path, allow_pickle=False)
             return array
@@ -611,8 +668,7 @@ def read_array(path: Path) -> NDArray[Any]:
             import tifffile
 
             stack: NDArray[Any] = np.asarray(tifffile.imread(path))
-            is_stack = stack.ndim > 3 or (stack.ndim == 3 and stack.shape[-1] > 4)
-            return stack if is_stack else io.read_image(path)
+            return stack if _is_stack(stack.shape) else io.read_image(path)
     except SemanticBlurError:
         raise
     except Exception as error:  # tifffile and its codecs raise many kinds
@@ -620,12 +676,40 @@ def read_array(path: Path) -> NDArray[Any]:
     return io.read_image(path)
 
 
+def _shape_of(path: Path, axes: str) -> tuple[int, ...]:
+    """The shape of what `read_array` returns, of photographs and TIFF stacks by their headers.
+
+    A photograph's has colours unless the axes say otherwise, to which labels are the same.
+    """
+    if path.suffix.lower() in io.PILLOW_SUFFIXES:
+        disk.require_file(path)
+        height, width = io.read_shape(path)
+        turned = (width, height) if io.read_orientation(path) >= 5 else (height, width)
+        return turned if axes and not axes.endswith("S") else (*turned, 3)
+    if path.suffix.lower() in io.TIFF_SUFFIXES:
+        import tifffile
+
+        # Of what cannot be read `read_array` says why.
+        with suppress(Exception), tifffile.TiffFile(path) as tiff:
+            shape: tuple[int, ...] = tiff.series[0].shape
+            if _is_stack(shape):
+                return shape
+    return read_array(path).shape
+
+
+def _is_stack(shape: tuple[int, ...]) -> bool:
+    return len(shape) > 3 or (len(shape) == 3 and shape[-1] > 4)
+
+
 def _stack_range(stack: NDArray[Any]) -> tuple[float, float] | None:
     """The limits that `io.to_unit_range` takes, of a whole stack, from a regular sample."""
     if stack.dtype in (np.uint8, np.bool_):
         return None
-    flat = stack.reshape(-1)[:: max(1, stack.size // 4_000_000)]
-    found = io.robust_limits(flat)
+    # A step that shares a factor with an axis would miss some columns, an even one half of a
+    # checkerboard.
+    steps = itertools.count(max(1, stack.size // 4_000_000))
+    step = next(step for step in steps if math.gcd(step, 2 * stack.size) == 1)
+    found = io.robust_limits(stack.reshape(-1)[::step])
     return found if found is not None and found[0] < found[1] else None
 
 
@@ -634,6 +718,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _escape(name: str) -> str:
-    """A name in which ``glob`` finds no pattern."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+def _composed(name: str) -> str:
+    """A name in one form of Unicode: macOS may have taken its letters and accents apart."""
+    return unicodedata.normalize("NFC", name)

@@ -88,7 +88,8 @@ def expand_input(
         raise ImageError("an input is empty; expected a path, a glob, a folder or sample:NAME")
     path = disk.expand_home(text)
     if stacks.is_zarr(path):
-        yield _source(path), _zarr_name(path), True
+        for image in stacks.plate_images(path) or [path]:
+            yield _source(image), _zarr_name(image), True
         return
     if path.is_dir():
         images = [p for p in _entries(path, recursive, on_error) if _is_image(p, arrays)]
@@ -99,7 +100,7 @@ def expand_input(
                 where = f"; videos are taken by name or by a glob, '{path}/*{video.suffix}'"
             raise ImageError(f"{text}: no images in this folder{where}")
         for image in images:
-            yield _source(image), image.relative_to(path), False
+            yield from _listed(image, image.relative_to(path))
     elif path.exists() or not glob.has_magic(text):
         # Missing and unknown files are reported by the reader, so that the rest is done.
         yield _source(path), Path(path.name), True
@@ -115,7 +116,16 @@ def expand_input(
         if not matches:
             raise ImageError(f"{text}: no file matches")
         for match in matches:
-            yield _source(match), match.relative_to(root), False
+            yield from _listed(match, match.relative_to(root))
+
+
+def _listed(path: Path, relative: Path) -> Iterator[tuple[str, Path, bool]]:
+    """What a folder or a glob names; of a Zarr of a plate its images."""
+    images = stacks.plate_images(path) if path.is_dir() else []
+    for image in images:
+        yield _source(image), relative.parent / _zarr_name(image), False
+    if not images:
+        yield _source(path), relative, False
 
 
 def expand_inputs(
@@ -138,11 +148,13 @@ def expand_inputs(
 
 def _zarr_name(path: Path) -> Path:
     """Name of a Zarr; of a level or array within one, that and its own."""
+    if not stacks.is_zarr(path.parent):
+        return Path(path.name)
     names = [path.name]
     while stacks.is_zarr(path.parent):
         path = path.parent
         names.insert(0, path.stem)
-    return Path("_".join(names))
+    return Path(f"{'_'.join(names)}.zarr")  # whose stem is all of it, dots included
 
 
 def _sample_name(source: str) -> str:

@@ -21,7 +21,9 @@ ALL: Region = (slice(None), slice(None))
 # What an estimate of the intensity range reads at most.
 RANGE_PLANES = 16
 RANGE_SAMPLES_PER_PLANE = 250_000
-# Of planes in chunks: pieces of a plane, of whole chunks that have about that side at least.
+# Of larger planes in chunks: pieces of a plane, of whole chunks that have about that side at least,
+# as many or a sixteenth of them.
+RANGE_WHOLE_PIXELS = 2**24
 RANGE_PIECES = 16
 RANGE_PIECE_PX = 256
 # What the images or planes of one batch hold at most, so that large ones do not fill the memory.
@@ -159,8 +161,12 @@ class Planes:
             )
         slices = [slice(None)] * (len(self.lengths) - len(chosen)) + list(chosen)
         box = [range(length)[part] for length, part in zip(self.lengths, slices, strict=True)]
-        if any(len(axis) == 0 for axis in box):
-            raise ImageError(f"planes: none of {self.lengths} along {self.walked_axes} is chosen")
+        for axis, indices, length in zip(self.walked_axes, box, self.lengths, strict=True):
+            if not len(indices):
+                raise ImageError(
+                    f"planes: none is chosen along {axis}, which has {length}, counted from 0; the "
+                    f"ranges are of {self.walked_axes}, of the last ones where there are fewer"
+                )
         return box
 
     @property
@@ -252,7 +258,7 @@ class Planes:
         """`estimate_range` that can be closed before each of the pieces that it reads.
 
         An array in chunks (dask, Zarr) is read in pieces of whole chunks, and of planes of more
-        than 16 such pieces some are read, spread over the plane.
+        than 16 megapixels a sixteenth of these is read, spread over the plane.
 
         Yields
         ------
@@ -310,9 +316,10 @@ class Planes:
             side = int(np.max(chunks[self.axes.index(axis)]))
             sides.append(side * math.ceil(RANGE_PIECE_PX / side))
         rows, columns = map(_pieces, self.plane_shape, sides, (step, step))
-        if len(rows) * len(columns) <= RANGE_PIECES:
+        n_pieces = len(rows) * len(columns)
+        if n_pieces <= RANGE_PIECES or math.prod(self.plane_shape) <= RANGE_WHOLE_PIXELS:
             return list(itertools.product(rows, columns)), []
-        n = max(4, RANGE_PIECES // n_planes)
+        n = max(4, RANGE_PIECES // n_planes, n_pieces // 16)
         step = _sampling_step(n * math.prod(sides))
         rows, columns = map(_pieces, self.plane_shape, sides, (step, step))
         # Even over the rows, and over the columns by steps of the golden ratio.

@@ -63,6 +63,12 @@ PROTOCOL = Protocol(
     iou="pooled over labelled pixels, blurred class",
     analysis="labelled pixels only",
 )
+# F is 0 of an image without anything blurred, however right its map.
+_RESULT_PROTOCOL = replace(
+    PROTOCOL,
+    f_beta="mean over images with blurred labels, binary at map > threshold",
+    analysis=f"{PROTOCOL.analysis}, F of images with blurred ones",
+)
 # Three times what MAE on real photographs rose by in the same runs, see docs/finetune.md.
 FORGOTTEN = 0.03
 # Places on the line from the base's weights (0) to as far as the number of images allows (1), see
@@ -484,14 +490,15 @@ def _score(
     detector: Detector, images: Sequence[LabelledImage], split: HeldOut, size: Size
 ) -> Scores:
     """Scores on the held-out labels, or on all where none are."""
-    scorer = BlurScorer(PROTOCOL)
+    scorer = BlurScorer(_RESULT_PROTOCOL)
     kept = split.held_out if split.how else split.training
     for image, labels in zip(images, kept, strict=True):
         labelled = labels > 0
         if labelled.any():
             blur = detector.detect(image.image, size=size, value_range=image.value_range)
             scorer.add(blur[labelled][None], (labels[labelled] == BLURRED)[None], name=image.name)
-    return scorer.result()
+    having = [score.f_beta for score in scorer.images if score.tp + score.fn]
+    return replace(scorer.result(), f_beta=float(np.mean(having)) if having else 0.0)
 
 
 def _require_space(folder: Path, n_bytes: int) -> None:

@@ -15,6 +15,7 @@ import click
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from command_line import Done
 from command_line import run as run_command
 from PIL import Image
@@ -177,7 +178,7 @@ def test_one_stack_of_several_is_composed(tmp_path: Path) -> None:
     names = [one["name"] for one in json.loads((tmp_path / "r.json").read_text())["images"]]
     assert names == [f"film.ome.tif[T=1,Z={z}]" for z in range(1, 5)]
     for arguments, message in (
-        (("--planes=7,:",), "film.ome.tif: planes: none of (2, 6) along TZ is chosen"),
+        (("--planes=7,:",), "film.ome.tif: planes: none is chosen along T, which has 2, counted"),
         (("--level=3",), "film.ome.tif: expected a level of 0 to 0, got 3"),
     ):
         done = run(*asked, "--overwrite", *arguments, cwd=tmp_path)
@@ -258,7 +259,7 @@ def test_what_is_of_stacks_or_of_files_is_refused_elsewhere(tmp_path: Path, fold
         (("--along=T",), "--along: goes with --stack"),
         (("--depth=d.tif",), "--depth: goes with --stack"),
         (("--stack", "--channels=mean"), "are of a stack's file, not of a folder"),
-        (("--stack", "--planes=7"), f"{folder}: planes: none of"),
+        (("--stack", "--planes=7"), f"{folder}: planes: none is chosen along Z"),
         (("--stack", f"--input={folder}"), "--stack takes one --input"),
     ):
         done = run(f"--input={folder}", "--method=lbp", *arguments, cwd=tmp_path)
@@ -367,10 +368,10 @@ def test_a_bad_plane_of_a_16_bit_stack_spoils_no_other(
     assert "z0.tif" in done.stderr
     assert "3 planes, 1 unreadable" in done.stdout
     assert "best plane" in done.stdout
-    # A composite needs them all: told after the answer, not instead of it.
     done = run("--input=planes", "--stack", "--method=lbp", "--composite=c.tif", cwd=tmp_path)
     assert done.returncode == 2
-    assert "best plane" in done.stdout
+    assert "composed without 1 planes that cannot be read" in done.stderr
+    assert tifffile.imread(tmp_path / "c.tif").shape == (64, 64)
 
 
 def test_complex_numbers_are_refused_in_one_line(tmp_path: Path) -> None:
@@ -680,3 +681,15 @@ def images_of(path: Path) -> dict[str, dict[str, Any]]:
 def pictures_of(path: Path) -> dict[str, str]:
     rows = path.read_text().partition('type="application/json">')[2].partition("</script>")[0]
     return {row["name"]: row["thumbnail"] for row in json.loads(rows) if row["thumbnail"]}
+
+
+def test_arrays_of_one_plane_are_images(tmp_path: Path, rng: np.random.Generator) -> None:
+    plane = rng.integers(0, 256, (60, 70), np.uint8)
+    np.save(tmp_path / "a.npy", plane)
+    zarr.save(str(tmp_path / "b.zarr"), plane[None])
+    np.save(tmp_path / "c.npy", np.stack([plane] * 20))
+    inputs = [f"--input={name}" for name in ("a.npy", "b.zarr", "c.npy")]
+    done = run(*inputs, "--method=lbp", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "c.npy: a stack; --stack checks its planes" in done.stderr
+    assert "2 images, 1 unreadable" in done.stdout

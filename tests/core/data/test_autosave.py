@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from semanticblur_core.data import autosave
 from semanticblur_core.data.autosave import Autosave, user_journals
 from semanticblur_core.data.journal import LockedError, journal_files, read_leftover, replay
 from semanticblur_core.data.store import read_store
@@ -161,6 +162,28 @@ def test_a_save_that_fails_keeps_the_journal(tmp_path: Path) -> None:
     np.testing.assert_array_equal(on_disk(tmp_path / "journal", labels.shape), labels)
     assert autosave.has_unsaved
     autosave.close()
+
+
+def test_whatever_keeps_the_journal_from_being_written_is_told_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.zeros((40, 50), np.uint8)
+    session = Autosave(tmp_path / "j", labels, name="photo")
+
+    def fail(folder: Path) -> Path:
+        raise ValueError("no number")
+
+    monkeypatch.setattr(autosave, "next_journal", fail)
+    labels[:5] = 1
+    session.poll(())
+    assert not session.flush(1)
+    assert session.error == "no number"
+    monkeypatch.undo()
+    session.poll(())
+    assert session.flush()
+    assert not session.error
+    session.close()
+    np.testing.assert_array_equal(on_disk(tmp_path / "j", labels.shape), labels)
 
 
 def test_a_journal_goes_on_where_an_earlier_one_ended(tmp_path: Path) -> None:

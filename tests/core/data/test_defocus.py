@@ -189,6 +189,13 @@ def test_about_one_in_eight_is_held_out() -> None:
     assert 0.1 < np.mean([is_held_out(f"photo{i}") for i in range(2000)]) < 0.15
 
 
+def test_names_that_are_not_utf_8_are_held_out_or_not_and_others_as_ever() -> None:
+    assert not any(is_held_out(f"IMG_{chr(code)}") for code in (0xDCFF, 0xD800))
+    # Their CRC-32 by gzip.
+    held_out = {"photo0": False, "photo7": True, "Blüte1": False, "Blüte2": True}
+    assert {name: is_held_out(name) for name in held_out} == held_out
+
+
 def test_a_radius_that_varies_blurs_nearly_as_much_as_a_uniform_one(
     rng: np.random.Generator,
 ) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,23 @@ def test_a_damaged_record_ends_the_journal(tmp_path: Path, rng: np.random.Genera
     path.write_bytes(content)
     with pytest.raises(DataError, match="not a journal"):
         read_journal(path)
+
+
+def test_zeros_end_the_journal_and_are_not_copied_for_each_record(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    n_zeros = 10_000_000
+    changes = random_changes(rng, 3)
+    path = write(tmp_path, changes)
+    with path.open("ab") as stream:  # as a power cut leaves them
+        stream.write(bytes(n_zeros))
+    tracemalloc.start()
+    journal = read_journal(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert journal.is_cut_short
+    assert len(journal.changes) == 3
+    assert peak < 1.5 * n_zeros
 
 
 def test_replaying_over_what_is_saved_already_changes_nothing(rng: np.random.Generator) -> None:
@@ -218,6 +236,22 @@ def test_a_journal_that_is_saved_while_it_is_read_is_none(
     monkeypatch.undo()
     with pytest.raises(DataError, match="not a journal"):
         journal.read_leftover(tmp_path / "photo")
+
+
+@pytest.mark.parametrize(
+    "name", ["000001 (conflicted copy).journal", "._000001.journal", "notes.journal"]
+)
+def test_what_others_leave_in_the_folder_is_no_journal(
+    tmp_path: Path, rng: np.random.Generator, name: str
+) -> None:
+    changes = random_changes(rng, 2)
+    written = [write(tmp_path, changes[:1])]
+    (tmp_path / name).write_bytes(b"something else")
+    written.append(write(tmp_path, changes[1:]))
+    assert journal_files(tmp_path) == written
+    leftover = journal.read_leftover(tmp_path)
+    assert leftover is not None
+    assert leftover.n_strokes == 2
 
 
 def test_leftovers_are_found_but_not_those_in_use(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -3,7 +3,10 @@
 import json
 import os
 import time
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from semanticblur_core.data.store import (
     read_labels,
     read_store,
 )
-from semanticblur_core.errors import DataError, SemanticBlurError
+from semanticblur_core.errors import DataError, ImageError, SemanticBlurError
 
 
 def photo(value: int = 7) -> np.ndarray:
@@ -30,6 +33,13 @@ def strokes(code: int = 1) -> np.ndarray:
     labels = np.zeros((20, 30), np.uint8)
     labels[3:6, 4:20] = code
     return labels
+
+
+def edit_index(folder: Path, name: str, said: object) -> None:
+    """Let ``dataset.json`` say that of an image."""
+    index = json.loads((folder / "dataset.json").read_text())
+    index["items"][name] = said
+    (folder / "dataset.json").write_text(json.dumps(index))
 
 
 def test_labels_and_image_come_back_as_they_went_in(tmp_path: Path) -> None:
@@ -52,6 +62,8 @@ def test_labels_and_image_come_back_as_they_went_in(tmp_path: Path) -> None:
 def test_what_is_overwritten_is_kept_up_to_twenty_times(tmp_path: Path) -> None:
     store = AnnotationStore(tmp_path, create=True)
     store.write("a.b", strokes(), image=photo())
+    (tmp_path / "previous").mkdir()
+    (tmp_path / "previous" / "a.b.copy.png").touch()  # somebody else's
     assert store.previous("a.b") == []
     for i in range(25):
         labels = strokes()
@@ -192,7 +204,7 @@ def test_another_image_of_the_same_name_is_refused(tmp_path: Path) -> None:
         store.write("b", strokes())
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a:b"])
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a:b", "a\0b"])
 def test_names_that_leave_the_store_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="not a name"):
         AnnotationStore(tmp_path, create=True).write(name, strokes(), image=photo())
@@ -227,6 +239,98 @@ def test_an_image_with_nan_is_known_again(tmp_path: Path) -> None:
     image[0, 0] += 1
     with pytest.raises(OtherImageError, match="another image of that name"):
         store.write("a", strokes(), image=image)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_an_image_with_alpha_is_known_again(tmp_path: Path, dtype: type) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    image = np.dstack([photo(), np.full((20, 30), 200, np.uint8)]).astype(dtype)
+    for code in (1, 2):
+        store.write("a", strokes(code), image=image, axes="YXS")
+    [plane] = read_store(tmp_path)
+    np.testing.assert_array_equal(plane.image, photo())
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "labelled"),
+    [
+        ((20, 30), "YX", (5, 5)),
+        ((20, 30, 3), "YXS", (30, 20)),
+        ((4, 20, 30), "ZYX", (20, 30)),
+        ((4, 20, 30, 3), "ZYXS", (3, 20, 30)),
+        ((2, 20, 30), "CYX", (20, 30)),
+    ],
+)
+@pytest.mark.parametrize("says_axes", [False, True])
+def test_labels_that_do_not_fit_the_image_are_refused(
+    tmp_path: Path,
+    shape: tuple[int, ...],
+    axes: str,
+    labelled: tuple[int, ...],
+    says_axes: bool,
+) -> None:
+    image, said = np.zeros(shape, np.uint8), axes if says_axes else None
+    np.save(tmp_path / "a.npy", image)
+    store = AnnotationStore(tmp_path / "S", create=True)
+    for given in (image, tmp_path / "a.npy"):
+        with pytest.raises(DataError, match=r"a: labels of shape .* for an image of"):
+            store.write("a", np.ones(labelled, np.uint8), image=given, axes=said)
+    assert store.image_of("a") is None
+    fitting = np.ones(shape[:-1] if "S" in axes else shape, np.uint8)
+    store.write("a", fitting, image=image, axes=said)
+    with pytest.raises(DataError, match=r"a: labels of shape .* for an image of"):
+        store.write("a", np.ones(labelled, np.uint8))
+    assert {plane.labels.shape for plane in read_store(store.folder)} == {(20, 30)}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".npy"])
+def test_an_image_that_is_not_there_is_named(tmp_path: Path, suffix: str) -> None:
+    store = AnnotationStore(tmp_path / "S", create=True)
+    with pytest.raises(ImageError, match=rf"x{suffix}: no such file"):
+        store.write("m", strokes(), image=tmp_path / f"x{suffix}")
+
+
+def test_of_two_images_of_a_name_all_take_the_same(tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    store.write("a", strokes(), image=photo())
+    tifffile.imwrite(tmp_path / "images" / "a.tif", photo(9), photometric="rgb")
+    [item] = store.items()
+    assert item.image == store.image_of("a") == tmp_path / "images" / "a.png"
+
+
+def test_labels_are_not_said_to_be_of_a_journal_when_a_write_ends_halfway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    store.write("a", strokes(), image=photo(), painted_in="j", split="val")
+    write_index = store._write_index
+
+    def full(index: dict[str, Any]) -> None:
+        if (store.labels_of("a") == 2).any():
+            raise ImageError("full")
+        write_index(index)
+
+    monkeypatch.setattr(store, "_write_index", full)
+    with pytest.raises(ImageError):
+        store.write("a", strokes(2))
+    assert store.painted_in("a") is None
+    assert store.split_of("a") == "val"
+
+
+@pytest.mark.parametrize("side", [2048, 2049])
+def test_the_range_of_a_stack_is_of_all_columns_and_colours_of_a_pattern(
+    tmp_path: Path, side: int
+) -> None:
+    """Stripes where the width is even, a checkerboard where it is odd."""
+    values = np.arange(2 * side**2, dtype=np.uint32) % 2 * 10_000
+    stack = values.astype(np.uint16).reshape(2, side, side)
+    np.save(tmp_path / "z.npy", stack)
+    labels = np.zeros(stack.shape, np.uint8)
+    labels[0, 0] = 1
+    store = AnnotationStore(tmp_path / "S", create=True)
+    store.write("z", labels, image=tmp_path / "z.npy", axes="ZYX")
+    [plane] = read_store(store.folder)
+    assert plane.value_range == (0, 10_000)
 
 
 def test_an_image_is_held_out_and_no_longer(tmp_path: Path) -> None:
@@ -266,14 +370,61 @@ def test_the_same_image_under_two_names_is_told(tmp_path: Path) -> None:
     assert "b.png: the same image as a; keep the labels of one" in problem
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 9, "items": {}}'])
-def test_a_damaged_index_is_one_clear_line(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "damaged"),
+        ("[]", "damaged"),
+        ('{"format_version": 9, "items": {}}', "a store of format version 9"),
+        ('{"format_version": 1, "items": []}', "items: expected a mapping, got list"),
+    ],
+)
+def test_a_damaged_index_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
     store = AnnotationStore(tmp_path, create=True)
     store.write("a", strokes(), image=photo())
     (tmp_path / "dataset.json").write_text(text)
-    with pytest.raises(DataError, match=r"dataset\.json: ") as caught:
+    with pytest.raises(DataError, match=rf"dataset\.json: {message}") as caught:
         store.items()
     assert "\n" not in str(caught.value)
+
+
+def test_an_index_that_was_edited_on_windows_is_read(tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    store.write("a", strokes(), image=photo(), split="val")
+    path = tmp_path / "dataset.json"
+    path.write_text(path.read_text(), "utf-8-sig")
+    assert store.split_of("a") == "val"
+
+
+COMPOSED, APART = (unicodedata.normalize(form, "Blüte 1") for form in ("NFC", "NFD"))
+
+
+def test_an_image_stays_held_out_where_a_system_spells_its_name_otherwise(tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    for code in (1, 2):
+        store.write(COMPOSED, strokes(code), image=photo(), split="val", painted_in="j")
+    for path in [path for path in tmp_path.glob("*/*") if COMPOSED in path.name]:
+        path.rename(path.with_name(unicodedata.normalize("NFD", path.name)))
+    [item] = store.items()
+    assert (item.split, item.painted_in) == ("val", "j")
+    assert store.has_labels_of(item.image)
+    for name in (COMPOSED, APART):
+        assert (store.split_of(name), store.painted_in(name)) == ("val", "j")
+        np.testing.assert_array_equal(store.labels_of(name), strokes(2))
+    for name, code in ((APART, 1), (COMPOSED, 2)):
+        store.write(name, strokes(code), image=photo())
+        [image] = read_store(tmp_path)
+        assert image.split == "val"
+        np.testing.assert_array_equal(image.labels, strokes(code))
+    assert [len(store.previous(name)) for name in (COMPOSED, APART)] == [3, 3]
+    assert list(json.loads((tmp_path / "dataset.json").read_text())["items"]) == [COMPOSED]
+
+
+def test_of_a_name_in_two_spellings_the_mark_counts(tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    store.write(COMPOSED, strokes(), image=photo())
+    edit_index(tmp_path, APART, {"split": "val"})
+    assert [image.split for image in read_store(tmp_path)] == ["val"]
 
 
 def test_an_empty_or_missing_store_is_refused(tmp_path: Path) -> None:
@@ -282,6 +433,8 @@ def test_an_empty_or_missing_store_is_refused(tmp_path: Path) -> None:
     AnnotationStore(tmp_path / "S", create=True)
     with pytest.raises(DataError, match="nothing in it is labelled yet"):
         read_store(tmp_path / "S")
+    with pytest.raises(DataError, match="cannot be made: "):
+        AnnotationStore(tmp_path / "a\0b", create=True)
 
 
 def test_an_old_tiff_stack_with_few_columns_is_not_taken_for_colour(tmp_path: Path) -> None:
@@ -300,6 +453,8 @@ def test_an_old_tiff_stack_with_few_columns_is_not_taken_for_colour(tmp_path: Pa
         ({"split": "validation"}, "split: expected train or val, got 'validation'"),
         ({"split": ["val"]}, "split: expected train or val"),
         ({"plane": 3}, "plane: expected a list of whole numbers, got 3"),
+        ({"axes": 5}, "axes: expected text, got 5"),
+        ({"painted_in": ["j"]}, "painted_in: expected text"),
         (None, "expected a mapping, got None"),
     ],
 )
@@ -309,11 +464,17 @@ def test_what_the_json_says_of_an_item_is_checked(
     store = AnnotationStore(tmp_path, create=True)
     for name in ("a", "b"):
         store.write(name, strokes(), image=photo())
-    index = json.loads((tmp_path / "dataset.json").read_text())
-    index["items"]["a"] = said
-    (tmp_path / "dataset.json").write_text(json.dumps(index))
-    with pytest.raises(DataError, match=message):
-        read_store(tmp_path)
+    edit_index(tmp_path, "a", said)
+    calls: list[Callable[[], object]] = [
+        lambda: read_store(tmp_path),
+        lambda: store.split_of("a"),
+        lambda: store.painted_in("a"),
+        lambda: store.set_split("a", "val"),
+        lambda: store.write("a", strokes()),
+    ]
+    for call in calls:
+        with pytest.raises(DataError, match=rf"dataset\.json: a: {message}"):
+            call()
     rows, problems = check_store(tmp_path)
     assert [row["name"] for row in rows] == ["b"]
     assert len(problems) == 1
@@ -355,3 +516,20 @@ def test_labels_in_colour_are_no_stack(tmp_path: Path) -> None:
         DataError, match=r"a\.png: a colour picture of 20 x 30 px; labels are saved"
     ):
         read_store(tmp_path)
+
+
+def test_a_wrong_value_in_labels_is_told_of_and_makes_no_masks_of_them(tmp_path: Path) -> None:
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    wrong = np.ones((8, 9), np.uint8)
+    for value in (3, 128, 255):
+        wrong[0] = value
+        Image.fromarray(wrong).save(tmp_path / "labels" / "b0.png")
+        Image.fromarray(wrong).save(tmp_path / "images" / "b0.png")
+        assert is_store(tmp_path)
+        with pytest.raises(DataError, match=rf"b0\.png.*{value}"):
+            read_store(tmp_path)
+    Image.fromarray(np.full((8, 9), 255, np.uint8)).save(tmp_path / "labels" / "b0.png")
+    assert not is_store(tmp_path)
+    Image.fromarray(wrong > 1).save(tmp_path / "labels" / "b0.png")
+    assert not is_store(tmp_path)

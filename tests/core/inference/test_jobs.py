@@ -3,7 +3,7 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -76,14 +76,36 @@ def test_folders_and_globs_give_zarr_and_npy_too(arrays: Path) -> None:
 
 
 def test_levels_are_named_after_the_zarr_that_they_are_of(tmp_path: Path) -> None:
-    for name in ("a", "b"):
+    names = ("a", "b.ome")
+    for name in names:
         group = zarr.open_group(str(tmp_path / f"{name}.zarr"), mode="w")
         group.create_group("labels").create_array("1", data=np.zeros((40, 50), np.uint8))
         group.create_array("1", data=np.zeros((40, 50), np.uint8))
-    inputs = [f"{tmp_path}/{name}.zarr/{level}" for name in "ab" for level in ("1", "labels/1")]
+    inputs = [f"{tmp_path}/{name}.zarr/{level}" for name in names for level in ("1", "labels/1")]
     jobs, _ = find_jobs(inputs, tmp_path / "out")
-    assert stems(jobs) == ["a_1", "a_labels_1", "b_1", "b_labels_1"]
+    expected = ["a_1", "a_labels_1", "b.ome_1", "b.ome_labels_1"]
+    assert stems(jobs) == expected
     assert not any(job.refusal for job in jobs)
+    # Whatever else is named.
+    assert [find_jobs([text], tmp_path / "out")[0][0].output_stem for text in inputs] == expected
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_a_plate_is_its_fields(tmp_path: Path, zarr_format: Literal[2, 3]) -> None:
+    plate = zarr.open_group(str(tmp_path / "in" / "p.ome.zarr"), mode="w", zarr_format=zarr_format)
+
+    def describe(group: zarr.Group, **attributes: Any) -> None:
+        group.attrs.update({"ome": attributes} if zarr_format == 3 else attributes)
+
+    describe(plate, plate={"wells": [{"path": "A/1"}, {"path": "B/2"}, {"path": "lost"}]})
+    for well in ("A/1", "B/2"):
+        group = plate.create_group(well)
+        describe(group, well={"images": [{"path": "0"}, {"path": "1"}]})
+        for field in "01":
+            group.create_array(field, data=np.zeros((40, 50), np.uint8))
+    for text in ("in/p.ome.zarr", "in", "in/*.zarr"):
+        jobs, _ = find_jobs([str(tmp_path / text)], tmp_path / "out")
+        assert stems(jobs) == [f"p.ome_{well}_{field}" for well in ("A_1", "B_2") for field in "01"]
 
 
 def test_earlier_results_that_are_zarr_and_npy_are_not_taken_as_input(

@@ -460,3 +460,14 @@ def test_photographs_are_there_for_any_size() -> None:
 def test_float16_is_refused(small_model: str) -> None:
     with pytest.raises(ConfigError, match="float16"):
         run(small_model, precision="float16")
+
+
+def test_an_image_without_blur_does_not_count_for_f(small_model: str) -> None:
+    images = noise_and_smooth(4)
+    images[2] = dataclasses.replace(images[2], split="val")
+    sharp = np.where(images[3].labels == 1, np.uint8(1), np.uint8(0))
+    images[3] = dataclasses.replace(images[3], labels=sharp, split="val")
+    both = result_of(run(small_model, images=images)).before
+    alone = result_of(run(small_model, images=images[:3])).before
+    assert both.f_beta == pytest.approx(alone.f_beta)
+    assert both.n_images == 2
