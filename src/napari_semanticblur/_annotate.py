@@ -251,7 +251,13 @@ class AnnotateWidget(Dock):
         return [FROM_FILE, *(layer for layer in layers if isinstance(layer, Labels))]
 
     def _offers(self, _: Any) -> list[tuple[str, int]]:
-        return [(offer(leftover), i) for i, (leftover, _) in enumerate(self._found)]
+        # Of equal texts a combo box knows the last one only.
+        texts = [offer(leftover) for leftover, _ in self._found]
+        numbers = [texts[: i + 1].count(text) for i, text in enumerate(texts)]
+        return [
+            (f"{text} ({number})" if texts.count(text) > 1 else text, i)
+            for i, (text, number) in enumerate(zip(texts, numbers, strict=True))
+        ]
 
     @property
     def current(self) -> Annotation | None:
@@ -305,6 +311,9 @@ class AnnotateWidget(Dock):
             raise SemanticBlurError("Open an image first.")
         annotation = self._annotation_of(image)
         if annotation is None:
+            adopting = (each for each in self._annotations if each.adopt(image))
+            annotation = next(adopting, None)
+        if annotation is None:
             path = self._paths.get(image)
             annotation = self._begin(Annotation(self.viewer, image, store=self._store, path=path))
         self.viewer.layers.selection.active = annotation.layer
@@ -338,6 +347,7 @@ class AnnotateWidget(Dock):
             If none is chosen.
         """
         annotation = self.require()
+        any(annotation.adopt(image) for image in self._images(None))
         n_added = 0
         if annotation.store is None and self._store is not None:
             n_added = annotation.move_to(self._store)
@@ -739,6 +749,7 @@ class AnnotateWidget(Dock):
         for annotation in self._annotations:
             if annotation.layer is removed:
                 self._annotations.remove(annotation)
+                self._tools.detach(annotation)
                 annotation.close()
                 self._closing.append(annotation)
                 self._timer.start(SOON_MS)

@@ -118,6 +118,8 @@ class Annotation:
         self.viewer, self.image = viewer, image
         self.source = None if image is None else annotated_level(image)
         self.fingerprint = None if self.source is None else fingerprint(self.source)
+        if leftover is not None and self.fingerprint is None:
+            self.fingerprint = leftover.facts.get("fingerprint")
         self.polarity: Literal["blur", "sharp"] | None = None
         name = leftover.name if leftover else self._item_name(path)
         self.path = path or (layer_path(image) if image is not None else None)
@@ -248,6 +250,17 @@ class Annotation:
         now = self.layer.data
         set_all(self.layer, np.where(now == recovered, before, now))
         self._recovered = None
+
+    def adopt(self, image: Image) -> bool:
+        """Take the image of a layer that was restored without; whether it was painted on that."""
+        if self.image is not None:
+            return False
+        source = annotated_level(image)
+        if labels_shape(source) != self.layer.data.shape or fingerprint(source) != self.fingerprint:
+            return False
+        self.image, self.source = image, source
+        self._write_record()
+        return True
 
     def hold_out(self, on: bool) -> None:
         """Keep the image out of fine-tuning, to judge by; the store is told in the background.

@@ -142,6 +142,7 @@ class DetectWidget(Dock):
         self.native.destroyed.connect(self._closed)
         self.on_taken_out(self._closed)
         self._followed: Image | None = None
+        self._viewer.layers.events.removed.connect(self._layer_removed)
         self._viewer.dims.events.axis_labels.connect(self._update_choices)
         self._layer_chosen(self.layer.value)
         if chosen.size not in _SIZES and not chosen.size.isdecimal():
@@ -280,6 +281,11 @@ class DetectWidget(Dock):
             if pixels is not None:
                 with self.threshold.changed.blocked():
                     self.threshold.value = pixels.threshold
+
+    def _layer_removed(self, event: Any) -> None:
+        """The last image is gone without another being chosen."""
+        if self._followed is unwrapped(event.value):
+            self._follow(None)
 
     def _follow(self, layer: Image | None) -> None:
         """Hear of other data and other names of axes of the layer that is chosen."""

@@ -604,6 +604,8 @@ def _box(planes: Planes, settings: Settings, shown: Sequence[int]) -> tuple[rang
     if settings.scope == "range" and box:
         along = range_axis(planes.walked_axes)
         first, last, length = settings.first, settings.last, planes.lengths[along]
+        if first > last:
+            raise ImageError(f"planes {first} to {last}: the first is above the last")
         if not 0 <= first <= last < length:
             raise ImageError(
                 f"planes {first} to {last}: expected a range within 0 to {length - 1} along "

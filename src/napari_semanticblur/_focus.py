@@ -142,6 +142,8 @@ class FocusWidget(Dock):
         self._refresh_timer = timer(self.native, self._refresh, _REFRESH_MS, is_single=True)
         self.layer.changed.connect(self._layer_chosen)
         self.method.changed.connect(self._show_what_applies)
+        for control in (self.method, self.model, self.region, self.tile_size_px):
+            control.changed.connect(self._guarded(self._measuring_chosen))
         for control in (self.score, self.gate):
             control.changed.connect(self._score_chosen)
         self.limit.changed.connect(self._limit_moved)
@@ -594,6 +596,26 @@ class FocusWidget(Dock):
 
     def _limit_moved(self) -> None:
         self._limit_for = self.score_name
+        self._refresh_soon()
+
+    def _measuring_chosen(self) -> None:
+        """Show what was measured as is chosen now, or tell that what is shown was not."""
+        if self._is_closed or self.is_running:
+            return
+        settings, others = self.settings, []
+        for layer in self._images(None):
+            session = self.session(layer)
+            if session is None or not session.images:
+                continue
+            before = self._sessions.settings(session)
+            chosen = self._sessions.switch(layer, session.channels, settings)
+            if not chosen and before.key != settings.key:
+                others.append(before.said)
+        if others:
+            said = ", ".join(f"{name} {value}" for name, value in others[0].items())
+            self._say(f"What is shown was measured with {said}: check anew for what is chosen now.")
+        elif len(self._sessions):
+            self._say("")
         self._refresh_soon()
 
     def _plane_chosen(self, position: int) -> None:

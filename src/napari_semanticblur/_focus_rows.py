@@ -55,15 +55,16 @@ class PlaneRows:
         if (tuple(gates), headers) != (self._gates, self.headers):
             self._gates, self.headers = tuple(gates), headers
             self._made.clear()
-        rows = []
+        made = {}
         for layer, session in sessions:
             for index, image in list(session.images.items()):
                 key = (id(layer), index)
                 known = self._made.get(key)
                 if known is None or known[0] is not image or known[1].cells[0] != layer.name:
-                    known = self._made[key] = image, self._row(layer, session, index, image)
-                rows.append(known[1])
-        return rows
+                    known = image, self._row(layer, session, index, image)
+                made[key] = known
+        self._made = made  # nothing of layers that are gone
+        return [row for _, row in made.values()]
 
     def _row(
         self, layer: Any, session: ArrayFocus, index: tuple[int, ...], image: ImageFocus

@@ -28,6 +28,9 @@ class Sessions:
     def __contains__(self, layer: Any) -> bool:
         return layer in self._shown
 
+    def __len__(self) -> int:
+        return len(self._shown)
+
     def __iter__(self) -> Iterator[ArrayFocus]:
         """Those that are shown."""
         return iter(list(self._shown.values()))
@@ -49,6 +52,14 @@ class Sessions:
         self._shown[layer] = session
         self._settings[session] = settings
         return session
+
+    def switch(self, layer: Any, channels: Channels, settings: Settings) -> bool:
+        """Show what was measured on a layer with these settings before, if anything was."""
+        session = self._kept.get(layer, {}).get((channels, settings.key))
+        if session is None or not session.images:
+            return False
+        self._shown[layer] = session
+        return True
 
     def settings(self, session: ArrayFocus) -> Settings:
         """What a session was measured with."""

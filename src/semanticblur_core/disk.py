@@ -251,6 +251,8 @@ def unreadable(path: Path, error: Exception) -> ImageError:
     reason = text.splitlines()[0] if text else ""
     if isinstance(error, MemoryError):
         return ImageError(f"{path}: out of memory")
+    if "allow_pickle" in reason:  # numpy's advice is not to be followed
+        reason = "not a file of numbers in numpy's format"
     if not isinstance(error, (OSError, ValueError, RuntimeError, SyntaxError)) or not reason:
         # Of others the text alone, such as the key that lacks, says nothing.
         reason = ": ".join(part for part in (type(error).__name__, reason) if part)

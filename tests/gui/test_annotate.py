@@ -1,6 +1,7 @@
 """The annotate widget in a real viewer, driven as a person would."""
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -1182,3 +1184,66 @@ def test_a_file_that_cannot_be_read_does_not_stand_in_the_way(
     assert widget.current.image.name == "photo1"
     assert "left out" in widget.status.value
     assert "photo0a.png" in widget.status.value
+
+
+def test_leftovers_of_the_same_words_can_be_told_apart(viewer: Any, open_widget: Any) -> None:
+    widget = open_widget()
+    for seed in (1, 2):
+        pixels = np.random.default_rng(seed).integers(0, 256, (60, 80), np.uint8)
+        image = viewer.add_image(pixels, name="photo")
+        widget.layer.value = image
+        widget.annotate()
+        stroke(widget.current.layer, (20, 20), (20, 60), 1)
+        journaled(widget)
+        for layer in (widget.current.layer, image):
+            viewer.layers.remove(layer)
+    texts = [text for text, _ in widget._offers(None)]
+    assert len(set(texts)) == len(texts) == len(widget.found.choices) == 2
+    again = open_widget()
+    assert len(again.found.choices) == 2
+    again.ask = lambda _: True
+    for _ in range(2):
+        again.discard()
+    assert not again.found.visible
+
+
+def test_what_was_annotated_is_let_go_with_its_layers(
+    qtbot: Any, viewer: Any, widget: Any, folder: Path
+) -> None:
+    widget.folder.value = folder
+    qtbot.waitUntil(lambda: widget.current is not None, timeout=10_000)
+    gone = [weakref.ref(widget.current), weakref.ref(widget.current.image)]
+    stroke(widget.current.layer, (5, 5), (5, 20), 1)
+    widget.step(1)
+    qtbot.waitUntil(lambda: not widget._closing, timeout=10_000)
+
+    def is_gone() -> bool:
+        gc.collect()
+        return all(each() is None for each in gone)
+
+    qtbot.waitUntil(is_gone, timeout=10_000)
+
+
+def test_strokes_that_came_back_alone_take_their_image_when_it_is_opened(
+    qtbot: Any, viewer: Any, open_widget: Any, tmp_path: Path
+) -> None:
+    image = viewer.add_image(photo(), rgb=True, name="photo")
+    widget = open_widget()
+    widget.annotate()
+    stroke(widget.current.layer, (20, 20), (20, 80), 1)
+    journaled(widget)
+    for layer in (widget.current.layer, image):
+        viewer.layers.remove(layer)
+    widget.restore_button.native.click()
+    restored = widget.current
+    assert restored.image is None
+    other = viewer.add_image(photo(90, 121), rgb=True, name="another")
+    assert not restored.adopt(other)
+    image = viewer.add_image(photo(), rgb=True, name="photo")
+    widget.layer.value = image
+    widget.annotate()
+    assert widget.current is restored
+    assert (restored.image, restored.is_read_only) == (image, False)
+    widget.store.value = tmp_path / "store"
+    saved(qtbot, widget)
+    assert AnnotationStore(tmp_path / "store").image_of(restored.name) is not None

@@ -641,3 +641,33 @@ assert "torch" not in sys.modules, "checked"
 viewer.close()
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_what_is_shown_is_as_measured_with_what_is_chosen_or_that_is_told(
+    qtbot: Any, viewer: Any, widget: Any
+) -> None:
+    viewer.add_image(stack(n_planes=3), name="s")
+    check(qtbot, widget)
+    widget.region.value = _focus.CONTENT
+    assert "measured with method classical" in widget.status.value
+    widget.planes.value = _focus.CURRENT
+    check(qtbot, widget)
+    assert len(widget.table.rows) == 1
+    widget.region.value = _focus.EVERYWHERE
+    wait(qtbot, widget)
+    assert (len(widget.table.rows), widget.status.value) == (3, "")
+
+
+def test_a_layer_that_is_gone_is_let_go(qtbot: Any, viewer: Any, widget: Any) -> None:
+    layer = viewer.add_image(stack(n_planes=2), name="s")
+    check(qtbot, widget)
+    gone = weakref.ref(layer)
+    viewer.layers.remove(layer)
+    del layer
+    wait(qtbot, widget)
+
+    def is_gone() -> bool:
+        gc.collect()
+        return gone() is None
+
+    qtbot.waitUntil(is_gone, timeout=10_000)
