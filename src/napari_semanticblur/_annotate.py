@@ -311,12 +311,18 @@ class AnnotateWidget(Dock):
             raise SemanticBlurError("Open an image first.")
         annotation = self._annotation_of(image)
         if annotation is None:
-            adopting = (each for each in self._annotations if each.adopt(image))
-            annotation = next(adopting, None)
+            annotation = self._restored_on(image)
         if annotation is None:
             path = self._paths.get(image)
             annotation = self._begin(Annotation(self.viewer, image, store=self._store, path=path))
         self.viewer.layers.selection.active = annotation.layer
+
+    def _restored_on(self, image: Image) -> Annotation | None:
+        """What was restored without its image, if this is that."""
+        for annotation in self._annotations:
+            if annotation.adopt(image):
+                return annotation
+        return None
 
     def _begin(self, annotation: Annotation) -> Annotation:
         self._annotations.append(annotation)
@@ -347,7 +353,9 @@ class AnnotateWidget(Dock):
             If none is chosen.
         """
         annotation = self.require()
-        any(annotation.adopt(image) for image in self._images(None))
+        for image in self._images(None):
+            if self._annotation_of(image) is None and annotation.adopt(image):
+                break
         n_added = 0
         if annotation.store is None and self._store is not None:
             n_added = annotation.move_to(self._store)

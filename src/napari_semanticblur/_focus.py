@@ -70,6 +70,7 @@ PLANES, TILES = "layers and planes", "tiles of the plane shown"
 # A level of a multiscale layer is measured that has about the pixels of a photograph.
 LEVEL_SIDE_PX = 1024
 _REFRESH_MS = 200
+_SHOWN = "What is shown was measured with"
 
 
 class FocusWidget(Dock):
@@ -608,13 +609,16 @@ class FocusWidget(Dock):
             if session is None or not session.images:
                 continue
             before = self._sessions.settings(session)
-            chosen = self._sessions.switch(layer, session.channels, settings)
-            if not chosen and before.key != settings.key:
+            if before.key == settings.key:
+                continue
+            # Labels may have been painted on since.
+            known = settings.labels is None
+            if not (known and self._sessions.switch(layer, session.channels, settings)):
                 others.append(before.said)
         if others:
             said = ", ".join(f"{name} {value}" for name, value in others[0].items())
-            self._say(f"What is shown was measured with {said}: check anew for what is chosen now.")
-        elif len(self._sessions):
+            self._say(f"{_SHOWN} {said}: check again for what is chosen now.")
+        elif self.status.value.startswith(_SHOWN):
             self._say("")
         self._refresh_soon()
 

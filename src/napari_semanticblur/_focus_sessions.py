@@ -28,9 +28,6 @@ class Sessions:
     def __contains__(self, layer: Any) -> bool:
         return layer in self._shown
 
-    def __len__(self) -> int:
-        return len(self._shown)
-
     def __iter__(self) -> Iterator[ArrayFocus]:
         """Those that are shown."""
         return iter(list(self._shown.values()))
@@ -58,7 +55,7 @@ class Sessions:
         session = self._kept.get(layer, {}).get((channels, settings.key))
         if session is None or not session.images:
             return False
-        self._shown[layer] = session
+        self.show(layer, channels, settings)
         return True
 
     def settings(self, session: ArrayFocus) -> Settings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -66,7 +67,8 @@ class _Config:
         """Refuse values of another type than the default's; whole numbers are numbers, too."""
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value, kind = getattr(self, field.name), type(field.default)
-            fits = isinstance(value, (int, float) if kind is float else kind)
+            kinds = {float: numbers.Real, int: numbers.Integral}  # numpy's, too
+            fits = isinstance(value, kinds.get(kind, kind))
             if not fits or (isinstance(value, bool) and kind is not bool):
                 wanted = {bool: "true or false", int: "a whole number", float: "a number"}
                 raise ConfigError(

@@ -179,11 +179,12 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         with held(temporary):
             yield temporary
-            with suppress(OSError):  # there is none yet
-                shutil.copymode(target, temporary)
         if durable:
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
+        if os.name == "posix":  # elsewhere what is read-only cannot be replaced
+            with suppress(OSError):  # there is none yet
+                shutil.copymode(target, temporary)
         temporary.replace(target)
         if durable:
             sync_folder(target.parent)

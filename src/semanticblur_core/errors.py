@@ -1,7 +1,6 @@
 """Errors whose message is for the person: which file or setting, what is wrong, what would do."""
 
 import logging
-import warnings
 
 
 class SemanticBlurError(Exception):
@@ -29,10 +28,9 @@ class TrainingError(SemanticBlurError):
 
 
 def quieten_readers() -> None:
-    """Let the libraries that read images say nothing in this process beside what they raise.
+    """Let the libraries that read images log nothing in this process beside what they raise.
 
     For programs, which tell of that in a line of their own; the library leaves it as it is.
     """
     for library in ("tifffile", "PIL"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", module=r"PIL\b")

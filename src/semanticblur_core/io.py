@@ -453,7 +453,7 @@ def open_tiff(path: Path) -> Iterator[Any]:
     try:
         opened = tifffile.TiffFile(path)
     except tifffile.TiffFileError:
-        if kind := _pillow_format(path):
+        if (kind := _pillow_format(path)) not in (None, "TIFF"):
             raise ImageError(
                 f"{path}: is {kind} and no TIFF, whatever its name; rename it"
             ) from None

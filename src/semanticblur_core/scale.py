@@ -86,6 +86,8 @@ class Scale:
         for known in (steps, unnamed):
             for axis in known.keys() & chosen.keys():
                 origin[axis] = origin.get(axis, 0.0) + chosen[axis][0] * known[axis]
+                if chosen[axis].step < 0:  # a step is above 0, so their places cannot be told
+                    del origin[axis]
                 known[axis] *= abs(chosen[axis].step)
         if names and "C" in chosen:
             names = tuple(names[i] for i in chosen["C"])
@@ -127,9 +129,10 @@ def of_tiff(tiff: Any) -> Scale:
     with suppress(ElementTree.ParseError, ValueError, TypeError):  # that spoils no image
         root = ElementTree.fromstring(tiff.ome_metadata or "<OME/>")
         pixels = next((e for e in root.iter() if e.tag.endswith("Pixels")), None)
-        steps = _stated_pixel_size(tiff, pixels)
-        with suppress(ValueError, TypeError):
-            steps |= _stated_time_step(tiff, pixels)
+        steps: dict[str, float] = {}
+        for stated in (_stated_pixel_size, _stated_time_step):
+            with suppress(ValueError, TypeError):
+                steps |= stated(tiff, pixels)
         origin: dict[str, float] = {}
         names: tuple[str, ...] = ()
         if pixels is not None:
@@ -181,7 +184,7 @@ def of_ngff(
             elif step != 1 or place:
                 unnamed[letter], origin[letter] = step, place
     with suppress(TypeError, KeyError, AttributeError):
-        channels = tuple(str(each.get("label", "")) for each in (omero or {})["channels"])
+        channels = tuple(str(each.get("label") or "") for each in (omero or {})["channels"])
     return axes, _of_steps(steps, origin, channels if any(channels) else (), unnamed)
 
 

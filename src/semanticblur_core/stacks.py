@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
+from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,16 +45,6 @@ class Stack:
     array: Any
     axes: str
     scale: Scale = field(default_factory=Scale)
-
-    @property
-    def pixel_size_um(self) -> Mapping[str, float]:
-        """Micrometres a step along an axis, for those axes where the file says."""
-        return self.scale.pixel_size_um
-
-    @property
-    def time_step_s(self) -> float | None:
-        """Seconds a step along T, where the file says."""
-        return self.scale.time_step_s
 
 
 @contextmanager
@@ -117,15 +108,39 @@ def is_zarr(path: Path) -> bool:
 
 
 def plate_images(path: Path) -> list[Path]:
-    """The fields of a plate in OME-Zarr, well by well; none of anything else."""
-    images = []
-    with suppress(OSError, ValueError, TypeError, LookupError, AttributeError):  # no plate, damaged
-        for well in _stored_attributes(path)["plate"]["wells"]:
-            folder = path / well["path"]
-            with suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
-                fields = _stored_attributes(folder)["well"]["images"]
-                images += [folder / str(field["path"]) for field in fields]
+    """The fields of a plate in OME-Zarr, well by well; none of anything else.
+
+    A well that cannot be read stands for its fields, so that its reader tells of it.
+    """
+    images: list[Path] = []
+    damaged = (OSError, ValueError, TypeError, LookupError, AttributeError)
+    try:
+        wells = [path / str(well["path"]) for well in _stored_attributes(path)["plate"]["wells"]]
+    except damaged:  # no plate, or none that can be read
+        return []
+    for folder in wells:
+        try:
+            fields = [str(field["path"]) for field in _stored_attributes(folder)["well"]["images"]]
+        except damaged:
+            images.append(folder)
+        else:
+            images += [folder / field for field in fields]
     return images
+
+
+def first_file(path: Path) -> Path | None:
+    """The file that an OME-TIFF in several files begins in, by its name, if that is another."""
+    if not path.name.lower().endswith((".ome.tif", ".ome.tiff")):
+        return None
+    with suppress(Exception), io.open_tiff(path) as tiff:  # what is damaged its reader tells
+        root = ElementTree.fromstring(tiff.ome_metadata or "<OME/>")
+        begins = []
+        for data in (e for e in root.iter() if e.tag.endswith("}TiffData")):
+            place = tuple(int(data.get(f"First{axis}", 0)) for axis in "TCZ")
+            begins += [(place, e.get("FileName")) for e in data if e.tag.endswith("}UUID")]
+        name = min(begins)[1] if begins else None
+        return path.with_name(name) if name and name != path.name else None
+    return None
 
 
 def _stored_attributes(path: Path) -> dict[str, Any]:
@@ -420,8 +435,8 @@ def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, 
     begun_by = path if first is None else Path(first.parent.filehandle.path)
     if begun_by.name != path.name:
         raise ImageError(
-            f"{path}: a later file of the image that begins in {path.with_name(begun_by.name)}; "
-            "name that one, whose map is of all of them"
+            f"{path}: one of several files of the image that begins in "
+            f"{path.with_name(begun_by.name)}; name that one, which stands for all of them"
         )
     if not 0 <= level < len(series.levels):
         raise ImageError(f"{path}: expected a level of 0 to {len(series.levels) - 1}, got {level}")

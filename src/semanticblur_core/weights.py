@@ -116,13 +116,13 @@ def next_version(name: str) -> Path:
             f"model {name}: looks like a file; a file of weights ends in .safetensors, a name of a "
             f"model not in {Path(name).suffix}"
         )
-    for other in own_models():
-        if other != name and other.casefold() == name.casefold():
+    versions = model_versions(name)
+    for other in () if versions else own_models():
+        if other.casefold() == name.casefold():
             raise WeightsError(
                 f"model {name}: there is one called {other}, the same name to some disks; take "
                 "another name, or that"
             )
-    versions = model_versions(name)
     number = _version(versions[-1]) + 1 if versions else 1
     return models_folder() / f"{name}@{number}.safetensors"
 

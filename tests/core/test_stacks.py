@@ -15,6 +15,7 @@ import zarr
 
 from semanticblur_core import disk, io, stacks
 from semanticblur_core.errors import ImageError
+from semanticblur_core.inference.jobs import find_jobs
 from semanticblur_core.inference.planes import Planes
 from semanticblur_core.scale import Scale
 
@@ -49,15 +50,15 @@ def test_what_is_written_is_read_back_with_axes_and_pixel_sizes(
         written(path, maps, "TZYX")
         with stacks.open_stack(path) as stack:
             assert stack.axes == "TZYX"
-            assert stack.pixel_size_um == ({} if suffix == ".npy" else SIZES)
-            assert stack.time_step_s == (None if suffix == ".npy" else 1.5)
+            assert stack.scale.pixel_size_um == ({} if suffix == ".npy" else SIZES)
+            assert stack.scale.time_step_s == (None if suffix == ".npy" else 1.5)
             np.testing.assert_array_equal(stack.array[:], maps)
         assert stacks.is_stack(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.npy", "m.tif", "m.zarr"]
     if large:
         with stacks.open_stack(tmp_path / "m.zarr", level=1) as stack:
             assert stack.array.shape == (2, 3, 21, 25)
-            assert stack.pixel_size_um == {"Z": 2.0, "Y": 1.0, "X": 0.5}
+            assert stack.scale.pixel_size_um == {"Z": 2.0, "Y": 1.0, "X": 0.5}
             halved = maps[:, :, :40].reshape(2, 3, 20, 2, 25, 2).mean(axis=(3, 5))
             np.testing.assert_allclose(stack.array[:, :, :20], halved, rtol=1e-6)
         with stacks.open_stack(tmp_path / "m.zarr", level=2) as stack:
@@ -142,7 +143,7 @@ def test_imagej_and_pyramids(tmp_path: Path, rng: np.random.Generator) -> None:
     )  # fmt: skip
     with stacks.open_stack(tmp_path / "ij.tif") as stack:
         assert stack.axes == "ZYX"
-        assert stack.pixel_size_um == pytest.approx({"Z": 3.0, "X": 0.25, "Y": 0.5})
+        assert stack.scale.pixel_size_um == pytest.approx({"Z": 3.0, "X": 0.25, "Y": 0.5})
     with tifffile.TiffWriter(tmp_path / "p.tif") as tif:
         tif.write(data, subifds=1, photometric="minisblack")
         tif.write(data[:, ::2, ::2], subfiletype=1, photometric="minisblack")
@@ -329,7 +330,7 @@ def test_each_level_of_a_tiled_pyramid_has_its_pixels_and_their_size(
         with stacks.open_stack(tmp_path / "p.ome.tif", level=level) as stack:
             assert stack.axes == axes
             np.testing.assert_array_equal(stack.array[:], data[part])
-            assert stack.pixel_size_um == {"X": 0.5 * step, "Y": 0.5 * step}
+            assert stack.scale.pixel_size_um == {"X": 0.5 * step, "Y": 0.5 * step}
 
 
 def test_a_thumbnail_before_the_image_is_not_the_image(
@@ -445,7 +446,7 @@ def test_an_image_of_bioformats2raw_is_found_at_the_top_and_by_its_own_folder(
         assert stacks.is_stack(place)
         with stacks.open_stack(place) as stack:
             assert stack.axes == "ZYX"
-            assert stack.pixel_size_um == pytest.approx({"Z": 2.0, "Y": 0.25, "X": 0.25})
+            assert stack.scale.pixel_size_um == pytest.approx({"Z": 2.0, "Y": 0.25, "X": 0.25})
             assert stack.array[1].max() == 7
     with stacks.open_stack(path / "0" / "0") as stack:
         assert stack.array.shape == (2, 40, 50)
@@ -460,7 +461,7 @@ def test_ome_zarr_has_nested_chunks_and_its_axes_in_the_order_of_the_standard(
     written(tmp_path / "m.zarr", maps, "ZCTYX")
     with stacks.open_stack(tmp_path / "m.zarr") as stack:
         assert stack.axes == "TCZYX"
-        assert stack.pixel_size_um == SIZES
+        assert stack.scale.pixel_size_um == SIZES
         np.testing.assert_array_equal(stack.array[:], maps.transpose(2, 1, 0, 3, 4))
     assert (tmp_path / "m.zarr" / "0" / "3" / "2" / "1" / "0" / "0").is_file()
     described = json.loads((tmp_path / "m.zarr" / "0" / ".zarray").read_text())
@@ -518,7 +519,7 @@ def test_pixel_size_of_ome_zarr_takes_both_scales_and_no_nonsense(tmp_path: Path
             }
         ]
         with stacks.open_stack(path) as stack:
-            return dict(stack.pixel_size_um)
+            return dict(stack.scale.pixel_size_um)
 
     assert sizes([1, 1, 2], [2, 0.5, 0.5]) == {"Z": 2, "Y": 0.5, "X": 1}
     assert sizes([0, -1, 2], [1, 1, 1]) == {"X": 2}
@@ -531,20 +532,20 @@ def test_time_steps_of_other_writers_are_seconds(tmp_path: Path) -> None:
     metadata: dict[str, Any] = {"axes": "TYX", "TimeIncrement": 250, "TimeIncrementUnit": "ms"}
     tifffile.imwrite(path, frames, ome=True, metadata=metadata)
     with stacks.open_stack(path) as stack:
-        assert (stack.axes, stack.time_step_s) == ("TYX", 0.25)
+        assert (stack.axes, stack.scale.time_step_s) == ("TYX", 0.25)
     assert stacks.read_scale(path).pixel_size_um == {}
     tifffile.imwrite(path, frames, imagej=True, metadata={"axes": "TYX", "finterval": 2.5})
     with stacks.open_stack(path) as stack:
-        assert (stack.axes, stack.time_step_s) == ("TYX", 2.5)
+        assert (stack.axes, stack.scale.time_step_s) == ("TYX", 2.5)
     metadata = {"axes": "TYX", "finterval": 250, "tunit": "ms"}
     tifffile.imwrite(path, frames, imagej=True, metadata=metadata)
     with stacks.open_stack(path) as stack:
-        assert stack.time_step_s == 0.25
+        assert stack.scale.time_step_s == 0.25
     # A step that is no number spoils nothing else.
     metadata = {"axes": "TYX", "TimeIncrement": "0,5", "PhysicalSizeX": 0.5}
     tifffile.imwrite(path, frames, ome=True, metadata=metadata)
     with stacks.open_stack(path) as stack:
-        assert (stack.pixel_size_um, stack.time_step_s) == ({"X": 0.5}, None)
+        assert (stack.scale.pixel_size_um, stack.scale.time_step_s) == ({"X": 0.5}, None)
     group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2)
     group.create_array("0", shape=(2, 4, 4), dtype="uint8")
     axes: list[dict[str, str]] = [{"name": "t", "type": "time", "unit": "minute"}]
@@ -553,7 +554,7 @@ def test_time_steps_of_other_writers_are_seconds(tmp_path: Path) -> None:
     datasets = [{"path": "0", "coordinateTransformations": scale}]
     group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": datasets}]
     with stacks.open_stack(tmp_path / "a.zarr") as stack:
-        assert (stack.pixel_size_um, stack.time_step_s) == ({"Y": 0.5, "X": 0.5}, 120)
+        assert (stack.scale.pixel_size_um, stack.scale.time_step_s) == ({"Y": 0.5, "X": 0.5}, 120)
 
 
 def test_an_archive_is_no_array(tmp_path: Path) -> None:
@@ -666,10 +667,16 @@ def test_a_later_file_of_an_image_in_several_names_the_first(tmp_path: Path) -> 
     with stacks.open_stack(tmp_path / "t0.ome.tif") as stack:
         assert (stack.axes, stack.array.shape) == ("TYX", (2, 40, 50))
     with (
-        pytest.raises(ImageError, match=r"t1\.ome\.tif: a later file of the image .*t0\.ome\.tif"),
+        pytest.raises(ImageError, match=r"t1\.ome\.tif: one of several .*begins in .*t0\.ome\.tif"),
         stacks.open_stack(tmp_path / "t1.ome.tif"),
     ):
         pass
+    assert stacks.first_file(tmp_path / "t0.ome.tif") is None
+    assert stacks.first_file(tmp_path / "t1.ome.tif") == tmp_path / "t0.ome.tif"
+    jobs, left_out = find_jobs([str(tmp_path)], tmp_path / "out")
+    assert ([Path(job.source).name for job in jobs], left_out) == (["t0.ome.tif"], [])
+    (tmp_path / "t0.ome.tif").unlink()
+    assert len(find_jobs([str(tmp_path)], tmp_path / "out")[0]) == 1
 
 
 def test_a_side_is_of_square_pixels() -> None:

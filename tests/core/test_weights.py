@@ -191,3 +191,6 @@ def test_names_that_differ_by_capitals_alone_are_refused(
     assert weights.next_version("cells").name == "cells@2.safetensors"
     with pytest.raises(WeightsError, match="model Cells: there is one called cells"):
         weights.next_version("Cells")
+    (tmp_path / "models" / "Cells@1.safetensors").touch()  # both are there already
+    if len(weights.own_models()) == 2:
+        assert weights.next_version("Cells").name == "Cells@2.safetensors"

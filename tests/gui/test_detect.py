@@ -610,7 +610,7 @@ def test_a_large_lazy_plane_is_not_read_whole_before_it_is_analysed(
 
     monkeypatch.setattr(Detector, "iter_planes", nothing)
     finish(qtbot, widget)
-    assert before == [25]  # of 400
+    assert before == [186]  # of 400
     assert results(viewer, layer) == (None, None)
 
 

@@ -32,7 +32,10 @@ class StackInput:
 
 
 def find_sources(
-    inputs: tuple[str, ...], recursive: bool, problems: list[str] | None = None
+    inputs: tuple[str, ...],
+    recursive: bool,
+    max_pixels: int,
+    problems: list[str] | None = None,
 ) -> list[Source]:
     """Images of the inputs; what names none or cannot be read is told of where there are others.
 
@@ -52,7 +55,8 @@ def find_sources(
         if not named and _is_made_of(Path(path).name, names, stems):
             left_out.append(path)
             continue
-        sources.setdefault(path, Source(relative.as_posix(), Path(path), _reader(path)))
+        read = _reader(path, max_pixels)
+        sources.setdefault(path, Source(relative.as_posix(), Path(path), read))
     if left_out:
         n_files = f"{len(left_out)} file{'s' * (len(left_out) != 1)}"
         click.echo(
@@ -77,7 +81,7 @@ def _is_made_of(name: str, names: set[str], stems: set[str]) -> bool:
     return is_mask or (is_result_name(name) and name.rpartition("_")[0] in stems | names)
 
 
-def _reader(path: str) -> Callable[[], Any] | None:
+def _reader(path: str, max_pixels: int) -> Callable[[], Any] | None:
     """How what is no file of an image is read."""
     from semanticblur_core import stacks
     from semanticblur_core.inference.inputs import is_sample, load
@@ -85,13 +89,13 @@ def _reader(path: str) -> Callable[[], Any] | None:
     if is_sample(path):
         return functools.partial(load, path)
     if Path(path).suffix.lower() == ".npy" or stacks.is_zarr(Path(path)):
-        return functools.partial(_read_array, Path(path))
+        return functools.partial(_read_array, Path(path), max_pixels)
     return None
 
 
-def _read_array(path: Path) -> Any:
+def _read_array(path: Path, max_pixels: int) -> Any:
     """The one plane of a npy or Zarr."""
-    from semanticblur_core import disk, io, stacks
+    from semanticblur_core import disk, stacks
     from semanticblur_core.errors import ImageError
     from semanticblur_core.inference.planes import Planes
 
@@ -99,7 +103,7 @@ def _read_array(path: Path) -> Any:
         planes = Planes(opened.array, opened.axes)
         if len(planes) > 1:
             raise ImageError(f"{path}: a stack; --stack checks its planes")
-        disk.refuse_bomb(path, math.prod(planes.plane_shape), io.MAX_PIXELS)
+        disk.refuse_bomb(path, math.prod(planes.plane_shape), max_pixels)
         return planes.view((0,) * len(planes.lengths)).read()
 
 
@@ -126,7 +130,8 @@ def open_stack(
         raise click.UsageError(
             "--axes, --channels and --level are of a stack's file, not of a folder"
         )
-    yield _of_folder(path, find_sources((text,), recursive), wanted, along, options)
+    found = find_sources((text,), recursive, options.max_pixels)
+    yield _of_folder(path, found, wanted, along, options)
 
 
 def _of_folder(

@@ -308,7 +308,9 @@ def write_composite(
     readable = [source for source in opened.sources if source.index in collected.planes]
     if n_lost := len(opened.sources) - len(readable):
         click.echo(
-            f"semanticblur-core: composed without {n_lost} planes that cannot be read", err=True
+            f"semanticblur-core: composed without what cannot be read ({n_lost} of "
+            f"{len(opened.sources)} planes)",
+            err=True,
         )
     positions = [source.index[place] for source in readable]
     last = None

@@ -241,7 +241,7 @@ def calibrate_command(
     n_failed = 0
     problems: list[str] = []
     for inputs in (good, bad):
-        sources = find_sources(inputs, recursive, problems)
+        sources = find_sources(inputs, recursive, options.max_pixels, problems)
         scores: list[dict[str, float]] = []
         with progress_bar() as progress:
             task = progress.add_task("Measuring", total=len(sources))
@@ -332,7 +332,11 @@ def _check(
                 open_stack(inputs[0], recursive, axes, channels, planes, level, along, options)
             )
             options = replace(options, value_range=opened.value_range)
-        sources = opened.sources if opened else find_sources(inputs, recursive, problems)
+        sources = (
+            opened.sources
+            if opened
+            else find_sources(inputs, recursive, options.max_pixels, problems)
+        )
         refuse_clashes(outputs, (source.path for source in sources))
         for path in (composite, depth):
             if path and path.is_file() and not overwrite:
@@ -528,6 +532,7 @@ def _tile_px(
 ) -> int | Callable[[Source], int] | None:
     """Side of the tiles; in micrometres, each file's own pixel size says how many pixels."""
     from semanticblur_core import stacks
+    from semanticblur_core.errors import ImageError
     from semanticblur_core.focus.scores import tile_size_in_px
 
     if tile_size is None:
@@ -536,7 +541,10 @@ def _tile_px(
     if unit == "px":
         return int(size)
     if opened and opened.scale.pixel_size_um:
-        return tile_size_in_px(size, opened.scale.pixel_side_um)
+        try:
+            return tile_size_in_px(size, opened.scale.pixel_side_um)
+        except ImageError as error:
+            raise ImageError(f"{opened.sources[0].path}: {error}") from error
 
     def of_source(source: Source) -> int:
         has_size = source.path.suffix.lower() in stacks.STACK_SUFFIXES and source.path.exists()

@@ -478,7 +478,7 @@ def is_store(folder: Path) -> bool:
         return True
     for path in _label_files(folder)[:_N_LOOKED_AT]:
         with suppress(SemanticBlurError):
-            pixels = io.read_image(path)
+            pixels = read_array(path)
             if pixels.dtype == np.bool_ or {255} <= set(np.unique(pixels).tolist()) <= {0, 255}:
                 return False
             read_labels(path)
@@ -677,23 +677,25 @@ def read_array(path: Path) -> NDArray[Any]:
 
 
 def _shape_of(path: Path, axes: str) -> tuple[int, ...]:
-    """The shape of what `read_array` returns, of photographs and TIFF stacks by their headers.
+    """The shape of what `read_array` returns, by the file's header where that can be read.
 
-    A photograph's has colours unless the axes say otherwise, to which labels are the same.
+    Of one image it has colours unless the axes say otherwise, to which labels are the same.
     """
-    if path.suffix.lower() in io.PILLOW_SUFFIXES:
-        disk.require_file(path)
-        height, width = io.read_shape(path)
+    suffix = path.suffix.lower()
+    with suppress(Exception):  # of what cannot be read `read_array` says why
+        if suffix == ".npy":
+            return tuple(np.load(path, mmap_mode="r", allow_pickle=False).shape)
+        if suffix in io.TIFF_SUFFIXES:
+            with io.open_tiff(path) as tiff:
+                series = tiff.series[0]
+                if _is_stack(series.shape):
+                    return tuple(series.shape)
+                lengths = dict(zip(series.axes, series.shape, strict=True))
+                height, width = lengths["Y"], lengths["X"]
+        else:
+            height, width = io.read_shape(path)
         turned = (width, height) if io.read_orientation(path) >= 5 else (height, width)
         return turned if axes and not axes.endswith("S") else (*turned, 3)
-    if path.suffix.lower() in io.TIFF_SUFFIXES:
-        import tifffile
-
-        # Of what cannot be read `read_array` says why.
-        with suppress(Exception), tifffile.TiffFile(path) as tiff:
-            shape: tuple[int, ...] = tiff.series[0].shape
-            if _is_stack(shape):
-                return shape
     return read_array(path).shape
 
 

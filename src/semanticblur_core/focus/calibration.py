@@ -270,7 +270,8 @@ def _choose(
         if known_b.size:
             spread = math.sqrt((known_a.var() + known_b.var()) / 2) or 1e-12
             gap = float((known_a.mean() - known_b.mean()) / spread)
-        rank = known_b.size > 0, float(wins), gap
+        # One that no bad example has says little, but more than one that separates nothing.
+        rank = known_b.size > 0 and bool(wins > 0.5), float(wins), gap
         if best is None or rank > best[0]:
             best = rank, name, sign * _limit(a, b)
     return None if best is None else (best[1], best[2], best[0][1])

@@ -88,8 +88,8 @@ def expand_input(
         raise ImageError("an input is empty; expected a path, a glob, a folder or sample:NAME")
     path = disk.expand_home(text)
     if stacks.is_zarr(path):
-        for image in stacks.plate_images(path) or [path]:
-            yield _source(image), _zarr_name(image), True
+        for source, relative in _with_fields(path, _zarr_name(path)):
+            yield source, relative, True
         return
     if path.is_dir():
         images = [p for p in _entries(path, recursive, on_error) if _is_image(p, arrays)]
@@ -100,7 +100,8 @@ def expand_input(
                 where = f"; videos are taken by name or by a glob, '{path}/*{video.suffix}'"
             raise ImageError(f"{text}: no images in this folder{where}")
         for image in images:
-            yield from _listed(image, image.relative_to(path))
+            for source, relative in _with_fields(image, image.relative_to(path)):
+                yield source, relative, False
     elif path.exists() or not glob.has_magic(text):
         # Missing and unknown files are reported by the reader, so that the rest is done.
         yield _source(path), Path(path.name), True
@@ -116,16 +117,18 @@ def expand_input(
         if not matches:
             raise ImageError(f"{text}: no file matches")
         for match in matches:
-            yield from _listed(match, match.relative_to(root))
+            for source, relative in _with_fields(match, match.relative_to(root)):
+                yield source, relative, False
 
 
-def _listed(path: Path, relative: Path) -> Iterator[tuple[str, Path, bool]]:
-    """What a folder or a glob names; of a Zarr of a plate its images."""
-    images = stacks.plate_images(path) if path.is_dir() else []
-    for image in images:
-        yield _source(image), relative.parent / _zarr_name(image), False
-    if not images:
-        yield _source(path), relative, False
+def _with_fields(path: Path, relative: Path) -> Iterator[tuple[str, Path]]:
+    """A source and its path below the output folder; of a plate, those of its fields."""
+    fields = stacks.plate_images(path) if path.is_dir() else []
+    for field in fields:
+        parts = (relative.stem, *field.relative_to(path).parts)
+        yield _source(field), relative.with_name(f"{'_'.join(parts)}.zarr")
+    if not fields:
+        yield _source(path), relative
 
 
 def expand_inputs(
@@ -148,13 +151,13 @@ def expand_inputs(
 
 def _zarr_name(path: Path) -> Path:
     """Name of a Zarr; of a level or array within one, that and its own."""
-    if not stacks.is_zarr(path.parent):
-        return Path(path.name)
     names = [path.name]
-    while stacks.is_zarr(path.parent):
+    # The rows of a plate need not be groups.
+    while stacks.is_zarr(path.parent) or stacks.is_zarr(path.parent.parent):
         path = path.parent
         names.insert(0, path.stem)
-    return Path(f"{'_'.join(names)}.zarr")  # whose stem is all of it, dots included
+    # So that the stem is all of it, dots included.
+    return Path(path.name if len(names) == 1 else f"{'_'.join(names)}.zarr")
 
 
 def _sample_name(source: str) -> str:

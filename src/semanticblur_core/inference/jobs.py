@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 from collections import Counter
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from semanticblur_core import disk, io
+from semanticblur_core import disk, io, stacks
 from semanticblur_core.config import require_share
 from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.inference.inputs import expand_inputs, is_of_camera, is_sample
@@ -20,6 +21,7 @@ from semanticblur_core.inference.inputs import expand_inputs, is_of_camera, is_s
 if TYPE_CHECKING:
     from semanticblur_core.inference.planes import Channels
 
+_log = logging.getLogger(__name__)
 _RESULT_FORMATS = ("png", "tif", "npy", "zarr", "csv", "json", "mp4")
 _RESULT_NAME = re.compile(rf"_blur\.({'|'.join(_RESULT_FORMATS)})$|_overlay\.png$")
 _PART = re.compile(r"^\.(.+)\.[0-9a-f]{8}(\.map)?\.part$")
@@ -122,6 +124,7 @@ def find_jobs(
     found: dict[str, tuple[str, Path]] = {}
     left_out: list[str] = []
     problems: list[str] = []
+    listed: set[str] = set()
     place = _placer()
     for source, relative, named in expand_inputs(
         map(str, inputs), recursive, problems, arrays=True
@@ -130,6 +133,8 @@ def find_jobs(
             left_out.append(source)
             continue
         key = source if is_sample(source) else place(source)
+        if not named:
+            listed.add(key)
         _, before = found.setdefault(key, (source, relative))
         if len(relative.parts) < len(before.parts):  # not by way of a circle of links
             found[key] = (source, relative)
@@ -139,6 +144,20 @@ def find_jobs(
         on_problem(problem)
     if not found:
         raise ImageError(f"{output}: the only images found are results of an earlier run")
+    later = [
+        key
+        for key in listed
+        if (first := stacks.first_file(Path(found[key][0]))) and place(str(first)) in found
+    ]
+    if later:
+        _log.info(
+            "%d files left out, whose images begin in others of these (one OME-TIFF in several "
+            "files); the first is %s",
+            len(later),
+            found[min(later)][0],
+        )
+    for key in later:
+        del found[key]
     # A raw file must not rename the result of the JPEG beside it, and keeps its own name without.
     places = {relative for _, relative in found.values() if not is_of_camera(relative)}
     stems = Counter(map(_stem, places))

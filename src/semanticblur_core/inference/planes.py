@@ -21,9 +21,9 @@ ALL: Region = (slice(None), slice(None))
 # What an estimate of the intensity range reads at most.
 RANGE_PLANES = 16
 RANGE_SAMPLES_PER_PLANE = 250_000
-# Of larger planes in chunks: pieces of a plane, of whole chunks that have about that side at least,
-# as many or a sixteenth of them.
-RANGE_WHOLE_PIXELS = 2**24
+# Of planes in chunks: pieces of a plane, of whole chunks that have about that side at least; in all
+# about so many pixels, or so many pieces where they are large.
+RANGE_PIXELS = 2**24
 RANGE_PIECES = 16
 RANGE_PIECE_PX = 256
 # What the images or planes of one batch hold at most, so that large ones do not fill the memory.
@@ -258,7 +258,7 @@ class Planes:
         """`estimate_range` that can be closed before each of the pieces that it reads.
 
         An array in chunks (dask, Zarr) is read in pieces of whole chunks, and of planes of more
-        than 16 megapixels a sixteenth of these is read, spread over the plane.
+        than 16 such pieces some are read, spread over the plane, of about 16 megapixels in all.
 
         Yields
         ------
@@ -316,18 +316,19 @@ class Planes:
             side = int(np.max(chunks[self.axes.index(axis)]))
             sides.append(side * math.ceil(RANGE_PIECE_PX / side))
         rows, columns = map(_pieces, self.plane_shape, sides, (step, step))
-        n_pieces = len(rows) * len(columns)
-        if n_pieces <= RANGE_PIECES or math.prod(self.plane_shape) <= RANGE_WHOLE_PIXELS:
+        n = max(4, RANGE_PIECES // n_planes, RANGE_PIXELS // (math.prod(sides) * n_planes))
+        if len(rows) * len(columns) <= max(n, RANGE_PIECES):
             return list(itertools.product(rows, columns)), []
-        n = max(4, RANGE_PIECES // n_planes, n_pieces // 16)
         step = _sampling_step(n * math.prod(sides))
         rows, columns = map(_pieces, self.plane_shape, sides, (step, step))
         # Even over the rows, and over the columns by steps of the golden ratio.
         places = [
             (int((i + 0.5) / n * len(rows)), int(i * 0.618034 % 1 * len(columns))) for i in range(n)
         ]
-        some = [(rows[i], columns[j]) for i, j in dict.fromkeys(places)]
-        return some, [piece for piece in itertools.product(rows, columns) if piece not in some]
+        some = dict.fromkeys(places)
+        others = (at for at in np.ndindex(len(rows), len(columns)) if at not in some)
+        first, rest = ([(rows[i], columns[j]) for i, j in each] for each in (some, others))
+        return first, rest
 
     def range_samples(self) -> tuple[list[tuple[int, ...]], int]:
         """Planes that an estimate of the range reads, and the step between rows and columns."""

@@ -244,13 +244,13 @@ def _require_table(path: Path, is_csv: bool) -> None:
         return
     names: Iterable[str] = ()
     if is_csv:
-        with suppress(OSError, ValueError, csv.Error), _csv_stream(path) as stream:
+        with suppress(ValueError, csv.Error), _csv_stream(path) as stream:
             names = csv.DictReader(stream).fieldnames or ()
     else:
         import pyarrow
         from pyarrow import parquet
 
-        with suppress(OSError, ValueError, pyarrow.ArrowException):
+        with suppress(ValueError, pyarrow.ArrowException):
             names = parquet.read_schema(path).names
     if not set(names) >= _NEEDED:
         raise ConfigError(

@@ -20,7 +20,13 @@ from semanticblur_core.metrics import Scores
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.network.backbones import load_imagenet_resnet50
 from semanticblur_core.training.checkpoint import load_checkpoint
-from semanticblur_core.training.loop import LAST_CHECKPOINT, SaveBest, TrainUpdate, train
+from semanticblur_core.training.loop import (
+    LAST_CHECKPOINT,
+    SaveBest,
+    TrainUpdate,
+    is_one_of_several,
+    train,
+)
 
 RESULT = "result.json"
 BEST = "best.json"
@@ -154,7 +160,7 @@ def ablate(
     TrainingError
         As in `train`; also when the folder holds a variant of other settings.
     """
-    if torch.distributed.is_torchelastic_launched():
+    if is_one_of_several():
         raise TrainingError("ablate trains in one process; start it without torchrun")
     variants = TABLES[table]
     from_imagenet = imagenet if table != 1 else None

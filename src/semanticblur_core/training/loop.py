@@ -307,7 +307,12 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
 
 def is_first_process() -> bool:
     """Whether this process is the one that prints and writes; always without ``torchrun``."""
-    return not torch.distributed.is_torchelastic_launched() or int(os.environ["RANK"]) == 0
+    return not is_one_of_several() or int(os.environ["RANK"]) == 0
+
+
+def is_one_of_several() -> bool:
+    """Whether ``torchrun`` started this process."""
+    return torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
 
 
 def launch_fabric(device: DeviceChoice, config: TrainConfig) -> Any:
@@ -317,7 +322,7 @@ def launch_fabric(device: DeviceChoice, config: TrainConfig) -> Any:
     precisions = {torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
     kind = device.device.type
     keywords: dict[str, Any] = {"devices": [device.device.index or 0] if kind == "cuda" else 1}
-    if torch.distributed.is_torchelastic_launched():
+    if is_one_of_several():
         n_local = int(os.environ["LOCAL_WORLD_SIZE"])
         n_all = int(os.environ["WORLD_SIZE"])
         if n_all > config.batch_size:

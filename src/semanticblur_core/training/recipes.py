@@ -114,7 +114,8 @@ def _find(name: str, above: tuple[Path, ...]) -> TrainConfig:
 def _recipe_from_file(path: Path, above: tuple[Path, ...]) -> TrainConfig:
     import yaml
 
-    if path.absolute() in above:
+    path = path.resolve()
+    if path in above:
         raise ConfigError(f"{path}: is a recipe made of itself")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -124,7 +125,7 @@ def _recipe_from_file(path: Path, above: tuple[Path, ...]) -> TrainConfig:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{path}: expected a mapping of settings, such as epochs: 20")
-    base = _find(str(values.pop("recipe", "paper")), (*above, path.absolute()))
+    base = _find(str(values.pop("recipe", "paper")), (*above, path))
     fields = base.to_dict()
     for key, value in values.items():
         expected = type(fields.get(key))

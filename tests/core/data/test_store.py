@@ -533,3 +533,7 @@ def test_a_wrong_value_in_labels_is_told_of_and_makes_no_masks_of_them(tmp_path:
     assert not is_store(tmp_path)
     Image.fromarray(wrong > 1).save(tmp_path / "labels" / "b0.png")
     assert not is_store(tmp_path)
+    (tmp_path / "labels" / "b0.png").unlink()
+    masks = np.stack([np.zeros((8, 9), np.uint8), np.full((8, 9), 255, np.uint8)] * 3)
+    tifffile.imwrite(tmp_path / "labels" / "b0.tif", masks, photometric="minisblack")
+    assert not is_store(tmp_path)

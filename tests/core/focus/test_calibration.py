@@ -84,6 +84,12 @@ def test_a_limit_lies_among_values_that_could_be_had() -> None:
     assert calibrate(good, mixed, protocol={}, score="spectrum_slope").limit == -2.1
 
 
+def test_a_score_that_no_bad_example_has_is_better_than_one_that_tells_nothing() -> None:
+    good = [example(mean_blur=m, tenengrad=t) for m, t in ((0.1, 1), (0.2, 2))]
+    bad = [example(mean_blur=math.nan, tenengrad=t) for t in (1, 2)]
+    assert calibrate(good, bad, protocol={}).gate == Gate("mean_blur", 0.2)
+
+
 def test_examples_without_a_value_do_not_widen_the_gap() -> None:
     good = [example(mean_blur=m, tenengrad=t) for m, t in ((0.1, 8), (0.2, 9))]
     bad = [example(mean_blur=m, tenengrad=t) for m, t in ((0.9, 1), (math.nan, 7))]

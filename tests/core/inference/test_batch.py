@@ -126,7 +126,7 @@ def test_stacks_that_cannot_be_done_as_asked_are_one_line(
     for asked, message in (
         ({"formats": ("png",)}, "pictures hold one plane in memory"),
         ({"overlay": True}, "pictures hold one plane in memory"),
-        ({"planes": (slice(7, 9),)}, "planes: none of"),
+        ({"planes": (slice(7, 9),)}, "planes: none is chosen along"),
         ({"planes": (slice(0, 1),) * 3}, "3 ranges for 1 axes"),
         ({"axes": "TCZYX"}, "do not fit an array of shape"),
         ({"channels": "mean"}, "name no channels"),
@@ -354,7 +354,7 @@ def test_a_level_of_a_pyramid_of_one_image(tmp_path: Path, rng: np.random.Genera
             with stacks.open_stack(path) as stack:
                 np.testing.assert_allclose(stack.array[:], data[::step, ::step] / 255, atol=1e-6)
                 assert stack.axes == "YX"
-                assert stack.pixel_size_um == {"X": 0.25 * step, "Y": 0.5 * step}
+                assert stack.scale.pixel_size_um == {"X": 0.25 * step, "Y": 0.5 * step}
         np.testing.assert_array_equal(
             np.asarray(Image.open(result.outputs[2])), data[::step, ::step]
         )

@@ -105,7 +105,12 @@ def test_a_plate_is_its_fields(tmp_path: Path, zarr_format: Literal[2, 3]) -> No
             group.create_array(field, data=np.zeros((40, 50), np.uint8))
     for text in ("in/p.ome.zarr", "in", "in/*.zarr"):
         jobs, _ = find_jobs([str(tmp_path / text)], tmp_path / "out")
-        assert stems(jobs) == [f"p.ome_{well}_{field}" for well in ("A_1", "B_2") for field in "01"]
+        fields = [f"p.ome_{well}_{field}" for well in ("A_1", "B_2") for field in "01"]
+        assert stems(jobs) == [*fields, "p.ome_lost"]  # which its reader tells of
+    for name in (".zgroup", "zarr.json"):  # rows need not be groups
+        (tmp_path / "in" / "p.ome.zarr" / "A" / name).unlink(missing_ok=True)
+    [job], _ = find_jobs([str(tmp_path / "in" / "p.ome.zarr" / "A" / "1" / "0")], tmp_path / "out")
+    assert job.output_stem == "p.ome_A_1_0"
 
 
 def test_earlier_results_that_are_zarr_and_npy_are_not_taken_as_input(

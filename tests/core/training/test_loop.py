@@ -533,6 +533,9 @@ def test_a_recipe_that_a_recipe_names_lies_beside_it(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("epochs: 3\n")
     (tmp_path / "mine.yaml").write_text("recipe: base.yaml\nbatch_size: 5\n")
     assert recipe(str(tmp_path / "mine.yaml")) == TrainConfig(epochs=3, batch_size=5)
+    (tmp_path / "base.yaml").write_text(f"recipe: ../{tmp_path.name}/mine.yaml\n")
+    with pytest.raises(ConfigError, match="is a recipe made of itself"):
+        recipe(str(tmp_path / "mine.yaml"))
 
 
 @pytest.mark.parametrize(
