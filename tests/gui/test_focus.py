@@ -655,7 +655,11 @@ def test_what_is_shown_is_as_measured_with_what_is_chosen_or_that_is_told(
     assert len(widget.table.rows) == 1
     widget.region.value = _focus.EVERYWHERE
     wait(qtbot, widget)
-    assert (len(widget.table.rows), widget.status.value) == (3, "")
+    assert len(widget.table.rows) == 3
+    widget.region.value = _focus.CONTENT
+    wait(qtbot, widget)
+    assert len(widget.table.rows) == 1
+    assert "measured with" not in widget.status.value
 
 
 def test_a_layer_that_is_gone_is_let_go(qtbot: Any, viewer: Any, widget: Any) -> None:

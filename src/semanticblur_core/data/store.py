@@ -687,11 +687,10 @@ def _shape_of(path: Path, axes: str) -> tuple[int, ...]:
             return tuple(np.load(path, mmap_mode="r", allow_pickle=False).shape)
         if suffix in io.TIFF_SUFFIXES:
             with io.open_tiff(path) as tiff:
-                series = tiff.series[0]
-                if _is_stack(series.shape):
-                    return tuple(series.shape)
-                lengths = dict(zip(series.axes, series.shape, strict=True))
-                height, width = lengths["Y"], lengths["X"]
+                shape = tuple(tiff.series[0].shape)
+            if _is_stack(shape):
+                return shape
+            height, width = shape[:2]
         else:
             height, width = io.read_shape(path)
         turned = (width, height) if io.read_orientation(path) >= 5 else (height, width)
