@@ -128,10 +128,13 @@ def plate_images(path: Path) -> list[Path]:
     return images
 
 
+def is_ome_tiff(path: Path) -> bool:
+    """Whether it is named as one."""
+    return path.name.lower().endswith((".ome.tif", ".ome.tiff"))
+
+
 def first_file(path: Path) -> Path | None:
-    """The file that an OME-TIFF in several files begins in, by its name, if that is another."""
-    if not path.name.lower().endswith((".ome.tif", ".ome.tiff")):
-        return None
+    """The file that an OME-TIFF in several files begins in, if that is another than this."""
     with suppress(Exception), io.open_tiff(path) as tiff:  # what is damaged its reader tells
         root = ElementTree.fromstring(tiff.ome_metadata or "<OME/>")
         begins = []

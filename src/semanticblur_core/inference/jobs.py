@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from semanticblur_core.inference.planes import Channels
 
 _log = logging.getLogger(__name__)
+# Of a million files not all are opened for this: after so many that are whole, all are taken to be.
+_WHOLE_OF_ALL = 100
 _RESULT_FORMATS = ("png", "tif", "npy", "zarr", "csv", "json", "mp4")
 _RESULT_NAME = re.compile(rf"_blur\.({'|'.join(_RESULT_FORMATS)})$|_overlay\.png$")
 _PART = re.compile(r"^\.(.+)\.[0-9a-f]{8}(\.map)?\.part$")
@@ -124,7 +126,7 @@ def find_jobs(
     found: dict[str, tuple[str, Path]] = {}
     left_out: list[str] = []
     problems: list[str] = []
-    listed: set[str] = set()
+    listed: dict[str, None] = {}
     place = _placer()
     for source, relative, named in expand_inputs(
         map(str, inputs), recursive, problems, arrays=True
@@ -134,7 +136,7 @@ def find_jobs(
             continue
         key = source if is_sample(source) else place(source)
         if not named:
-            listed.add(key)
+            listed[key] = None
         _, before = found.setdefault(key, (source, relative))
         if len(relative.parts) < len(before.parts):  # not by way of a circle of links
             found[key] = (source, relative)
@@ -144,17 +146,20 @@ def find_jobs(
         on_problem(problem)
     if not found:
         raise ImageError(f"{output}: the only images found are results of an earlier run")
-    later = [
-        key
-        for key in listed
-        if (first := stacks.first_file(Path(found[key][0]))) and place(str(first)) in found
-    ]
+    later, n_whole = list[str](), 0
+    for key in listed:
+        path = Path(found[key][0])
+        if stacks.is_ome_tiff(path) and n_whole < _WHOLE_OF_ALL:
+            first = stacks.first_file(path)
+            if first is not None and place(str(first)) in found:
+                later.append(key)
+            n_whole += not later
     if later:
         _log.info(
             "%d files left out, whose images begin in others of these (one OME-TIFF in several "
             "files); the first is %s",
             len(later),
-            found[min(later)][0],
+            found[later[0]][0],
         )
     for key in later:
         del found[key]
