@@ -65,9 +65,9 @@ class _Config:
 
     def _require_types(self) -> None:
         """Refuse values of another type than the default's; whole numbers are numbers, too."""
+        kinds = {float: numbers.Real, int: numbers.Integral}  # numpy's, too
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value, kind = getattr(self, field.name), type(field.default)
-            kinds = {float: numbers.Real, int: numbers.Integral}  # numpy's, too
             fits = isinstance(value, kinds.get(kind, kind))
             if not fits or (isinstance(value, bool) and kind is not bool):
                 wanted = {bool: "true or false", int: "a whole number", float: "a number"}

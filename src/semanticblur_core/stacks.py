@@ -136,24 +136,32 @@ def is_ome_tiff(path: Path) -> bool:
 def first_file(path: Path) -> Path | None:
     """The file that an OME-TIFF in several files begins in, if that is another than this."""
     with suppress(Exception), io.open_tiff(path) as tiff:  # what is damaged its reader tells
-        root = ElementTree.fromstring(tiff.ome_metadata or "<OME/>")
-        begins = []
-        for data in (e for e in root.iter() if e.tag.endswith("}TiffData")):
-            place = tuple(int(data.get(f"First{axis}", 0)) for axis in "TCZ")
-            begins += [(place, e.get("FileName")) for e in data if e.tag.endswith("}UUID")]
-        name = min(begins)[1] if begins else None
-        return path.with_name(name) if name and name != path.name else None
+        return _begins_in(path, tiff)
     return None
+
+
+def _begins_in(path: Path, tiff: Any) -> Path | None:
+    """As `first_file`, of an open TIFF."""
+    root = ElementTree.fromstring(tiff.ome_metadata or "<OME/>")
+    begins: list[tuple[tuple[int, ...], str, str]] = []
+    for data in (e for e in root.iter() if e.tag.endswith("}TiffData")):
+        place = tuple(int(data.get(f"First{axis}", 0)) for axis in "TCZ")
+        for e in data:
+            if e.tag.endswith("}UUID"):
+                begins.append((place, e.text or "", e.get("FileName", "")))
+    if not begins:
+        return None
+    _, uuid, name = min(begins)
+    # A file that was renamed or copied names itself as before; its identifier is the same.
+    is_own = uuid == root.get("UUID") or name in ("", path.name)
+    return None if is_own else path.with_name(name)
 
 
 def _stored_attributes(path: Path) -> dict[str, Any]:
     """OME's attributes of a Zarr group, without the library, which takes its time to import."""
     if (path / ".zattrs").is_file():
-        found: dict[str, Any] = json.loads((path / ".zattrs").read_text(encoding="utf-8"))
-        return found
-    attributes = json.loads((path / "zarr.json").read_text(encoding="utf-8"))["attributes"]
-    found = attributes.get("ome", attributes)
-    return found
+        return _of_ome(json.loads((path / ".zattrs").read_text(encoding="utf-8")))
+    return _of_ome(json.loads((path / "zarr.json").read_text(encoding="utf-8"))["attributes"])
 
 
 def is_stack(path: Path) -> bool:
@@ -318,7 +326,8 @@ def write_zarr(path: Path, maps: MapFile, *, axes: str, scale: Scale) -> None:
         if axis in steps:
             entry["unit"] = "second" if axis == "T" else "micrometer"
         described.append(entry)
-    factors = [float((dict(scale.unnamed) | steps).get(axis, 1)) for axis in axes]
+    known = dict(scale.unnamed) | steps
+    factors = [float(known.get(axis, 1)) for axis in axes]
     places = [float(scale.origin.get(axis, 0)) for axis in axes]
     datasets: list[Any] = []
     resources = ExitStack()
@@ -434,13 +443,13 @@ def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, 
     tiff = resources.enter_context(io.open_tiff(path))
     io.refuse_lying_tiff(path, tiff)
     series = io.whole_series(path, tiff)
-    first = series.pages[0]
-    begun_by = path if first is None else Path(first.parent.filehandle.path)
-    if begun_by.name != path.name:
-        raise ImageError(
-            f"{path}: one of several files of the image that begins in "
-            f"{path.with_name(begun_by.name)}; name that one, which stands for all of them"
-        )
+    with suppress(ElementTree.ParseError, ValueError):  # of what says it wrong the pages are here
+        first = _begins_in(path, tiff)
+        if first is not None and first.is_file():
+            raise ImageError(
+                f"{path}: one of several files of the image that begins in {first}; name that "
+                "one, which stands for all of them"
+            )
     if not 0 <= level < len(series.levels):
         raise ImageError(f"{path}: expected a level of 0 to {len(series.levels) - 1}, got {level}")
     chosen = series.levels[level]
@@ -597,7 +606,10 @@ def _dimension_axes(array: Any) -> str:
 
 
 def _ome_attributes(group: Any) -> dict[str, Any]:
-    """Attributes of a Zarr group as OME-Zarr 0.4 has them; from 0.5 on they are under one key."""
-    attributes: dict[str, Any] = dict(group.attrs)
+    return _of_ome(dict(group.attrs))
+
+
+def _of_ome(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Attributes as OME-Zarr 0.4 has them; from 0.5 on they are under one key."""
     found: dict[str, Any] = attributes.get("ome", attributes)
     return found

@@ -675,6 +675,12 @@ def test_a_later_file_of_an_image_in_several_names_the_first(tmp_path: Path) -> 
     assert stacks.first_file(tmp_path / "t1.ome.tif") == tmp_path / "t0.ome.tif"
     jobs, left_out = find_jobs([str(tmp_path)], tmp_path / "out")
     assert ([Path(job.source).name for job in jobs], left_out) == (["t0.ome.tif"], [])
+    # Under another name it is an image of its own.
+    shutil.copy(tmp_path / "t0.ome.tif", tmp_path / "copy.ome.tif")
+    assert stacks.first_file(tmp_path / "copy.ome.tif") is None
+    with stacks.open_stack(tmp_path / "copy.ome.tif") as stack:
+        assert stack.array.shape == (2, 40, 50)
+    (tmp_path / "copy.ome.tif").unlink()
     (tmp_path / "t0.ome.tif").unlink()
     assert len(find_jobs([str(tmp_path)], tmp_path / "out")[0]) == 1
 

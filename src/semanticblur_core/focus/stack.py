@@ -26,10 +26,10 @@ from semanticblur_core.focus.scores import tile_means
 from semanticblur_core.focus.sharpness import tenengrad_map
 from semanticblur_core.inference.planes import (
     RANGE_PLANES,
-    RANGE_SAMPLES_PER_PLANE,
     Channels,
     Planes,
     range_of_samples,
+    sampling_step,
 )
 
 if TYPE_CHECKING:
@@ -200,13 +200,8 @@ class FileStack:
                 image = self.read(i)
             except ImageError:  # told where the plane is looked at
                 continue
-            step = max(1, math.ceil(math.sqrt(image.size / RANGE_SAMPLES_PER_PLANE)))
-            # Each at another place within its step, to meet all colours of a mosaic.
-            rows, columns = (
-                np.flatnonzero(np.arange(n) % step == np.arange(n) // step % step)
-                for n in image.shape[:2]
-            )
-            samples.append(image[np.ix_(rows, columns)].ravel())
+            step = sampling_step(image.size)
+            samples.append(image[::step, ::step].ravel())
         [limits] = range_of_samples([np.concatenate(samples)], [0], n_ranges=1, is_mean=False)
         return limits
 

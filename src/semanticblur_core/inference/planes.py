@@ -319,7 +319,7 @@ class Planes:
         n = max(4, RANGE_PIECES // n_planes, RANGE_PIXELS // (math.prod(sides) * n_planes))
         if len(rows) * len(columns) <= max(n, RANGE_PIECES):
             return list(itertools.product(rows, columns)), []
-        step = _sampling_step(n * math.prod(sides))
+        step = sampling_step(n * math.prod(sides))
         rows, columns = map(_pieces, self.plane_shape, sides, (step, step))
         # Even over the rows, and over the columns by steps of the golden ratio.
         places = [
@@ -344,7 +344,7 @@ class Planes:
                 for index in indices
             ]
         height, width = self.plane_shape
-        return indices, _sampling_step(height * width)
+        return indices, sampling_step(height * width)
 
 
 @dataclass(frozen=True)
@@ -411,7 +411,7 @@ class PlaneView:
         return mean / np.float32(255) if each[0].dtype == np.uint8 else mean
 
 
-def _sampling_step(n_pixels: int) -> int:
+def sampling_step(n_pixels: int) -> int:
     """Step between rows and columns of a sample; odd, to meet every colour of a Bayer mosaic."""
     return max(1, math.ceil(math.sqrt(n_pixels / RANGE_SAMPLES_PER_PLANE))) | 1
 

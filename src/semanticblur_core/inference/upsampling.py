@@ -29,7 +29,7 @@ def upsample_bilinear(blur: NDArray[np.float32], shape: tuple[int, ...]) -> NDAr
 
 
 def upsample_nearest(blur: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """``(h, w)`` to ``(H, W)``, as torch's ``nearest-exact`` does it on CPUs."""
+    """``(h, w)`` to ``(H, W)``, as torch's ``nearest-exact`` does it on CPUs with AVX2."""
     rows, columns = (_nearest(*lengths) for lengths in zip(blur.shape, shape, strict=True))
     nearest: NDArray[np.float32] = blur[np.ix_(rows, columns)]
     return nearest

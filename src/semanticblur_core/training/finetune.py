@@ -383,7 +383,8 @@ def _finetune(
         best_step=tuner.best_step,
         n_steps=n_steps,
     )
-    target = _free_target(output)
+    # The name is looked up again: another run may have taken the version meanwhile.
+    target = _target(output, or_beside=True)
     if target is not None:
         name = target.stem if target.parent == weights.models_folder() else str(target)
         result = replace(result, path=target, model=name)
@@ -524,26 +525,18 @@ def _some_of_each_class(views: list[View], most: int) -> list[View]:
     return [views[i] for i in sorted(kept)]
 
 
-def _free_target(output: str | Path | None) -> Path | None:
-    """As `_target`, but of what another run has taken meanwhile the next name that is free."""
-    path = None if output is None else Path(output)
-    if path is None or path.suffix != ".safetensors" or not path.exists():
-        return _target(output)
-    return next(
-        free
-        for i in itertools.count(2)
-        if not (free := path.with_stem(f"{path.stem}-{i}")).exists()
-    )
+def _target(output: str | Path | None, *, or_beside: bool = False) -> Path | None:
+    """File to write; a name becomes the next version in the folder of models.
 
-
-def _target(output: str | Path | None) -> Path | None:
-    """File to write; a name becomes the next version in the folder of models."""
+    One that exists is refused, or the next free one beside it taken.
+    """
     if output is None:
         return None
     text = str(output)
     if not text.endswith(".safetensors") and not isinstance(output, Path):
         return weights.next_version(text)
     path = Path(output)
-    if path.exists():
+    if path.exists() and not or_beside:
         raise WeightsError(f"{path}: exists already; give another file, or a name")
-    return path
+    others = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(2))
+    return next(free for free in itertools.chain([path], others) if not free.exists())
