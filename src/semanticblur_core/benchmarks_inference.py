@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from semanticblur_core import io
-from semanticblur_core.benchmarks import bare_backbone
 from semanticblur_core.errors import SemanticBlurError
 from semanticblur_core.focus import classical
 from semanticblur_core.focus.scores import tile_means
@@ -68,6 +66,11 @@ def bench_backends(
     to its map as an array, the backbone from a prepared tensor to its last feature map. One back
     end at a time is loaded: the threads of another would go on spinning into the next one's time.
     """
+    # Here alone, so that the others' memory is that of what is measured.
+    import torch
+
+    from semanticblur_core.benchmarks import bare_backbone
+
     precision = "bfloat16"
     backbone = bare_backbone().to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
     reference = Detector(model, device="cpu", precision="float32", backend="torch").engine

@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import numpy as np
 
 from semanticblur_core.errors import ImageError
+
+# What happens along the channels, see `semanticblur_core.inference.planes.Planes`.
+Channels = int | Literal["each", "mean"]
 
 # As OME-XML, ImageJ and OME-Zarr name them.
 _MICROMETRES = {

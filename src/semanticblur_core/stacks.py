@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from semanticblur_core import disk, io
 from semanticblur_core.errors import ImageError
-from semanticblur_core.scale import Scale, of_ngff, of_tiff
+from semanticblur_core.scale import Channels, Scale, of_ngff, of_tiff
 
 STACK_SUFFIXES = (*io.TIFF_SUFFIXES, ".npy", ".zarr")
 BLOCK_PX = 512
@@ -45,6 +45,35 @@ class Stack:
     array: Any
     axes: str
     scale: Scale = field(default_factory=Scale)
+
+    def channel(self, wanted: int | str) -> Channels:
+        """What `Planes` takes: the number of a channel that is named as the file names it.
+
+        Parameters
+        ----------
+        wanted
+            ``"each"``, ``"mean"``, a number, or a name in any case. A number that is too large may
+            be a name, too: those of channels are often wavelengths.
+
+        Raises
+        ------
+        ImageError
+            If the file names no such channel, or several.
+        """
+        if wanted == "each" or wanted == "mean":
+            return wanted  # type: ignore[return-value]
+        names = [name.strip().casefold() for name in self.scale.channel_names]
+        found = [i for i, name in enumerate(names) if name == str(wanted).strip().casefold()]
+        if isinstance(wanted, int) and (wanted < len(names) or not found):
+            return wanted  # which `Planes` refuses if there is none
+        if len(found) != 1:
+            known = ", ".join(self.scale.channel_names) or "none"
+            several = "several are called so" if found else "there is none"
+            raise ImageError(
+                f"channel {wanted!r}: {several}; the file names its channels: {known}; a number "
+                "from 0 names them, too"
+            )
+        return found[0]
 
 
 @contextmanager

@@ -690,3 +690,28 @@ def test_a_side_is_of_square_pixels() -> None:
     assert Scale().pixel_side_um is None
     with pytest.raises(ImageError, match=r"pixels of 1 x 0\.25 um are not square"):
         _ = Scale({"Y": 1.0, "X": 0.25}).pixel_side_um
+
+
+def test_a_channel_goes_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "cells.ome.tif"
+    names = ["DAPI", "488", "GFP", "gfp"]
+    array = np.zeros((4, 8, 8), np.uint16)
+    tifffile.imwrite(path, array, metadata={"axes": "CYX", "Channel": {"Name": names}})
+
+    with stacks.open_stack(path) as stack:
+        assert [stack.channel(wanted) for wanted in ("each", "mean", 3)] == ["each", "mean", 3]
+        assert [stack.channel(wanted) for wanted in ("dapi", "488", 488)] == [0, 1, 1]
+        assert stack.channel(77) == 77  # refused where it is taken
+        with pytest.raises(ImageError, match="'Cy5': there is none; .* channels: DAPI, 488, GFP"):
+            stack.channel("Cy5")
+        with pytest.raises(ImageError, match="several are called so"):
+            stack.channel("GFP")
+
+
+def test_no_channel_has_a_name(tmp_path: Path) -> None:
+    np.save(tmp_path / "stack.npy", np.zeros((2, 2, 2, 8, 8), np.uint8))
+    with (
+        stacks.open_stack(tmp_path / "stack.npy") as stack,
+        pytest.raises(ImageError, match="names its channels: none; a number"),
+    ):
+        stack.channel("DAPI")

@@ -16,7 +16,7 @@ import click
 if TYPE_CHECKING:
     from semanticblur_core.focus.check import FocusOptions, Source
     from semanticblur_core.focus.stack import StackFocus
-    from semanticblur_core.scale import Scale
+    from semanticblur_core.scale import Channels, Scale
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class StackInput:
     array: Any
     axes: str
     scale: Scale
+    channels: Channels = "each"
 
 
 def find_sources(
@@ -182,7 +183,7 @@ def _of_file(
     from semanticblur_core.inference.planes import Planes
 
     try:
-        planes = Planes(opened.array, opened.axes, channels)
+        planes = Planes(opened.array, opened.axes, opened.channel(channels))
         box = planes.box(wanted)
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error
@@ -207,5 +208,6 @@ def _of_file(
         value_range=unit_range(planes, limits),
         array=opened.array,
         axes=opened.axes,
+        channels=planes.channels,
         scale=opened.scale,
     )

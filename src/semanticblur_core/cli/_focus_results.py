@@ -295,7 +295,7 @@ class Results:
 
 
 def write_composite(
-    opened: StackInput, channels: Any, along: str, composite: Path | None, depth: Path | None
+    opened: StackInput, along: str, composite: Path | None, depth: Path | None
 ) -> None:
     from semanticblur_core import io
     from semanticblur_core.focus.stack import all_in_focus
@@ -317,7 +317,12 @@ def write_composite(
     with progress_bar() as progress:
         task = progress.add_task("Composing", total=None)
         for last in all_in_focus(
-            opened.array, opened.axes, along=along, at=at, channels=channels, positions=positions
+            opened.array,
+            opened.axes,
+            along=along,
+            at=at,
+            channels=opened.channels,
+            positions=positions,
         ):
             progress.update(task, completed=last.n_done, total=last.n_total)
     assert last is not None

@@ -227,18 +227,18 @@ planes_option = click.option(
 
 
 class ChannelsType(_ParamType):
-    """``each``, ``mean`` or the number of a channel."""
+    """``each``, ``mean``, or a channel by its number or its name."""
 
-    name = "each|mean|NUMBER"
+    name = "each|mean|NUMBER|NAME"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> int | str:
         if value in ("each", "mean") or isinstance(value, int):
             return value  # type: ignore[no-any-return]
-        if value.isdecimal():
-            return int(value)
-        self.fail(f"expected each, mean or the number of a channel, got {value!r}", param, ctx)
+        if not value.strip():
+            self.fail("expected each, mean, or the number or name of a channel", param, ctx)
+        return int(value) if value.isdecimal() else value
 
 
 class ListType(_ParamType):

@@ -136,7 +136,7 @@ _LONGEST = 4
     type=ChannelsType(),
     default="each",
     show_default=True,
-    help="Channels (axis C): each of its own, mean, or the number of one.",
+    help="Channels (axis C): each of its own, mean, or one by number or name.",
 )
 @level_option
 @click.option(

@@ -353,7 +353,7 @@ def _check(
         results.run(sources, report=report, json_file=json_file, csv_file=csv_file, resume=resume)
         results.print()
         if opened and (composite or depth):
-            write_composite(opened, channels, along, composite, depth)
+            write_composite(opened, along, composite, depth)
     if results.n_failed or problems:
         raise SystemExit(2)
     if not results.passed:

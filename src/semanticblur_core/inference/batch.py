@@ -249,7 +249,7 @@ def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileR
         return FileResult(job.source, outputs, skipped=True)
     with stacks.open_stack(path, axes=options.axes, level=options.level) as stack:
         try:
-            planes = Planes(stack.array, stack.axes, options.channels)
+            planes = Planes(stack.array, stack.axes, stack.channel(options.channels))
             box = planes.box(options.planes)
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from error

@@ -11,15 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from semanticblur_core import disk, io, stacks
 from semanticblur_core.config import require_share
 from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.inference.inputs import expand_inputs, is_of_camera, is_sample
-
-if TYPE_CHECKING:
-    from semanticblur_core.inference.planes import Channels
 
 _log = logging.getLogger(__name__)
 # Of a million files not all are opened for this: after so many that are whole, all are taken to be.
@@ -72,7 +69,7 @@ class DetectOptions:
     resume: bool = False
     value_range: tuple[float, float] | None = None
     axes: str | None = None
-    channels: Channels = "each"
+    channels: int | str = "each"
     planes: tuple[slice, ...] | None = None
     level: int = 0
     every: int = 1

@@ -6,15 +6,15 @@ import itertools
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from semanticblur_core import io
 from semanticblur_core.errors import ImageError
+from semanticblur_core.scale import Channels as Channels
 
-Channels = int | Literal["each", "mean"]
 Region = tuple[slice, slice]
 ALL: Region = (slice(None), slice(None))
 

@@ -58,7 +58,7 @@ def _planes_of_file(job: Job, options: DetectOptions) -> tuple[int, tuple[int, i
     if path.suffix.lower() not in stacks.STACK_SUFFIXES and not stacks.is_zarr(path):
         return 1, io.read_shape(path)
     with stacks.open_stack(path, axes=options.axes, level=options.level) as stack:
-        planes = Planes(stack.array, stack.axes, options.channels)
+        planes = Planes(stack.array, stack.axes, stack.channel(options.channels))
         box = planes.box(options.planes)
         return math.prod(len(axis) for axis in box), planes.plane_shape
 
