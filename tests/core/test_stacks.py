@@ -702,7 +702,7 @@ def test_a_channel_goes_by_its_name(tmp_path: Path) -> None:
         assert [stack.channel(wanted) for wanted in ("each", "mean", 3)] == ["each", "mean", 3]
         assert [stack.channel(wanted) for wanted in ("dapi", "488", 488)] == [0, 1, 1]
         assert stack.channel(77) == 77  # refused where it is taken
-        with pytest.raises(ImageError, match="'Cy5': there is none; .* channels: DAPI, 488, GFP"):
+        with pytest.raises(ImageError, match=r"'Cy5': there is none; .* channels: DAPI, 488, GFP"):
             stack.channel("Cy5")
         with pytest.raises(ImageError, match="several are called so"):
             stack.channel("GFP")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,27 +45,34 @@ def find_sources(
     """
     from semanticblur_core.errors import ImageError
     from semanticblur_core.focus.check import Source
-    from semanticblur_core.inference.inputs import expand_inputs
+    from semanticblur_core.inference.inputs import expand_inputs, is_of_camera
+    from semanticblur_core.inference.jobs import made_of
 
     sources: dict[str, Source] = {}
     found: list[str] = []
     listed = list(expand_inputs(inputs, recursive, found))
-    names = {Path(path).name for path, _, _ in listed}
-    stems = {Path(name).stem for name in names}
-    left_out = []
+    is_made = made_of(path for path, _, _ in listed)
+    developed = {_frame(path) for path, _, _ in listed if not is_of_camera(Path(path))}
+    made, raws = [], []
     for path, relative, named in listed:
-        if not named and _is_made_of(Path(path).name, names, stems):
-            left_out.append(path)
-            continue
-        read = _reader(path, max_pixels)
-        sources.setdefault(path, Source(relative.as_posix(), Path(path), read))
-    if left_out:
-        n_files = f"{len(left_out)} file{'s' * (len(left_out) != 1)}"
-        click.echo(
-            f"semanticblur-core: {n_files} left out as masks or maps of the others, first "
-            f"{left_out[0]}; named as inputs they are measured",
-            err=True,
-        )
+        if not named and is_made(path):
+            made.append(path)
+        elif not named and is_of_camera(Path(path)) and _frame(path) in developed:
+            raws.append(path)
+        else:
+            read = _reader(path, max_pixels)
+            sources.setdefault(path, Source(relative.as_posix(), Path(path), read))
+    for left_out, what in (
+        (made, "masks or maps of the others"),
+        (raws, "raw or HEIC of a frame whose picture of the same name is checked"),
+    ):
+        if left_out:
+            n_files = f"{len(left_out)} file{'s' * (len(left_out) != 1)}"
+            click.echo(
+                f"semanticblur-core: {n_files} left out as {what}, first {left_out[0]}; named as "
+                "inputs they are measured",
+                err=True,
+            )
     if found and (problems is None or not sources):
         raise ImageError(found[0])
     for line in found:
@@ -74,12 +82,10 @@ def find_sources(
     return list(sources.values())
 
 
-def _is_made_of(name: str, names: set[str], stems: set[str]) -> bool:
-    """Whether it is named as the mask (NAME.png) or a map (STEM_blur.png) of one of the others."""
-    from semanticblur_core.inference.jobs import is_result_name
-
-    is_mask = name.endswith(".png") and name.removesuffix(".png") in names
-    return is_mask or (is_result_name(name) and name.rpartition("_")[0] in stems | names)
+def _frame(path: str) -> tuple[str, str]:
+    """What the files have in common that a camera writes of one frame."""
+    folder, name = os.path.split(path)
+    return folder, Path(name).stem.casefold()
 
 
 def _reader(path: str, max_pixels: int) -> Callable[[], Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from contextlib import ExitStack, closing
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from semanticblur_core import disk
-from semanticblur_core.cli._options import progress_bar, say
+from semanticblur_core.cli._options import progress_bar, say, warn_of_squashing
 from semanticblur_core.cli._stop import Stop
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from semanticblur_core.focus.check import FocusOptions, ImageFocus, Source
     from semanticblur_core.focus.earlier import EarlierRun
     from semanticblur_core.focus.report import HtmlReport
+    from semanticblur_core.focus.scores import FocusScores
     from semanticblur_core.inference.map_maker import MapMaker
 
-_WORST_PRINTED = 20
+_PRINTED = 20
 _SAVED_EVERY_S = 30
 # Times what the last one took: many images are slow to write.
 _SAVES_WAIT = 20
@@ -61,6 +63,7 @@ class Results:
         self._earlier: EarlierRun | None = None
         self.images: list[ImageFocus] = []
         self._order: dict[tuple[str, str], int] = {}
+        self._n_of_name: Counter[str] = Counter()
         self._n_new = 0
         self._finished = False
 
@@ -78,6 +81,7 @@ class Results:
 
         for source in sources:
             self._order.setdefault((source.name, str(source.path)), len(self._order))
+            self._n_of_name[source.name] += 1
         with ExitStack() as resources:
             parts = disk.left_behind(report) if report else []
             if resume and json_file:
@@ -93,6 +97,9 @@ class Results:
                 self._measure(sources, report, json_file)
             finally:
                 self._write(json_file, csv_file)
+                if not self._finished and self._n_new:
+                    resumed = "; --resume goes on" if json_file and not self._opened else ""
+                    click.echo(f"semanticblur-core: {self._how_far()}{resumed}", err=True)
         for part in parts:
             disk.remove_if_stale(part)
 
@@ -114,8 +121,7 @@ class Results:
                 for update in stop.each(resources.enter_context(closing(coming))):
                     self._add(update.image, html)
                     progress.advance(task)
-                    if update.image.error is not None:
-                        say(progress, f"semanticblur-core: {update.image.error}", err=True)
+                    self._tell(update.image, progress)
                     if time.monotonic() - saved_at > wait_s:
                         wait_s = self._save(json_file, progress)
                         saved_at = time.monotonic()
@@ -123,6 +129,20 @@ class Results:
             finally:
                 if html is not None:
                     html.summary = self._summary()
+
+    def _tell(self, image: ImageFocus, progress: Progress) -> None:
+        for problem in (image.error, image.mask_error):
+            if problem is not None:
+                say(progress, f"semanticblur-core: {problem}", err=True)
+        if self._protocol.get("size") not in (None, "native"):
+            warn_of_squashing(progress, self._name(image), image.width, image.height)
+
+    def _name(self, image: ImageFocus) -> str:
+        """What people know it by: its name, or its path where others are called so."""
+        return image.name if self._n_of_name[image.name] <= 1 else image.source
+
+    def _how_far(self) -> str:
+        return f"stopped after {len(self.images)} of {len(self._order)} images"
 
     def _add(self, image: ImageFocus, html: HtmlReport | None, *, is_new: bool = True) -> None:
         if html is not None:
@@ -172,6 +192,11 @@ class Results:
         return sum(image.error is not None for image in self.images)
 
     @property
+    def n_without_mask(self) -> int:
+        """Images whose mask could not be written."""
+        return sum(image.mask_error is not None for image in self.images)
+
+    @property
     def passed(self) -> bool:
         """Whether all that the gates are for keep them."""
         return self._finished and all(image.passed for image in self._judged())
@@ -191,13 +216,15 @@ class Results:
         if json_file:
             document = {
                 **self._measured_with,
-                "masks": self._masks,
+                "masks": self._masks or (self._earlier and self._earlier.masks),
                 "gates": [gate.describe() for gate in self._options.gates],
                 "passed": self.passed and not self.n_failed,
                 "interrupted": not self._finished,
                 "images": [row for row in rows if "error" not in row],
                 "failures": [
-                    {"name": row["name"], "error": row["error"]} for row in rows if "error" in row
+                    {key: row[key] for key in ("name", "source", "error")}
+                    for row in rows
+                    if "error" in row
                 ],
                 **self._stack_rows(),
             }
@@ -206,18 +233,15 @@ class Results:
             write_json(json_file, document)
 
     def print(self) -> None:
-        for image in self._ordered() if len(self.images) <= _WORST_PRINTED else self._worst():
+        for image in self._ordered() if len(self.images) <= _PRINTED else self._first():
             if image.scores is not None:
                 word = f"{'passed' if image.passed else 'FAILED'}, " if self._gated else ""
                 why = f" ({'; '.join(image.failed_gates)})" if image.failed_gates else ""
-                click.echo(
-                    f"{image.name}: {word}{image.scores.in_focus_fraction:.1%} in focus, mean "
-                    f"blur {image.scores.mean_blur:.3f}{why}"
-                )
+                click.echo(f"{self._name(image)}: {word}{_described(image.scores)}{why}")
         if self._keep_best:
-            n_of_name = Counter(image.name for image in self.images)
-            kept = [i.name if n_of_name[i.name] == 1 else i.source for i in self._kept()]
-            click.echo(f"kept: {', '.join(kept)}")
+            kept = [self._name(image) for image in self._kept()]
+            few = " (no others passed)" if self._gated and len(kept) < self._keep_best else ""
+            click.echo(f"kept: {', '.join(kept) or 'none'}{few}")
         for one in self._stack_rows().get("stacks", []):
             at = "".join(f" at {axis}={i}" for axis, i in one["at"].items())
             best = one["best_plane"]
@@ -242,18 +266,23 @@ class Results:
             return ranked(self.images, self._sort, best_first=True)
         return sorted(self.images, key=lambda image: self._order[image.name, image.source])
 
-    def _worst(self) -> list[ImageFocus]:
+    def _first(self) -> list[ImageFocus]:
+        """Of many, those that come first by --sort, or else the worst."""
         from semanticblur_core.focus.report import ranked
 
-        click.echo(f"the {_WORST_PRINTED} worst:")
-        score = self._sort if self._sort and self._sort != "name" else "in_focus_fraction"
-        return ranked(self._readable, score)[:_WORST_PRINTED]
+        if self._sort:
+            click.echo(f"the first {_PRINTED} by {self._sort}:")
+            return self._ordered()[:_PRINTED]
+        click.echo(f"the {_PRINTED} worst:")
+        return ranked(self._readable, "in_focus_fraction")[:_PRINTED]
 
     def _kept(self) -> list[ImageFocus]:
+        """The best of those that keep the gates."""
         from semanticblur_core.focus.report import ranked
 
         score = self._sort if self._sort and self._sort != "name" else "in_focus_fraction"
-        return ranked(self._readable, score, best_first=True)[: self._keep_best]
+        passed = [image for image in self._readable if image.passed]
+        return ranked(passed, score, best_first=True)[: self._keep_best]
 
     def _judged(self) -> list[ImageFocus]:
         """Images that the gates are for: all, or of a stack the best planes."""
@@ -277,21 +306,33 @@ class Results:
 
     def _summary(self) -> dict[str, Any]:
         """What the HTML page shows beside the rows."""
+        from semanticblur_core.focus.scores import HIGHER_IS_SHARPER
+
         gates = ", ".join(gate.describe() for gate in self._options.gates) or "none"
         said = ", ".join(
             f"{key} {str(value)[:12] if key == 'model_sha256' else value}"
             for key, value in self._protocol.items()
             if value is not None
         )
+        stopped = "" if self._finished else f"{self._how_far().capitalize()}. "
         summary: dict[str, Any] = {
-            "description": f"Gates: {gates}. Measured with: {said}.",
+            "description": f"{stopped}Gates: {gates}. Measured with: {said}.",
             "gated": self._gated,
             **self._stack_rows(),
         }
+        if self._sort:  # best first
+            summary["sort"] = self._sort
+            summary["descending"] = HIGHER_IS_SHARPER.get(self._sort, False)
         if self._keep_best:
             kept = {id(image) for image in self._kept()}
             summary["kept"] = [i for i, image in enumerate(self.images) if id(image) in kept]
         return summary
+
+
+def _described(scores: FocusScores) -> str:
+    if not math.isfinite(scores.mean_blur):
+        return "no content"
+    return f"{scores.in_focus_fraction:.1%} in focus, mean blur {scores.mean_blur:.3f}"
 
 
 def write_composite(

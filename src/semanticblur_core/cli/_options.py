@@ -77,6 +77,10 @@ mask_polarity_option = click.option(
 )
 
 
+# Sides of a photograph that is still squashed without a word.
+_LONGEST = 4
+
+
 class PathType(click.Path):
     """A path of which a leading ``~`` is the home folder: shells leave it after ``=``.
 
@@ -318,6 +322,17 @@ def say(progress: Progress, text: str, *, err: bool = False) -> None:
         progress.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
     else:
         click.echo(text, err=err)
+
+
+def warn_of_squashing(progress: Progress, name: str, width: int, height: int) -> None:
+    """Tell of an image so long that squashing it to a square hides what is blurred."""
+    if max(height, width) > _LONGEST * max(1, min(height, width)):
+        say(
+            progress,
+            f"semanticblur-core: {name}: {width} x {height} px are squashed to a square, which "
+            "hides blur in so long an image; --size=native analyses it in tiles",
+            err=True,
+        )
 
 
 def refuse_clashes(

@@ -33,6 +33,7 @@ from semanticblur_core.cli._options import (
     refuse_flags,
     refuse_network_flags,
     say,
+    warn_of_squashing,
 )
 from semanticblur_core.cli._stop import Stop
 from semanticblur_core.config import MAX_SIZE_PX
@@ -46,10 +47,6 @@ if TYPE_CHECKING:
     from semanticblur_core.inference.jobs import DetectOptions
     from semanticblur_core.inference.results import FileResult
     from semanticblur_core.inference.table import Owners
-
-
-# Sides of a photograph that is still squashed without a word.
-_LONGEST = 4
 
 
 @click.command(name="detect")
@@ -277,8 +274,8 @@ def command(
         click.echo(f"semanticblur-core: {problem}", err=True)
     if left_out:
         click.echo(
-            f"{len(left_out)} files in {output} left out as results of an earlier run, first "
-            f"{left_out[0]}"
+            f"{len(left_out)} file{'s' * (len(left_out) != 1)} left out as results of an earlier "
+            f"run, first {left_out[0]}; named as inputs they are detected"
         )
 
     if scheduler is not None and Path(model).is_file():
@@ -349,7 +346,7 @@ def command(
                 progress.advance(task)
                 _report(result, progress, quiet=progress.console.is_terminal and len(jobs) > 1)
                 if method == "network" and isinstance(size, int):
-                    _warn_of_squashing(result, progress)
+                    warn_of_squashing(progress, result.source, result.width, result.height)
             is_whole = True
         except SemanticBlurError:
             is_begun = alone or cluster is not None
@@ -412,17 +409,6 @@ def _report(result: FileResult, progress: Progress, *, quiet: bool) -> None:
             f"{result.source}: {result.blurred_fraction:.1%} out of focus, mean blur "
             f"{result.mean_blur:.3f}, {result.elapsed_s:.2f} s -> "
             f"{', '.join(str(path) for path in result.outputs)}",
-        )
-
-
-def _warn_of_squashing(result: FileResult, progress: Progress) -> None:
-    """Tell of an image so long that squashing it to a square hides what is blurred."""
-    if max(result.height, result.width) > _LONGEST * max(1, min(result.height, result.width)):
-        say(
-            progress,
-            f"semanticblur-core: {result.source}: {result.width} x {result.height} px are squashed "
-            "to a square, which hides blur in so long an image; --size=native analyses it in tiles",
-            err=True,
         )
 
 

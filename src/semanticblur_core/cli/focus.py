@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -119,7 +121,20 @@ class _TileType(click.ParamType):  # type: ignore[type-arg]
         return size, unit
 
 
-@click.group(name="focus", invoke_without_command=True)
+class _FocusGroup(click.Group):
+    """Tells of files that a shell made of a pattern, which are no commands."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if self.get_command(ctx, args[0]) is None and Path(args[0]).exists():
+            raise click.UsageError(
+                f"{args[0]}: is no option; quote a pattern, or give --input several times"
+            )
+        return super().resolve_command(ctx, args)
+
+
+@click.group(name="focus", cls=_FocusGroup, invoke_without_command=True)
 @click.option(
     "--input",
     "inputs",
@@ -147,7 +162,9 @@ class _TileType(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option("--composite", type=_file, help="Write a stack's all-in-focus composite (png, tif).")
 @click.option("--depth", type=_file, help="Write the index of the sharpest plane (tif).")
-@click.option("--overwrite", is_flag=True, help="Let these two replace files.")
+@click.option(
+    "--overwrite", is_flag=True, help="Let these two, and masks of photogrammetry, replace files."
+)
 @click.option("--report", type=_file, help="Write an HTML page that works offline.")
 @click.option("--csv", "csv_file", type=_file, help="Write a line an image.")
 @click.option("--json", "json_file", type=_file, help="Write everything that was measured.")
@@ -234,6 +251,7 @@ def calibrate_command(
     if name and output:
         raise click.UsageError("give --name or --output, not both")
     options = _options(**measuring)
+    region = measuring["region"]
     detector, protocol = _detector(**measuring)
     default_name = Path(detector.name).stem.partition("@")[0] or "default"
     path = output or calibration.stored_path(name or default_name)
@@ -242,6 +260,7 @@ def calibrate_command(
     problems: list[str] = []
     for inputs in (good, bad):
         sources = find_sources(inputs, recursive, options.max_pixels, problems)
+        options = replace(options, region=_region(region, sources))
         scores: list[dict[str, float]] = []
         with progress_bar() as progress:
             task = progress.add_task("Measuring", total=len(sources))
@@ -291,6 +310,9 @@ def _check(
     mask_margin: int,
     **flags: Any,
 ) -> None:
+    from semanticblur_core import disk
+    from semanticblur_core.focus.check import mask_path
+
     if not inputs:
         raise click.UsageError("give --input, or `focus calibrate`")
     along = along.upper()
@@ -337,12 +359,18 @@ def _check(
             if opened
             else find_sources(inputs, recursive, options.max_pixels, problems)
         )
-        refuse_clashes(outputs, (source.path for source in sources))
+        options = replace(options, region=_region(flags["region"], sources))
+        masks = [mask_path(mask_output, source.name) for source in sources] if mask_output else []
+        refuse_clashes(outputs, (source.path for source in sources), masks)
         for path in (composite, depth):
             if path and path.is_file() and not overwrite:
                 raise click.UsageError(f"{path}: exists already; --overwrite replaces it")
         if mask_output:
             _refuse_same_masks(sources, mask_output)
+            _refuse_taken_masks(sources, masks, flags["region"])
+            if not (overwrite or (resume and json_file and _wrote_masks(json_file, mask_output))):
+                _refuse_existing(masks)
+            disk.require_writable(mask_output / "mask.png")
         if opened and (composite or depth):
             _refuse_composite(opened, composite)
         detector, protocol = _detector(**measuring)
@@ -354,7 +382,7 @@ def _check(
         results.print()
         if opened and (composite or depth):
             write_composite(opened, along, composite, depth)
-    if results.n_failed or problems:
+    if results.n_failed or results.n_without_mask or problems:
         raise SystemExit(2)
     if not results.passed:
         raise SystemExit(1)
@@ -400,7 +428,7 @@ def _options(
     *,
     size: Any,
     threshold: float,
-    region: str,
+    region: Any,
     subject: Any,
     value_range: tuple[float, float] | None,
     max_pixels: int,
@@ -413,7 +441,7 @@ def _options(
         size=size,
         value_range=value_range,
         threshold=threshold,
-        region=_region(region),
+        region=region if region in ("image", "content") else "image",  # masks come with the images
         subject=subject,
         max_pixels=max_pixels,
     )
@@ -457,33 +485,53 @@ def _detector(
     return detector, protocol
 
 
-def _region(text: str) -> Any:
+def _region(text: str, sources: list[Source]) -> Any:
+    """Where to look, of each image; masks lie as the photographs do, or all in the folder."""
     if text in ("image", "content"):
         return text
     from semanticblur_core import disk, io
     from semanticblur_core.data.datasets import group_by_stem, list_images
     from semanticblur_core.errors import DataError
+    from semanticblur_core.focus.check import mask_path
 
     folder = disk.expand_home(text)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
+    n_of_name = Counter(name for name, _ in {(source.name, source.path) for source in sources})
+    folders = {(_stem(source), source.path.parent) for source in sources}
+    n_of_stem = Counter(stem for stem, _ in folders)
 
     @functools.cache
-    def by_stem() -> dict[str, list[Path]]:
-        return group_by_stem(list_images(folder))
+    def by_stem(where: Path) -> dict[str, list[Path]]:
+        has_images = any(path.suffix.lower() in io.IMAGE_SUFFIXES for path in where.iterdir())
+        return group_by_stem(list_images(where)) if has_images else {}
 
     def region(source: Source) -> Any:
-        as_written = folder / f"{source.name}.png"  # by --mask-output, as the photograph is stored
+        if n_of_name[source.name] > 1:
+            raise DataError(f"{source.path}: other images of this name have the same mask")
+        as_written = mask_path(folder, source.name)  # by --mask-output, as the photograph is stored
         if as_written.is_file():
             is_file = source.path.name == Path(source.name).name and source.path.is_file()
             turned = io.read_orientation(source.path) if is_file else 1
             return io.to_upright(io.read_mask(as_written), turned)
-        found = by_stem().get(Path(source.name).stem, [])
+        beside = folder / Path(source.name).parent
+        found = by_stem(beside).get(_stem(source), []) if beside.is_dir() else []
+        if not found and beside != folder:
+            found = by_stem(folder).get(_stem(source), [])
+            if found and n_of_stem[_stem(source)] > 1:
+                raise DataError(
+                    f"{source.name}: {found[0]} might be of {n_of_stem[_stem(source)]} images; "
+                    "masks lie in folders as the images do"
+                )
         if len(found) != 1:
             raise DataError(f"{source.name}: {len(found)} masks of this name in {folder}")
         return io.read_mask(found[0])
 
     return region
+
+
+def _stem(source: Source) -> str:
+    return Path(source.name).stem
 
 
 def _refuse_outputs(outputs: dict[str, Path]) -> None:
@@ -501,14 +549,52 @@ def _refuse_outputs(outputs: dict[str, Path]) -> None:
 
 def _refuse_same_masks(sources: list[Source], folder: Path) -> None:
     """Refuse masks of which one would take another's place."""
+    from semanticblur_core.focus.check import mask_path
+
     named: dict[str, Path] = {}
     for source in sources:
         other = named.setdefault(source.name, source.path)
         if other != source.path:
             raise click.UsageError(
-                f"{other} and {source.path} would have the same mask, {folder}/{source.name}.png; "
+                f"{other} and {source.path} would have the same mask, "
+                f"{mask_path(folder, source.name)}; "
                 "check the folder above them with --recursive, or one after the other"
             )
+
+
+def _refuse_taken_masks(sources: list[Source], masks: list[Path], region: str) -> None:
+    """Refuse masks that would take the place of an image, or of a mask that is read."""
+    from semanticblur_core import disk
+
+    names = {path.name for path in masks}
+    read = {
+        os.path.realpath(source.path): source.path
+        for source in sources
+        if source.path.name in names
+    }
+    folder = None if region in ("image", "content") else os.path.realpath(disk.expand_home(region))
+    for path in masks:
+        place = os.path.realpath(path) if read or folder else ""
+        if place in read:
+            raise click.UsageError(f"--mask-output: {path} is an input; give another folder")
+        if folder and Path(folder) in Path(place).parents and path.is_file():
+            raise click.UsageError(
+                f"--mask-output: {path} is read by --region; give another folder"
+            )
+
+
+def _wrote_masks(json_file: Path, folder: Path) -> bool:
+    """Whether the run that is gone on from wrote its masks into this folder."""
+    from semanticblur_core.focus.earlier import earlier_mask_folder
+
+    found = earlier_mask_folder(json_file)
+    return found is not None and os.path.realpath(found) == os.path.realpath(folder)
+
+
+def _refuse_existing(masks: list[Path]) -> None:
+    for path in masks:
+        if path.exists():
+            raise click.UsageError(f"{path}: exists already; --overwrite replaces masks")
 
 
 def _refuse_composite(opened: StackInput, composite: Path | None) -> None:

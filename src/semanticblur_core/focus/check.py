@@ -138,6 +138,10 @@ class ImageFocus:
         Detection and scores, without waiting.
     stamp
         Bytes and time of change (ns) of its file, by which it is known again.
+    has_mask
+        Whether a mask for photogrammetry was written.
+    mask_error
+        Why it was not, though it was wanted.
     """
 
     name: str
@@ -154,6 +158,8 @@ class ImageFocus:
     overlay: str | None = field(default=None, repr=False)
     elapsed_s: float = 0.0
     stamp: tuple[int, int] | None = None
+    has_mask: bool = False
+    mask_error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -397,11 +403,16 @@ def _score(prepared: _Prepared, options: FocusOptions) -> ImageFocus:
             plane = plane_focus(
                 source.index, image, measure, tile_size_px=tile_size_px or TILE_SIZE_PX
             )
-        if options.mask_folder is not None and blur is not None:
-            _write_mask(source, blur, options)
         thumbnail, overlay = _pictures(image, blur) if options.thumbnails else (None, None)
     except Exception as error:  # the rest is checked all the same
         return replace(failed, error=_reason(error, source.name))
+    has_mask, mask_error = False, None
+    if options.mask_folder is not None and blur is not None:
+        try:
+            _write_mask(source, blur, options)
+            has_mask = True
+        except Exception as error:  # what was measured stays
+            mask_error = _reason(error, source.name)
     scored = ImageFocus(
         name=source.name,
         source=str(source.path),
@@ -414,6 +425,8 @@ def _score(prepared: _Prepared, options: FocusOptions) -> ImageFocus:
         overlay=overlay,
         elapsed_s=prepared.elapsed_s + time.perf_counter() - start,
         stamp=prepared.stamp,
+        has_mask=has_mask,
+        mask_error=mask_error,
     )
     return judge(scored, options.gates)
 
@@ -466,7 +479,12 @@ def _write_mask(source: Source, blur: NDArray[np.float32], options: FocusOptions
         margin_px=options.mask_margin_px,
         orientation=1 if source.read is not None else io.read_orientation(source.path),
     )
-    io.write_png(options.mask_folder / f"{source.name}.png", mask)
+    io.write_png(mask_path(options.mask_folder, source.name), mask)
+
+
+def mask_path(folder: Path, name: str) -> Path:
+    """Where the mask of an image of this name lies, as COLMAP looks for it."""
+    return folder / f"{name}.png"
 
 
 def _pictures(image: NDArray[Any], blur: NDArray[np.float32] | None) -> tuple[str, str | None]:

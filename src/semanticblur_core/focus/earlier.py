@@ -14,14 +14,16 @@ import numpy as np
 
 from semanticblur_core import disk
 from semanticblur_core.errors import DataError
-from semanticblur_core.focus.check import ImageFocus, Source, file_stamp
+from semanticblur_core.focus.check import ImageFocus, Source, file_stamp, mask_path
 from semanticblur_core.focus.scores import FocusScores
 from semanticblur_core.inference.table import place
 
 _Row = dict[str, Any]
 _Key = tuple[str, str]
 # What a report's row and the same image's in the JSON file may differ in.
-_OF_A_REPORT = ("thumbnail", "overlay", "passed", "failed_gates", "kept")
+_OF_A_REPORT = (
+    *("thumbnail", "overlay", "passed", "failed_gates", "kept", "has_mask", "mask_error"),
+)
 
 
 class EarlierRun:
@@ -44,6 +46,8 @@ class EarlierRun:
     ----------
     n_lacking
         Images that are to be measured again for want of a picture or a mask alone.
+    masks
+        Where its masks are and with which margin, as ``masks``.
 
     Raises
     ------
@@ -60,6 +64,7 @@ class EarlierRun:
         reports: list[Path] | None = None,
     ) -> None:
         self.n_lacking = 0
+        self.masks: Any = None
         self._rows: dict[_Key, _Row] = {}
         self._mask_folder = None if masks is None else Path(masks["folder"])
         self._has_masks = True
@@ -70,7 +75,8 @@ class EarlierRun:
         document = _read(json_file)
         _require_same(json_file, document, json.loads(json.dumps(settings)))
         self._rows = {_key(row): row for row in (*document["not_checked"], *document["images"])}
-        self._has_masks = masks is None or document.get("masks") == masks
+        self.masks = document.get("masks")
+        self._has_masks = masks is None or self.masks == masks
         if reports is not None:
             self._pictures = {}
             with ExitStack() as opened:
@@ -90,7 +96,9 @@ class EarlierRun:
             return None
         image = replace(_from_row(row), source=str(source.path))
         if self._mask_folder is not None and not (
-            self._has_masks and (self._mask_folder / f"{source.name}.png").is_file()
+            self._has_masks
+            and image.has_mask
+            and mask_path(self._mask_folder, source.name).is_file()
         ):
             self.n_lacking += 1
             return None
@@ -129,6 +137,13 @@ class EarlierRun:
                     if has_pictures and _measured(row) == _measured(self._rows[_key(row)]):
                         self._pictures[_key(row)] = (stream, offset, len(text))
                 offset += len(line)
+
+
+def earlier_mask_folder(json_file: Path) -> Path | None:
+    """Folder of the masks that a run wrote; None if it wrote none or the file is no such."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return Path(json.loads(json_file.read_text(encoding="utf-8"))["masks"]["folder"])
+    return None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -175,6 +190,7 @@ def _from_row(row: Mapping[str, Any]) -> ImageFocus:
         tiles=np.asarray(row["tiles"], np.float32) if "tiles" in row else None,
         stamp=_stamp(row),
         elapsed_s=_number(row["elapsed_s"]),
+        has_mask=row.get("has_mask") is True,
     )
 
 

@@ -114,6 +114,10 @@ def to_row(image: ImageFocus) -> dict[str, Any]:
     }
     if image.stamp is not None:
         row["file_bytes"], row["modified_ns"] = image.stamp
+    if image.has_mask:
+        row["has_mask"] = True
+    if image.mask_error is not None:
+        row["mask_error"] = image.mask_error
     if image.plane is not None:
         row["plane_score"] = _number(image.plane.score)
     if image.tiles is not None:

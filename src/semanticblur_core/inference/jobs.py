@@ -111,8 +111,9 @@ def find_jobs(
     -------
     tuple
         The jobs, and the files that a folder or a glob named but that lie in the output folder
-        under the name of a result: those are taken for results of an earlier run and left out. A
-        job that would write the file of one before it, or might write that of an input, is refused.
+        under the name of a result, or anywhere under that of a mask or map of another one: those
+        are taken for results of an earlier run and left out. A job that would write the file of one
+        before it, or might write that of an input, is refused.
 
     Raises
     ------
@@ -120,15 +121,15 @@ def find_jobs(
         If an input names nothing, or a folder holds no image or cannot be read.
     """
     inputs = [inputs] if isinstance(inputs, (str, Path)) else inputs
+    problems: list[str] = []
+    expanded = list(expand_inputs(map(str, inputs), recursive, problems, arrays=True))
+    is_made = made_of(source for source, _, _ in expanded)
     found: dict[str, tuple[str, Path]] = {}
     left_out: list[str] = []
-    problems: list[str] = []
     listed: dict[str, None] = {}
     place = _placer()
-    for source, relative, named in expand_inputs(
-        map(str, inputs), recursive, problems, arrays=True
-    ):
-        if not named and _is_result(source, output):
+    for source, relative, named in expanded:
+        if not named and (_is_result(source, output) or is_made(source)):
             left_out.append(source)
             continue
         key = source if is_sample(source) else place(source)
@@ -268,6 +269,22 @@ def take_back(outputs: Iterable[Path]) -> None:
 def is_result_name(name: str) -> bool:
     """Whether it is a name that results have."""
     return bool(_RESULT_NAME.search(name))
+
+
+def made_of(paths: Iterable[str]) -> Callable[[str], bool]:
+    """Tells which of some files are named as the mask or a map of another of them.
+
+    Masks are called ``NAME.EXT.png``, maps ``NAME_blur.png`` or ``NAME.EXT_blur.png`` and so on.
+    """
+    names = {os.path.basename(path) for path in paths}  # noqa: PTH119 - there may be a million
+    named = names | {os.path.splitext(name)[0] for name in names}  # noqa: PTH122
+
+    def is_made(path: str) -> bool:
+        name = os.path.basename(path)  # noqa: PTH119
+        is_mask = name.endswith(".png") and name.removesuffix(".png") in names
+        return is_mask or (is_result_name(name) and name.rpartition("_")[0] in named)
+
+    return is_made
 
 
 def remove_stale_parts(jobs: Iterable[Job], options: DetectOptions) -> None:

@@ -311,17 +311,28 @@ def test_tiles_in_micrometres_go_by_each_files_own_pixels(
     assert {name: len(rows) for name, rows in tiles.items()} == {"a.ome.tif": 4, "b.ome.tif": 2}
 
 
-def test_of_many_images_the_worst_are_printed(tmp_path: Path, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("sort", ["tenengrad", None])
+def test_of_many_images_some_are_printed(
+    tmp_path: Path, rng: np.random.Generator, sort: str | None
+) -> None:
     (tmp_path / "in").mkdir()
     scene = rng.integers(0, 256, (80, 80)).astype(float)
     for i in range(24):
         soft = gaussian_filter(scene, i / 4) if i else scene
         Image.fromarray(soft.astype(np.uint8)).save(tmp_path / "in" / f"{i:02}.png")
-    done = run("--input=in", "--method=lbp", "--sort=tenengrad", cwd=tmp_path)
+    sorting = [f"--sort={sort}", "--report=r.html"] if sort else []
+    done = run("--input=in", "--method=lbp", *sorting, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, *lines, last = done.stdout.splitlines()
-    assert (first, last) == ("the 20 worst:", "24 images, 0 unreadable")
-    assert [line.split(".")[0] for line in lines] == [f"{i:02}" for i in range(23, 3, -1)]
+    assert last == "24 images, 0 unreadable"
+    names = [line.split(".")[0] for line in lines]
+    if sort:
+        assert first == "the first 20 by tenengrad:"
+        assert names == [f"{i:02}" for i in range(20)]
+        assert '"sort":"tenengrad","descending":true' in (tmp_path / "r.html").read_text()
+    else:
+        assert (first, len(names)) == ("the 20 worst:", 20)
+        assert "00" not in names
 
 
 def test_planes_of_other_types_are_not_measured_beside_each_other(tmp_path: Path) -> None:
@@ -412,7 +423,7 @@ def test_masks_and_maps_are_not_measured_beside_their_photographs(
     Image.open(folder / "soft.png").save(folder / "sharp_blur.png")
     Image.open(folder / "soft.png").save(folder / "my_blur.png")
     Image.open(folder / "soft.png").save(folder / "soft.png_blur.png")
-    made = ("--method=lbp", f"--mask-output={folder}", "--json=r.json")
+    made = ("--method=lbp", f"--mask-output={folder}", "--json=r.json", "--overwrite")
     for n_left_out in (2, 5):
         done = run(f"--input={folder}", *made, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -639,7 +650,9 @@ def test_what_ends_a_batch_job_stops_in_order(
 
     monkeypatch.setattr(check, "focus_report", asked_to_stop)
     done = run(f"--input={folder}", "--method=lbp", "--json=r.json", cwd=tmp_path)
-    assert (done.returncode, done.stderr.strip()) == (130, "semanticblur-core: stopped")
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[0].endswith("stopped after 1 of 2 images; --resume goes on")
+    assert done.stderr.strip().endswith("\nsemanticblur-core: stopped")
     document = json.loads((tmp_path / "r.json").read_text())
     assert (len(document["images"]), document["interrupted"]) == (1, True)
 
@@ -693,3 +706,146 @@ def test_arrays_of_one_plane_are_images(tmp_path: Path, rng: np.random.Generator
     assert done.returncode == 2
     assert "c.npy: a stack; --stack checks its planes" in done.stderr
     assert "2 images, 1 unreadable" in done.stdout
+
+
+def test_masks_take_the_place_of_nothing_unasked(tmp_path: Path, folder: Path) -> None:
+    Image.open(folder / "soft.png").save(folder / "sharp.png.png")
+    photographs = {path: path.read_bytes() for path in folder.iterdir()}
+    lbp = ("--method=lbp", "--json=r.json")
+    files = [f"--input={folder / name}" for name in ("sharp.png", "sharp.png.png")]
+    for inputs in (files, [f"--input={folder}"]):
+        done = run(*inputs, f"--mask-output={folder}", *lbp, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "sharp.png.png: exists already" in done.stderr or "is an input" in done.stderr
+    assert {path: path.read_bytes() for path in folder.iterdir()} == photographs
+    done = run(*files, f"--mask-output={folder}", "--overwrite", *lbp, cwd=tmp_path)
+    assert "sharp.png.png is an input" in done.stderr
+
+    one = (files[0], "--mask-output=m", *lbp)
+    assert run(*one, cwd=tmp_path).returncode == 0
+    edited = tmp_path / "m" / "sharp.png.png"
+    Image.new("L", (200, 160), 255).save(edited)
+    before = edited.read_bytes()
+    done = run(*one, cwd=tmp_path)
+    assert (done.returncode, edited.read_bytes()) == (2, before)
+    assert "m/sharp.png.png: exists already; --overwrite replaces masks" in done.stderr
+    done = run(*one, "--region=m", "--overwrite", cwd=tmp_path)
+    assert "is read by --region" in done.stderr
+    done = run(*one, "--overwrite", "--csv=m/sharp.png.png", cwd=tmp_path)
+    assert "is the name of a result" in done.stderr
+    assert edited.read_bytes() == before
+    assert run(*one, "--resume", cwd=tmp_path).returncode == 0  # taken over as it is
+    assert edited.read_bytes() == before
+    assert run(*one, "--overwrite", cwd=tmp_path).returncode == 0
+    assert edited.read_bytes() != before
+
+
+def test_masks_outlast_a_run_without_them(tmp_path: Path, folder: Path) -> None:
+    made = (f"--input={folder}", "--method=lbp", "--json=r.json")
+    assert run(*made, "--mask-output=m", cwd=tmp_path).returncode == 0
+    soft = folder / "soft.png"
+    Image.open(soft).transpose(Image.Transpose.ROTATE_90).save(soft)
+    done = run(*made, "--resume", cwd=tmp_path)
+    assert "1 measured before" in done.stdout
+    # The one that was measured without a mask has one that is stale.
+    done = run(*made, "--resume", "--mask-output=m", cwd=tmp_path)
+    assert "1 measured before" in done.stdout, done.stderr
+    with Image.open(tmp_path / "m" / "soft.png.png") as mask:
+        assert mask.size == (160, 200)
+
+
+def test_a_mask_that_cannot_be_written_costs_no_scores(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    done = run(f"--input={folder}", "--method=lbp", "--mask-output=file/m", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")  # before the work
+    whole = check.io.write_png
+
+    def full(path: Path, pixels: np.ndarray) -> None:
+        if path.name == "soft.png.png":
+            raise ImageError(f"{path}: cannot be written: no space left")
+        whole(path, pixels)
+
+    monkeypatch.setattr(check.io, "write_png", full)
+    made = (f"--input={folder}", "--method=lbp", "--mask-output=m", "--json=r.json")
+    done = run(*made, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "soft.png.png: cannot be written: no space left" in done.stderr
+    assert "2 images, 0 unreadable" in done.stdout
+    assert len(json.loads((tmp_path / "r.json").read_text())["images"]) == 2
+    monkeypatch.undo()
+    done = run(*made, "--resume", cwd=tmp_path)
+    assert (done.returncode, "1 measured before" in done.stdout) == (0, True), done.stderr
+
+
+def test_a_frame_that_lies_there_twice_counts_once(tmp_path: Path, folder: Path) -> None:
+    (folder / "SHARP.dng").write_bytes(b"raw")
+    (folder / "alone.dng").write_bytes(b"raw")
+    done = run(f"--input={folder}", "--method=lbp", "--keep-best=2", cwd=tmp_path)
+    assert "1 file left out as raw or HEIC of a frame" in done.stderr
+    assert "SHARP.dng; named" in done.stderr
+    assert "2 images, 1 unreadable" in done.stdout
+    assert "alone.dng" in done.stderr
+    named = run(f"--input={folder / 'SHARP.dng'}", "--method=lbp", cwd=tmp_path)
+    assert "SHARP.dng" in named.stderr
+
+
+def test_only_what_passed_is_kept(tmp_path: Path, folder: Path) -> None:
+    made = (f"--input={folder}", "--method=lbp", "--keep-best=2", "--csv=r.csv", "--report=r.html")
+    done = run(*made, "--min-in-focus=0.5", cwd=tmp_path)
+    assert "kept: sharp.png (no others passed)" in done.stdout
+    with (tmp_path / "r.csv").open(newline="") as stream:
+        assert [row["kept"] for row in csv.DictReader(stream)] == ["True", "False"]
+    assert "kept: none" in run(*made, "--gate=tenengrad=9", cwd=tmp_path).stdout
+
+
+def test_regions_lie_as_the_photographs_do(tmp_path: Path, folder: Path) -> None:
+    for camera, columns in (("100", slice(0, 50)), ("101", slice(0, 100))):
+        for root in ("in", "masks"):
+            (tmp_path / root / camera).mkdir(parents=True)
+        Image.open(folder / "sharp.png").save(tmp_path / "in" / camera / "a.jpg")
+        mask = np.zeros((160, 200), np.uint8)
+        mask[:, columns] = 255
+        Image.fromarray(mask).save(tmp_path / "masks" / camera / "a.png")
+    made = ("--recursive", "--method=lbp", "--json=r.json")
+    assert run("--input=in", "--region=masks", *made, cwd=tmp_path).returncode == 0
+    images = json.loads((tmp_path / "r.json").read_text())["images"]
+    assert [image["region_fraction"] for image in images] == [0.25, 0.5]
+
+    flat = tmp_path / "masks" / "100"
+    done = run("--input=in", f"--region={flat}", *made, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("might be of 2 images; masks lie in folders") == 2
+    both = ("--input=in/100", "--input=in/101")
+    done = run(*both, f"--region={flat}", *made, cwd=tmp_path)
+    assert done.stderr.count("other images of this name have the same mask") == 2
+
+
+def test_two_of_one_name_are_told_apart(tmp_path: Path, folder: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.open(folder / "sharp.png").save(tmp_path / name / "i.png")
+        (tmp_path / name / "bad.png").write_bytes(b"")
+    done = run("--input=a", "--input=b", "--method=lbp", "--json=r.json", cwd=tmp_path)
+    assert {line.partition(":")[0] for line in done.stdout.splitlines()[:2]} == {
+        os.path.join("a", "i.png"), os.path.join("b", "i.png")  # noqa: PTH118
+    }  # fmt: skip
+    failures = json.loads((tmp_path / "r.json").read_text())["failures"]
+    assert [Path(row["source"]).parts[0] for row in failures] == ["a", "b"]
+
+
+def test_what_a_shell_made_of_a_pattern(tmp_path: Path, folder: Path) -> None:
+    files = [str(path) for path in sorted(folder.glob("*.png"))]
+    done = run("--input", *files, "--method=lbp", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "quote a pattern, or give --input several times" in done.stderr
+
+
+def test_long_images_are_told_of(tmp_path: Path, folder: Path) -> None:
+    wide = np.tile(np.asarray(Image.open(folder / "sharp.png")), (1, 6))
+    Image.fromarray(wide).save(folder / "wide.png")
+    done = run(f"--input={folder}", cwd=tmp_path)
+    assert "wide.png: 1200 x 160 px are squashed to a square" in done.stderr
+    assert done.stderr.count("squashed") == 1
+    assert "squashed" not in run(f"--input={folder}", "--method=lbp", cwd=tmp_path).stderr
