@@ -35,7 +35,7 @@ from napari_semanticblur._results import Pixels, pixels_of, reference, remember
 from napari_semanticblur._worker import Announcement, Failure, Run
 from semanticblur_core import __version__
 from semanticblur_core.errors import ImageError
-from semanticblur_core.inference.planes import Channels, Planes
+from semanticblur_core.inference.planes import QUICK_RANGE_PIXELS, Channels, Planes
 from semanticblur_core.inference.tiling import OVERLAP_PX, TILE_SIZE_PX, TileGrid
 
 if TYPE_CHECKING:
@@ -339,7 +339,7 @@ class Detection:
     ) -> Generator[Announcement | None, None, Limits | None]:
         """Range of some planes, without those that cannot be read."""
         while True:
-            n_read, estimate = -1, self.planes.iter_range(indices)
+            n_read, estimate = -1, self.planes.iter_range(indices, most_pixels=QUICK_RANGE_PIXELS)
             try:
                 while True:
                     before, n_read = n_read, next(estimate)

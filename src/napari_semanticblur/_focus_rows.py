@@ -104,7 +104,8 @@ def tile_rows(
         share = math.nan if image.tiles is None else float(image.tiles[tile])
         tenengrad = float(image.plane.tiles[tile])
         values = {"in_focus_fraction": share, "tenengrad": tenengrad}
-        mine = [gate for gate in gates if gate.score in values]
+        nothing = image.tiles is not None and math.isnan(share)  # of the region, to be judged
+        mine = [gate for gate in gates if gate.score in values and not nothing]
         verdict = all(gate.passes(values) for gate in mine) if mine else None
         place = f"{tile[0]}, {tile[1]}"
         cells = (layer.name, place, _said(verdict), share, tenengrad)

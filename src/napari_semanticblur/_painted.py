@@ -29,6 +29,7 @@ from semanticblur_core.data.autosave import JOURNALS
 from semanticblur_core.data.journal import Lock, LockedError
 from semanticblur_core.data.store import AnnotationStore, Item, OtherImageError, is_store
 from semanticblur_core.errors import DataError
+from semanticblur_core.inference.planes import QUICK_RANGE_PIXELS
 
 if TYPE_CHECKING:
     from napari.components import ViewerModel
@@ -219,7 +220,7 @@ def _save_layer(target: AnnotationStore, each: Annotated, codes: NDArray[np.uint
         _write(target, each, each.name, codes, array, axes, None)
         return
     planes = source.planes()
-    limits = planes.estimate_range()
+    limits = planes.estimate_range(most_pixels=QUICK_RANGE_PIXELS)
     for index in planes.indices():
         if codes[index].any():
             unit = planes.view(index).read_unit(limits=limits)

@@ -30,6 +30,7 @@ from napari_semanticblur._painted import Annotated, as_bytes, save_layers
 from napari_semanticblur._worker import Announcement, Failure, Run
 from semanticblur_core import weights
 from semanticblur_core.errors import DataError, ImageError, SemanticBlurError
+from semanticblur_core.inference.planes import QUICK_RANGE_PIXELS
 from semanticblur_core.training.background import BackgroundFinetune, FinetuneCommand, Progress
 
 if TYPE_CHECKING:
@@ -210,7 +211,9 @@ class Tuning:
             source, index = self._preview_source
             planes = source.planes()
             in_memory = isinstance(source.array, np.ndarray)
-            limits = planes.estimate_range(None if in_memory else [index])
+            limits = planes.estimate_range(
+                None if in_memory else [index], most_pixels=QUICK_RANGE_PIXELS
+            )
             pixels = as_bytes(planes.view(index).read_unit(limits=limits))
         self._process = BackgroundFinetune(self.command, preview=pixels)
         if self._is_cancelled:

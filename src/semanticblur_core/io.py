@@ -17,7 +17,7 @@ from semanticblur_core import camera, disk
 from semanticblur_core.errors import DataError, ImageError
 from semanticblur_core.scale import Scale
 
-TIFF_SUFFIXES = (".tif", ".tiff")
+TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf2", ".tf8", ".svs")
 PILLOW_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif"),
     *(".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".tga", ".jp2", ".j2k"),
@@ -30,6 +30,11 @@ IMAGE_SUFFIXES = (*PILLOW_SUFFIXES, *TIFF_SUFFIXES)
 # Read with the extra `camera`.
 CAMERA_SUFFIXES = (*camera.RAW_SUFFIXES, *camera.HEIC_SUFFIXES)
 MAX_PIXELS = 1_000_000_000
+# What tifffile and Bio-Formats call the pictures that scanners store beside a slide.
+_BESIDE_A_SLIDE = {
+    *("thumbnail", "label", "macro", "overview"),
+    *("thumbnail image", "label image", "macro image", "overview image"),
+}
 # What others' maps may be off 0..1 by: the last bits of a sum or a sigmoid in float32.
 _ROUNDING = 1e-6
 
@@ -488,7 +493,11 @@ def whole_series(path: Path, tiff: Any) -> Any:
     ImageError
         If it holds several.
     """
-    whole = [series for series in tiff.series if not series.keyframe.is_reduced]
+    whole = [
+        series
+        for series in tiff.series
+        if not (series.keyframe.is_reduced or series.name.casefold() in _BESIDE_A_SLIDE)
+    ]
     if len(whole) > 1:
         raise ImageError(
             f"{path}: holds {len(whole)} images, not one image or stack; save the wanted one as a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,11 @@ _SECONDS = {
     **{"min": 60.0, "minute": 60.0, "minutes": 60.0, "h": 3600.0, "hr": 3600.0, "hour": 3600.0},
     **{"hours": 3600.0, "d": 86400.0, "day": 86400.0, "days": 86400.0},
 }
+# Micrometres of TIFF's ResolutionUnit.
+_RESOLUTION_UNITS = {2: 25400.0, 3: 1e4}
+# Printers set 1200 dots an inch, 21 micrometres each.
+_LARGEST_OF_MICROSCOPE_UM = 20.0
+_MPP = re.compile(r"\bMPP\s*=\s*([0-9.]+)")
 
 
 @dataclass(frozen=True)
@@ -231,7 +237,27 @@ def _stated_pixel_size(tiff: Any, pixels: ElementTree.Element | None) -> dict[st
                 tag = tiff.pages.first.tags.get(f"{axis}Resolution")
                 if tag is not None and tag.value[0]:
                     sizes[axis] = tag.value[1] / tag.value[0] * factor
+    elif not tiff.ome_metadata:
+        sizes = _of_scanner(tiff.pages.first)
     return sizes
+
+
+def _of_scanner(page: Any) -> dict[str, float]:
+    """What a TIFF without such metadata says of its first image, if that is of a microscope.
+
+    Aperio's slides say micrometres a pixel. Resolution tags count where pixels come out smaller
+    than any that is printed or shown.
+    """
+    if found := _MPP.search(page.description) if page.description.startswith("Aperio") else None:
+        return dict.fromkeys("YX", float(found[1]))
+    unit = page.tags.get("ResolutionUnit")
+    factor = _RESOLUTION_UNITS.get(2 if unit is None else int(unit.value), 0)
+    sizes = {}
+    for axis in "YX":
+        tag = page.tags.get(f"{axis}Resolution")
+        if tag is not None and tag.value[0] and factor:
+            sizes[axis] = tag.value[1] / tag.value[0] * factor
+    return sizes if sizes and max(sizes.values()) < _LARGEST_OF_MICROSCOPE_UM else {}
 
 
 def _stated_time_step(tiff: Any, pixels: ElementTree.Element | None) -> dict[str, float]:

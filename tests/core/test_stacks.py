@@ -715,3 +715,51 @@ def test_no_channel_has_a_name(tmp_path: Path) -> None:
         pytest.raises(ImageError, match="names its channels: none; a number"),
     ):
         stack.channel("DAPI")
+
+
+def write_slide(path: Path, rgb: np.ndarray) -> None:
+    """As Aperio's scanners store one: levels, and pictures beside it that are as whole by flag."""
+    head = "Aperio Image Library v10.0.51"
+    tiled = {"tile": (64, 64), "photometric": "rgb", "metadata": None}
+    plain = {"photometric": "rgb", "metadata": None}
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(rgb, description=f"{head}\n|AppMag = 40|MPP = 0.2500", **tiled)
+        tiff.write(rgb[::8, ::8].copy(), description=f"{head}\nthumbnail", **plain)
+        tiff.write(rgb[::2, ::2].copy(), description=f"{head}\nlevel", **tiled)
+        tiff.write(rgb[:40].copy(), description=f"{head}\nlabel", subfiletype=1, **plain)
+        tiff.write(rgb[:60].copy(), description=f"{head}\nmacro", subfiletype=9, **plain)
+
+
+@pytest.mark.parametrize("name", ["slide.svs", "slide.tif"])
+def test_a_slide_is_read_without_the_pictures_beside_it(
+    tmp_path: Path, rng: np.random.Generator, name: str
+) -> None:
+    rgb = rng.integers(0, 256, (192, 256, 3), np.uint8)
+    write_slide(tmp_path / name, rgb)
+    np.testing.assert_array_equal(io.read_image(tmp_path / name), rgb)
+    for level, step in ((0, 1), (1, 2)):
+        with stacks.open_stack(tmp_path / name, level=level) as slide:
+            np.testing.assert_array_equal(slide.array[:], rgb[::step, ::step])
+            assert slide.scale.pixel_size_um == {"Y": 0.25 * step, "X": 0.25 * step}
+
+
+def test_a_scan_is_read_without_its_label(tmp_path: Path, rng: np.random.Generator) -> None:
+    scan = rng.integers(0, 256, (64, 80, 3), np.uint8)
+    with tifffile.TiffWriter(tmp_path / "s.ome.tif") as tiff:
+        for name, rows in (("scan", 64), ("label image", 20), ("macro image", 30)):
+            tiff.write(scan[:rows], photometric="rgb", metadata={"axes": "YXS", "Name": name})
+    np.testing.assert_array_equal(io.read_image(tmp_path / "s.ome.tif"), scan)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "unit", "size"),
+    [(40_000, "CENTIMETER", 0.25), (50_800, "INCH", 0.5), (300, "INCH", None), (400, "NONE", None)],
+)
+def test_resolution_tags_of_microscopes_are_pixel_sizes(
+    tmp_path: Path, resolution: int, unit: Any, size: float | None
+) -> None:
+    plane = np.zeros((8, 8), np.uint8)
+    how = {"resolution": (resolution, resolution), "resolutionunit": unit}
+    tifffile.imwrite(tmp_path / "a.tif", plane, **how)
+    found = stacks.read_scale(tmp_path / "a.tif").pixel_size_um
+    assert found == ({} if size is None else pytest.approx({"Y": size, "X": size}))

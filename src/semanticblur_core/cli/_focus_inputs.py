@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,15 +33,33 @@ class StackInput:
     channels: Channels = "each"
 
 
+@dataclass(frozen=True)
+class Part:
+    """Which planes of stacks and pyramids are checked, each as an image; as of `open_stack`."""
+
+    axes: str | None
+    channels: int | str
+    planes: tuple[slice, ...] | None
+    level: int
+    value_range: tuple[float, float] | None
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether any of it was said."""
+        return bool(self.axes or self.planes or self.level) or self.channels != "each"
+
+
 def find_sources(
     inputs: tuple[str, ...],
     recursive: bool,
     max_pixels: int,
     problems: list[str] | None = None,
+    part: Part | None = None,
 ) -> list[Source]:
     """Images of the inputs; what names none or cannot be read is told of where there are others.
 
-    Without ``problems``, which takes those lines, the first is raised.
+    Without ``problems``, which takes those lines, the first is raised. With a ``part`` that is
+    asked for, the planes of stacks and pyramids are images of their own.
     """
     from semanticblur_core.errors import ImageError
     from semanticblur_core.focus.check import Source
@@ -59,6 +77,9 @@ def find_sources(
             made.append(path)
         elif not named and is_of_camera(Path(path)) and _frame(path) in developed:
             raws.append(path)
+        elif part is not None and part.is_asked_for:
+            for source in _planes_of(Path(path), relative.as_posix(), part, max_pixels):
+                sources.setdefault(f"{path}{source.index}", source)
         else:
             read = _reader(path, max_pixels)
             sources.setdefault(path, Source(relative.as_posix(), Path(path), read))
@@ -80,6 +101,59 @@ def find_sources(
     if problems is not None:
         problems += found
     return list(sources.values())
+
+
+def _planes_of(path: Path, name: str, part: Part, max_pixels: int) -> Iterator[Source]:
+    """The planes of a stack or pyramid, each read when its turn comes; one that tells why not."""
+    from semanticblur_core import disk, stacks
+    from semanticblur_core.errors import ImageError, SemanticBlurError
+    from semanticblur_core.focus.check import Source
+    from semanticblur_core.focus.session import plane_sources
+    from semanticblur_core.inference.planes import Planes
+
+    @contextmanager
+    def opened() -> Iterator[tuple[Planes, Scale]]:
+        with stacks.open_stack(path, axes=part.axes, level=part.level) as stack:
+            yield Planes(stack.array, stack.axes, stack.channel(part.channels)), stack.scale
+
+    @functools.cache
+    def limits() -> Any:
+        with opened() as (planes, _):
+            given = part.value_range
+            return planes.as_limits(given) if given else planes.estimate_range()
+
+    def read(index: tuple[int, ...]) -> Any:
+        with opened() as (planes, _):
+            return planes.view(index).read_unit(limits=limits())
+
+    def refuse(reason: str) -> Any:
+        raise ImageError(reason if str(path) in reason else f"{path}: {reason}")
+
+    try:
+        if path.suffix.lower() not in stacks.STACK_SUFFIXES and not stacks.is_zarr(path):
+            raise ImageError(
+                f"{path}: --axes, --channels, --planes, --level: of stacks and pyramids, which it "
+                "is not; check it without"
+            )
+        with opened() as (planes, scale):
+            disk.refuse_bomb(path, math.prod(planes.plane_shape), max_pixels)
+            indices = list(itertools.product(*planes.box(part.planes)))
+            is_as_stored = str(planes.array.dtype) in ("uint8", "bool") and not part.value_range
+            named = plane_sources(planes, indices, name=name, path=path)
+    except SemanticBlurError as error:
+        yield Source(name, path, functools.partial(refuse, str(error)))
+        return
+    side = None
+    with suppress(ImageError):  # of pixels that are not square; told where tiles are asked for
+        side = scale.pixel_side_um
+    for source in named:
+        yield replace(
+            source,
+            read=functools.partial(read, source.index),
+            # Other planes come in 0..1, and are not to be stretched one by one.
+            value_range=None if is_as_stored and planes.channels != "mean" else (0.0, 1.0),
+            pixel_side_um=side,
+        )
 
 
 def _frame(path: str) -> tuple[str, str]:
@@ -109,7 +183,9 @@ def _read_array(path: Path, max_pixels: int) -> Any:
     with stacks.open_stack(path) as opened:
         planes = Planes(opened.array, opened.axes)
         if len(planes) > 1:
-            raise ImageError(f"{path}: a stack; --stack checks its planes")
+            raise ImageError(
+                f"{path}: a stack; --stack finds its best plane, --planes=: checks each"
+            )
         disk.refuse_bomb(path, math.prod(planes.plane_shape), max_pixels)
         return planes.view((0,) * len(planes.lengths)).read()
 

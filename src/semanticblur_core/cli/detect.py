@@ -278,6 +278,10 @@ def command(
             f"run, first {left_out[0]}; named as inputs they are detected"
         )
 
+    if scheduler is None and workers > len(jobs):
+        n = max(1, len(jobs))
+        click.echo(f"{n} file{'s' * (n != 1)}: {n} worker{'s' * (n != 1)}, one does whole files")
+        workers = n
     if scheduler is not None and Path(model).is_file():
         model = str(Path(model).absolute())  # workers are in folders of their own
     alone = scheduler is None and workers == 1
@@ -313,6 +317,7 @@ def command(
                 "model": model if method == "network" else method,
                 "size": str(size) if method == "network" else "",
                 "threshold": threshold,
+                "planes": json.dumps(_of_stacks(options)) if _of_stacks(options) else "",
             }
             table = resources.enter_context(
                 summary_table(table_path, resume=resume, settings=settings)
@@ -357,8 +362,11 @@ def command(
             # Written after an interruption too: it tells what was done.
             if json_path is not None and is_begun:
                 _write_json(json_path, results, detector, options, earlier, is_whole=is_whole)
-    if table is not None and table.n_of_other_settings and json_path is None:
-        _tell_of_other_settings(table.n_of_other_settings, table_path)
+    if table is not None and table_path is not None and json_path is None:
+        if table.n_of_other_settings:
+            _tell_of_other_settings(table.n_of_other_settings, table_path)
+        if table.n_unknown:
+            _tell_of_unknown(table.n_unknown, table_path)
     if len(jobs) > 1:
         kept = f", {n_skipped} of them before" if n_skipped else ""
         click.echo(f"{len(jobs) - n_failed} of {len(jobs)} images done{kept} ({detector.reason})")
@@ -439,6 +447,7 @@ def _write_json(
     protocol: dict[str, Any] = {
         "blurred_is": f"map > {options.threshold:g}",
         "value_range": options.channel_ranges or options.value_range,
+        **_of_stacks(options),
     }
     if hasattr(detector, "backend"):  # hand-crafted methods have none
         protocol |= {
@@ -454,7 +463,7 @@ def _write_json(
         "model_sha256": getattr(detector, "sha256", None),
         "protocol": json.loads(json.dumps(protocol)),
     }
-    images, n_other = [], 0
+    images, n_other, n_unknown = [], 0, 0
     for result in results:
         before = earlier.pop(place(result.source), None)
         if result.error is None and not result.skipped:
@@ -465,6 +474,8 @@ def _write_json(
                 before |= {"input": result.source, "outputs": outputs}
             images.append(_without(before, settings))
             n_other += result.skipped and not settings.keys().isdisjoint(images[-1])
+        else:
+            n_unknown += result.skipped
     # Files that a stopped run did not come to, or that are no inputs of this one; but for those
     # whose results are of others now.
     done = [r for r in results if r.error is None and not r.skipped]
@@ -476,6 +487,8 @@ def _write_json(
     ]
     if n_other:
         _tell_of_other_settings(n_other, path)
+    if n_unknown:
+        _tell_of_unknown(n_unknown, path)
     document = {
         "software": f"napari-semanticblur {__version__}",
         "model": detector.name,
@@ -486,6 +499,29 @@ def _write_json(
         "failures": [{"input": r.source, "error": r.error} for r in results if r.error is not None],
     }
     disk.write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def _of_stacks(options: DetectOptions) -> dict[str, Any]:
+    """Which planes of stacks and videos are meant, as far as that was said."""
+    planes = [
+        f"{part.start or 0}:{'' if part.stop is None else part.stop}"
+        for part in options.planes or ()
+    ]
+    said = {
+        "axes": options.axes,
+        "channels": None if options.channels == "each" else options.channels,
+        "planes": planes or None,
+        "level": options.level or None,
+        "every": None if options.every == 1 else options.every,
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _tell_of_unknown(n_files: int, place: Path) -> None:
+    click.echo(
+        f"{n_files} of the files done before have no numbers in {place}: the run that made them "
+        "was ended before it told of them; --overwrite measures anew"
+    )
 
 
 def _tell_of_other_settings(n_files: int, kept_in: Path | None) -> None:
@@ -506,6 +542,7 @@ def _image(result: FileResult, detector: Any, options: DetectOptions) -> dict[st
         "threshold": options.threshold,
         "model": detector.name,
         "elapsed_s": result.elapsed_s,
+        **({"value_range": result.value_range} if result.value_range else {}),
         **({"planes": [asdict(plane) for plane in result.planes]} if result.planes else {}),
     }
 

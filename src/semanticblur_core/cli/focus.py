@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from semanticblur_core.cli._focus_inputs import find_sources, open_stack
+from semanticblur_core.cli._focus_inputs import Part, find_sources, open_stack
 from semanticblur_core.cli._focus_results import Results, write_composite
 from semanticblur_core.cli._options import (
     ChannelsType,
@@ -146,7 +146,11 @@ class _FocusGroup(click.Group):
 @click.option("--stack", is_flag=True, help="The input, a folder or a file, is one stack.")
 @click.option("--axes", help="Axes of a stack's file, such as TZYX, if not as the file says.")
 @click.option(
-    "--channels", type=ChannelsType(), default="each", show_default=True, help="Of a stack's file."
+    "--channels",
+    type=ChannelsType(),
+    default="each",
+    show_default=True,
+    help="Of a stack's file: each, mean, or one by number or name.",
 )
 @planes_option
 @level_option
@@ -319,7 +323,7 @@ def _check(
     if not stack:
         refuse_flags(
             "goes with --stack",
-            *("axes", "channels", "planes", "level", "along", "measure", "composite", "depth"),
+            *("along", "measure", "composite", "depth"),
         )
     elif mask_output or keep_best or resume:
         raise click.UsageError("--mask-output, --keep-best and --resume go without --stack")
@@ -354,10 +358,11 @@ def _check(
                 open_stack(inputs[0], recursive, axes, channels, planes, level, along, options)
             )
             options = replace(options, value_range=opened.value_range)
+        part = Part(axes, channels, planes, level, options.value_range)
         sources = (
             opened.sources
             if opened
-            else find_sources(inputs, recursive, options.max_pixels, problems)
+            else find_sources(inputs, recursive, options.max_pixels, problems, part)
         )
         options = replace(options, region=_region(flags["region"], sources))
         masks = [mask_path(mask_output, source.name) for source in sources] if mask_output else []
@@ -536,11 +541,10 @@ def _stem(source: Source) -> str:
 
 def _refuse_outputs(outputs: dict[str, Path]) -> None:
     """Refuse what is of no kind of file that could be written, before the work."""
-    from semanticblur_core import io
-
+    tiffs = (".tif", ".tiff")
     for flag, suffixes in (
-        ("--composite", (".png", *io.TIFF_SUFFIXES)),
-        ("--depth", io.TIFF_SUFFIXES),
+        ("--composite", (".png", *tiffs)),
+        ("--depth", tiffs),
     ):
         path = outputs.get(flag)
         if path and path.suffix.lower() not in suffixes:
@@ -615,7 +619,7 @@ def _refuse_composite(opened: StackInput, composite: Path | None) -> None:
 
 def _tile_px(
     tile_size: tuple[float, str] | None, opened: StackInput | None
-) -> int | Callable[[Source], int] | None:
+) -> float | Callable[[Source], float] | None:
     """Side of the tiles; in micrometres, each file's own pixel size says how many pixels."""
     from semanticblur_core import stacks
     from semanticblur_core.errors import ImageError
@@ -632,7 +636,9 @@ def _tile_px(
         except ImageError as error:
             raise ImageError(f"{opened.sources[0].path}: {error}") from error
 
-    def of_source(source: Source) -> int:
+    def of_source(source: Source) -> float:
+        if source.pixel_side_um is not None:
+            return tile_size_in_px(size, source.pixel_side_um)
         has_size = source.path.suffix.lower() in stacks.STACK_SUFFIXES and source.path.exists()
         side = stacks.read_scale(source.path).pixel_side_um if has_size else None
         return tile_size_in_px(size, side)

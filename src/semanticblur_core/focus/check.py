@@ -47,13 +47,16 @@ class Source:
     """An image to check: where to read it, and its name in reports (with its extension).
 
     ``read`` gives ``(H, W)`` or ``(H, W, 3)`` of any real dtype; None reads the file ``path``.
-    ``index`` is a plane's place in its stack.
+    ``index`` is a plane's place in its stack. ``value_range`` goes before that of the options,
+    ``pixel_side_um`` before what the file says of its pixels.
     """
 
     name: str
     path: Path
     read: Callable[[], NDArray[Any]] | None = None
     index: tuple[int, ...] = ()
+    value_range: tuple[float, float] | None = None
+    pixel_side_um: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class FocusOptions:
     subject
         What `subject_in_focus` is weighted by.
     tile_size_px
-        Also measure the in-focus fraction of tiles of this side. A function gives it for a source.
+        Also measure the in-focus fraction of tiles of this side, of the region alone. A function
+        gives it for a source.
     measure
         Also measure each image as the plane of a stack, see
         `semanticblur_core.focus.stack.focus_measure`.
@@ -92,7 +96,7 @@ class FocusOptions:
     threshold: float = scores.THRESHOLD
     region: RegionKind | Callable[[Source], NDArray[np.bool_] | None] = "image"
     subject: scores.Subject = "centre"
-    tile_size_px: int | Callable[[Source], int] | None = None
+    tile_size_px: float | Callable[[Source], float] | None = None
     measure: str | None = None
     mask_folder: Path | None = None
     mask_margin_px: int = 0
@@ -129,7 +133,9 @@ class ImageFocus:
     error
         Why it could not be checked.
     tiles
-        In-focus fraction of tiles, ``(rows, columns)``.
+        In-focus fraction of tiles, ``(rows, columns)``; NaN where a tile has nothing of the region.
+    tile_size_px
+        Their side.
     plane
         Focus as the plane of a stack.
     thumbnail, overlay
@@ -153,6 +159,7 @@ class ImageFocus:
     failed_gates: tuple[str, ...] = ()
     error: str | None = None
     tiles: NDArray[np.float32] | None = field(default=None, repr=False)
+    tile_size_px: float | None = None
     plane: PlaneFocus | None = field(default=None, repr=False)
     thumbnail: str | None = field(default=None, repr=False)
     overlay: str | None = field(default=None, repr=False)
@@ -343,15 +350,16 @@ class _Prepared:
 def _prepare(source: Source, options: FocusOptions) -> _Prepared:
     def work() -> _Prepared:
         if source.read is None and stacks.is_stack(source.path):
-            raise ImageError(f"{source.path}: a stack; --stack checks its planes")
+            raise ImageError(
+                f"{source.path}: a stack; --stack finds its best plane, --planes=: checks each"
+            )
         stamp = file_stamp(source.path) if source.read is None else None
         read = source.read or (lambda: io.read_image(source.path, max_pixels=options.max_pixels))
         pixels = read()
         if pixels.size == 0:
             raise ImageError(f"{source.name}: the image has no pixels, shape {pixels.shape}")
-        image = io.to_unit_range(
-            io.without_alpha(pixels), limits=options.value_range, name=source.name
-        )
+        limits = source.value_range or options.value_range
+        image = io.to_unit_range(io.without_alpha(pixels), limits=limits, name=source.name)
         if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
             raise ImageError(f"{source.name}: expected a grey or RGB image, got {image.shape}")
         region = options.region(source) if callable(options.region) else None
@@ -396,13 +404,12 @@ def _score(prepared: _Prepared, options: FocusOptions) -> ImageFocus:
         side = options.tile_size_px
         tile_size_px = side(source) if callable(side) else side
         if tile_size_px is not None and blur is not None:
-            tiles = scores.tile_means(blur <= options.threshold, tile_size_px)
+            tiles = scores.tile_means(blur <= options.threshold, tile_size_px, region=region)
         plane = None
         if options.measure is not None:
             measure = focus_measure(options.measure, blur=blur)
-            plane = plane_focus(
-                source.index, image, measure, tile_size_px=tile_size_px or TILE_SIZE_PX
-            )
+            whole_px = round(tile_size_px or TILE_SIZE_PX)
+            plane = plane_focus(source.index, image, measure, tile_size_px=whole_px)
         thumbnail, overlay = _pictures(image, blur) if options.thumbnails else (None, None)
     except Exception as error:  # the rest is checked all the same
         return replace(failed, error=_reason(error, source.name))
@@ -420,6 +427,7 @@ def _score(prepared: _Prepared, options: FocusOptions) -> ImageFocus:
         width=grey.shape[1],
         scores=measured,
         tiles=tiles,
+        tile_size_px=None if tiles is None else tile_size_px,
         plane=plane,
         thumbnail=thumbnail,
         overlay=overlay,

@@ -188,6 +188,7 @@ def _from_row(row: Mapping[str, Any]) -> ImageFocus:
         ),
         passed=True,
         tiles=np.asarray(row["tiles"], np.float32) if "tiles" in row else None,
+        tile_size_px=_number(row["tile_size_px"]) if "tiles" in row else None,
         stamp=_stamp(row),
         elapsed_s=_number(row["elapsed_s"]),
         has_mask=row.get("has_mask") is True,

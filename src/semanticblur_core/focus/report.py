@@ -121,7 +121,8 @@ def to_row(image: ImageFocus) -> dict[str, Any]:
     if image.plane is not None:
         row["plane_score"] = _number(image.plane.score)
     if image.tiles is not None:
-        row["tiles"] = [[round(float(tile), 4) for tile in line] for line in image.tiles]
+        row["tile_size_px"] = image.tile_size_px
+        row["tiles"] = [[_number(round(float(tile), 4)) for tile in line] for line in image.tiles]
     return row
 
 

@@ -302,7 +302,9 @@ def saliency(grey: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(enlarged.resize((width, height), Image.Resampling.BILINEAR), np.float32)
 
 
-def tile_means(values: NDArray[Any], tile_size_px: int) -> NDArray[np.float32]:
+def tile_means(
+    values: NDArray[Any], tile_size_px: float, *, region: NDArray[np.bool_] | None = None
+) -> NDArray[np.float32]:
     """Heat map: means of ``(H, W)`` values over square tiles.
 
     Parameters
@@ -310,7 +312,11 @@ def tile_means(values: NDArray[Any], tile_size_px: int) -> NDArray[np.float32]:
     values
         ``(H, W)``: a blur map, or any other.
     tile_size_px
-        Side of a tile; see `tile_size_in_px` for micrometres. Tiles at the far edges are smaller.
+        Side of a tile; see `tile_size_in_px` for micrometres. Where it is no whole number, tiles
+        differ by a pixel, so that the i-th one begins where i sides end. Tiles at the far edges are
+        smaller.
+    region
+        ``(H, W)`` bool: means are over these pixels alone, NaN where a tile has none.
 
     Returns
     -------
@@ -322,18 +328,33 @@ def tile_means(values: NDArray[Any], tile_size_px: int) -> NDArray[np.float32]:
     ImageError
         If the size is below one pixel.
     """
-    if tile_size_px < 1:
+    if not tile_size_px >= 1:
         raise ImageError(f"tile size: expected at least 1 px, got {tile_size_px}")
-    starts = [np.arange(0, n, tile_size_px) for n in values.shape]
-    sums = np.add.reduceat(values.astype(np.float64), starts[0], axis=0)
-    sums = np.add.reduceat(sums, starts[1], axis=1)
-    lengths = [np.diff(start, append=n) for start, n in zip(starts, values.shape, strict=True)]
-    means: NDArray[np.float32] = (sums / np.outer(*lengths)).astype(np.float32)
+    starts = [_tile_starts(n, tile_size_px) for n in values.shape]
+    if region is None:
+        lengths = [np.diff(start, append=n) for start, n in zip(starts, values.shape, strict=True)]
+        counts: NDArray[Any] = np.outer(*lengths)
+    else:
+        counts = _tile_sums(region, starts)
+        values = np.where(region, values, 0)
+    means = np.full(counts.shape, np.nan, np.float32)
+    np.divide(_tile_sums(values, starts), counts, out=means, where=counts > 0, casting="same_kind")
     return means
 
 
-def tile_size_in_px(tile_size_um: float, pixel_size_um: float | None) -> int:
-    """Whole pixels, at least one, of a tile's side in micrometres.
+def _tile_starts(n: int, tile_size_px: float) -> NDArray[np.intp]:
+    starts: NDArray[np.intp] = np.rint(np.arange(math.ceil(n / tile_size_px)) * tile_size_px)
+    starts = starts.astype(np.intp)
+    return starts[starts < n]
+
+
+def _tile_sums(values: NDArray[Any], starts: list[NDArray[np.intp]]) -> NDArray[np.float64]:
+    sums = np.add.reduceat(values.astype(np.float64), starts[0], axis=0)
+    return np.add.reduceat(sums, starts[1], axis=1)
+
+
+def tile_size_in_px(tile_size_um: float, pixel_size_um: float | None) -> float:
+    """Pixels, at least one and seldom a whole number, of a tile's side in micrometres.
 
     Raises
     ------
@@ -349,7 +370,7 @@ def tile_size_in_px(tile_size_um: float, pixel_size_um: float | None) -> int:
             f"expected sizes above 0, got tiles of {tile_size_um:g} um and pixels of "
             f"{pixel_size_um:g} um"
         )
-    return max(1, round(tile_size_um / pixel_size_um))
+    return max(1.0, tile_size_um / pixel_size_um)
 
 
 def _require_same_shape(*arrays: NDArray[Any] | None, region: NDArray[Any] | None = None) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _IMAGE_FORMATS = ("png", "tif", "npy", "zarr")
 STREAMED_PIXELS = 64_000_000
+_Limits = list[tuple[float, float]] | None
 _T = TypeVar("_T")
 
 
@@ -262,7 +263,8 @@ def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileR
             )
         with stacks.new_map(next(iter(targets.values())), shape) as maps:
             try:
-                measured = list(_append_planes(maps, planes, box, detector, options))
+                limits = _stack_limits(planes, options)
+                measured = list(_append_planes(maps, planes, box, limits, detector, options))
             except SemanticBlurError as error:
                 raise ImageError(f"{path}: {error}") from error
             where: dict[str, Any] = {
@@ -277,10 +279,10 @@ def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileR
                 stacks.write_npy(targets["npy"], maps)
             if has_pictures:
                 index = [axis[0] for axis in box]
-                unit = planes.view(index).read_unit(limits=_stack_limits(planes, options))
-                limits = None if unit.dtype == np.uint8 else (0.0, 1.0)
+                unit = planes.view(index).read_unit(limits=limits)
+                ends = None if unit.dtype == np.uint8 else (0.0, 1.0)
                 blur = maps.read([0] * len(box), slice(None))
-                _write_pictures(targets.get("png"), overlay, blur, unit, options, limits)
+                _write_pictures(targets.get("png"), overlay, blur, unit, options, ends)
     return FileResult(
         source=job.source,
         outputs=outputs,
@@ -289,6 +291,7 @@ def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileR
         blurred_fraction=float(np.mean([plane.blurred_fraction for plane in measured])),
         mean_blur=float(np.mean([plane.mean_blur for plane in measured])),
         planes=measured,
+        value_range=limits,
     )
 
 
@@ -296,12 +299,13 @@ def _append_planes(
     maps: stacks.MapFile,
     planes: Planes,
     box: list[range],
+    limits: _Limits,
     detector: MapMaker,
     options: DetectOptions,
 ) -> Iterator[PlaneResult]:
     """Detect planes in order and append their maps."""
     n_pixels = math.prod(planes.plane_shape)
-    for index, strips in _iter_strips(planes, box, detector, options):
+    for index, strips in _iter_strips(planes, box, limits, detector, options):
         n_blurred, total = 0, 0.0
         for strip in strips:
             maps.append(strip)
@@ -311,10 +315,13 @@ def _append_planes(
 
 
 def _iter_strips(
-    planes: Planes, box: list[range], detector: MapMaker, options: DetectOptions
+    planes: Planes,
+    box: list[range],
+    limits: _Limits,
+    detector: MapMaker,
+    options: DetectOptions,
 ) -> Iterator[tuple[tuple[int, ...], Iterable[NDArray[np.float32]]]]:
     """Each plane's index and map; at native size in strips, a plane is never held whole."""
-    limits = _stack_limits(planes, options)
     if options.size == "native":
         grid = TileGrid(*planes.plane_shape)
         # Only the network has a native size: other methods always work at the image's own.
@@ -337,7 +344,7 @@ def _iter_strips(
         yield update.index, [update.blur]
 
 
-def _stack_limits(planes: Planes, options: DetectOptions) -> list[tuple[float, float]] | None:
+def _stack_limits(planes: Planes, options: DetectOptions) -> _Limits:
     """Intensities that count as black and white, by channel."""
     if options.channel_ranges is not None:
         return planes.as_limits(options.channel_ranges)

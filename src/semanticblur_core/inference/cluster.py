@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -211,7 +211,8 @@ class DetectionCluster:
                 chunk = running[future]
                 if future.status == "cancelled":
                     raise ConfigError("the connection to the scheduler was lost; --resume goes on")
-                error = future.exception()
+                with _explaining():
+                    error = future.exception()
                 if error is not None:
                     del running[future]
                 if isinstance(error, KilledWorker):
@@ -252,7 +253,8 @@ class DetectionCluster:
     def _results(
         self, future: Any, chunk: _Chunk, options: DetectOptions, distant: DetectOptions
     ) -> list[tuple[_Task, FileResult]]:
-        self.detector, results = future.result()
+        with _explaining():
+            self.detector, results = future.result()
         return [
             (task, _as_asked(result, task, options, distant))
             for task, result in zip(chunk.tasks, results, strict=True)
@@ -296,6 +298,8 @@ class DetectionCluster:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ConfigError(f"scheduler {address}: cannot be reached: {reason}") from error
         self._resources.callback(_quietly, client.close)
+        # It tells of a scheduler that is lost in thirty lines, we in one.
+        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
         _require_package(client)
         return client
 
@@ -425,6 +429,18 @@ def _require_package(client: Any) -> None:
             f"napari-semanticblur is not installed on {lacking[0]} ({len(lacking)} of "
             f"{len(answers)} lack it): scheduler and workers need the packages of this environment"
         )
+
+
+@contextmanager
+def _explaining() -> Iterator[None]:
+    """What is asked of a scheduler that may be lost."""
+    try:
+        yield
+    except Exception as error:
+        explained = _explained(error)
+        if explained is error:
+            raise
+        raise explained from error
 
 
 def _explained(error: BaseException) -> BaseException:

@@ -22,8 +22,10 @@ ALL: Region = (slice(None), slice(None))
 RANGE_PLANES = 16
 RANGE_SAMPLES_PER_PLANE = 250_000
 # Of planes in chunks: pieces of a plane, of whole chunks that have about that side at least; in all
-# about so many pixels, or so many pieces where they are large.
-RANGE_PIXELS = 2**24
+# about so many pixels, or so many pieces where they are large. Reading them takes a second or two,
+# the network minutes; where somebody waits for a first tile, a sixteenth of it has to do.
+RANGE_PIXELS = 2**28
+QUICK_RANGE_PIXELS = 2**24
 RANGE_PIECES = 16
 RANGE_PIECE_PX = 256
 # What the images or planes of one batch hold at most, so that large ones do not fill the memory.
@@ -228,7 +230,10 @@ class Planes:
         return 0 if place < 0 else index[place]
 
     def estimate_range(
-        self, indices: Sequence[Sequence[int]] | None = None
+        self,
+        indices: Sequence[Sequence[int]] | None = None,
+        *,
+        most_pixels: int = RANGE_PIXELS,
     ) -> list[tuple[float, float]] | None:
         """0.1 and 99.9 percentiles of the intensities, from some pixels of some planes.
 
@@ -236,6 +241,8 @@ class Planes:
         ----------
         indices
             Planes to read; by default at most 16 of each channel, spread over the whole array.
+        most_pixels
+            Of an array in chunks about so many are read, see `iter_range`.
 
         Returns
         -------
@@ -244,7 +251,7 @@ class Planes:
             A channel of which no plane is read gets the pair of all. None for 8-bit and bool,
             which have a range of their own.
         """
-        estimate = self.iter_range(indices)
+        estimate = self.iter_range(indices, most_pixels=most_pixels)
         while True:
             try:
                 next(estimate)
@@ -253,12 +260,15 @@ class Planes:
                 return limits
 
     def iter_range(
-        self, indices: Sequence[Sequence[int]] | None = None
+        self,
+        indices: Sequence[Sequence[int]] | None = None,
+        *,
+        most_pixels: int = RANGE_PIXELS,
     ) -> Generator[int, None, list[tuple[float, float]] | None]:
         """`estimate_range` that can be closed before each of the pieces that it reads.
 
         An array in chunks (dask, Zarr) is read in pieces of whole chunks, and of planes of more
-        than 16 such pieces some are read, spread over the plane, of about 16 megapixels in all.
+        than 16 such pieces some are read, spread over the plane, of about ``most_pixels`` in all.
 
         Yields
         ------
@@ -271,7 +281,7 @@ class Planes:
         chosen = spread if indices is None else indices
         if not len(chosen):
             raise ImageError("no planes to take the range of intensities from")
-        some, others = self._range_pieces(step, len(chosen))
+        some, others = self._range_pieces(step, len(chosen), most_pixels)
         samples, sampled, failure = [], [], None
         for n_read, index in enumerate(chosen):
             pixels = []
@@ -305,7 +315,9 @@ class Planes:
         """Pixels in a row, of each channel where their mean is taken."""
         return pixels.reshape(len(pixels), -1) if self.channels == "mean" else pixels.ravel()
 
-    def _range_pieces(self, step: int, n_planes: int) -> tuple[list[Region], list[Region]]:
+    def _range_pieces(
+        self, step: int, n_planes: int, most_pixels: int
+    ) -> tuple[list[Region], list[Region]]:
         """Pieces of a plane that an estimate of the range reads, and those that it leaves out."""
         chunks = getattr(self.array, "chunks", None)
         if not chunks:
@@ -316,7 +328,7 @@ class Planes:
             side = int(np.max(chunks[self.axes.index(axis)]))
             sides.append(side * math.ceil(RANGE_PIECE_PX / side))
         rows, columns = map(_pieces, self.plane_shape, sides, (step, step))
-        n = max(4, RANGE_PIECES // n_planes, RANGE_PIXELS // (math.prod(sides) * n_planes))
+        n = max(4, RANGE_PIECES // n_planes, most_pixels // (math.prod(sides) * n_planes))
         if len(rows) * len(columns) <= max(n, RANGE_PIECES):
             return list(itertools.product(rows, columns)), []
         step = sampling_step(n * math.prod(sides))

@@ -13,7 +13,8 @@ class FileResult:
 
     ``mean_blur`` and ``blurred_fraction`` are in 0..1, NaN where nothing was analysed;
     ``elapsed_s`` covers reading, analysis (of several at once its share) and writing. ``planes``
-    are those of a stack, ``n_frames`` the analysed ones of a video. ``skipped`` says that all of it
+    are those of a stack, ``value_range`` its intensities that counted as 0 and 1, by channel (None:
+    those of the type), ``n_frames`` the analysed frames of a video. ``skipped`` says that all of it
     was there before.
     """
 
@@ -28,6 +29,7 @@ class FileResult:
     planes: list[PlaneResult] = field(default_factory=list)
     skipped: bool = False
     n_frames: int = 0
+    value_range: list[tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ _COLUMNS = {
     "model": "string",
     "size": "string",
     "threshold": "float64",
+    "planes": "string",
     "error": "string",  # last: of a row that is cut it or its comma is missing
 }
 _NEEDED = {"input", "outputs", "mean_blur"}
@@ -46,6 +47,8 @@ class SummaryTable:
         Of the rows of earlier runs.
     n_of_other_settings
         Files that are skipped and were measured with other settings before.
+    n_unknown
+        Files that are skipped and of which no row tells.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class SummaryTable:
         self._settings = settings
         self.claims = owners(earlier)
         self.n_of_other_settings = 0
+        self.n_unknown = 0
 
     def add(self, result: FileResult) -> None:
         """Add the row of a file; what is known of a skipped one from before is kept.
@@ -79,9 +83,12 @@ class SummaryTable:
             row = before | {name: row[name] for name in ("input", "status", told)}
             told_before = {name: row[name] for name in self._settings}
             self.n_of_other_settings += result.skipped and any(
-                value not in (None, "") and str(value) != str(self._settings[name])
+                (value not in (None, "") or name == "planes")
+                and str("" if value is None else value) != str(self._settings[name])
                 for name, value in told_before.items()
             )
+        else:
+            self.n_unknown += result.skipped
         try:
             self._writer.add(row)
         except OSError as error:
@@ -186,8 +193,9 @@ def summary_table(
 
     Columns: ``input``, ``status`` (done, skipped, failed), ``outputs`` (separated by ``;``),
     ``height`` and ``width`` in pixels, ``n_planes``, ``mean_blur`` and ``blurred_fraction`` in
-    0..1, ``elapsed_s``, ``model``, ``size`` and ``threshold`` that it was measured with, as rows
-    of earlier runs may have others, and ``error``. What was not measured is empty. Rows are in the
+    0..1, ``elapsed_s``, ``model``, ``size``, ``threshold`` and, of stacks, ``planes`` (axes,
+    channels, planes, level, step) that it was measured with, as rows of earlier runs may have
+    others, and ``error``. What was not measured is empty. Rows are in the
     order in which files were finished; none is held in memory, but those of earlier runs with
     ``resume``.
 
@@ -199,7 +207,7 @@ def summary_table(
         Take over what the table that is there, and those of runs that were killed, say of files
         that are skipped now, and of those that this run does not come to.
     settings
-        ``model``, ``size`` and ``threshold`` of what this run measures.
+        ``model``, ``size``, ``threshold`` and ``planes`` of what this run measures.
 
     Raises
     ------

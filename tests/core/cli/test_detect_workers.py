@@ -302,7 +302,8 @@ def test_workers_take_the_precision_that_was_found_here(
 
     monkeypatch.setattr(detect_module, "_open_cluster", remembering)
     monkeypatch.setattr(device, "bfloat16_pays", lambda device_type: True)
-    arguments = ["--input=sample:cat", f"--output={tmp_path}", "--device=cpu", "--workers=2"]
+    samples = ["--input=sample:cat", "--input=sample:coffee"]
+    arguments = [*samples, f"--output={tmp_path}", "--device=cpu", "--workers=2"]
     for more in ([], ["--precision=float32"], ["--backend=openvino"], ["--model=some.onnx"]):
         CliRunner().invoke(command, [*arguments, *more])
     assert made == ["bfloat16", "float32", "auto", "auto"]
@@ -392,7 +393,7 @@ def test_what_cannot_be_done_is_said_before_the_work(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
-_DETECT = ["detect", "--input=sample:cat", "--output=out"]
+_DETECT = ["detect", "--input=sample:cat", "--input=sample:coffee", "--output=out"]
 
 
 @pytest.mark.parametrize(
@@ -422,3 +423,32 @@ def test_a_missing_extra_is_one_line(
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr
     assert message in done.stderr
+
+
+def test_maps_of_another_level_or_channel_are_told_of(tmp_path: Path) -> None:
+    planes = np.random.default_rng(0).integers(0, 4000, (2, 96, 96)).astype(np.uint16)
+    with tifffile.TiffWriter(tmp_path / "s.ome.tif") as tiff:
+        tiff.write(planes, subifds=1, metadata={"axes": "CYX"})
+        tiff.write(planes[:, ::2, ::2], subfiletype=1)
+    for report in ("--json=j.json", "--table=t.csv"):
+        made = ("--input=s.ome.tif", f"--output={report[2]}", report, "--method=lbp")
+        assert detect(*made, "--channels=0", cwd=tmp_path).returncode == 0
+        for flags in (["--channels=1"], ["--level=1"], ["--channels=0", "--planes=:"], []):
+            done = detect(*made, *flags, "--resume", cwd=tmp_path)
+            assert "1 of the files done before were made with other settings" in done.stdout, flags
+        assert "other" not in detect(*made, "--channels=0", "--resume", cwd=tmp_path).stdout
+
+
+def test_files_that_no_report_tells_of_are_told_of(tmp_path: Path, folder: Path) -> None:
+    made = (f"--input={folder}", "--output=out", "--method=lbp")
+    assert detect(*made, cwd=tmp_path).returncode == 0
+    n = len(list(folder.iterdir()))
+    for report in ("--json=j.json", "--table=t.csv"):
+        done = detect(*made, report, "--resume", cwd=tmp_path)
+        assert f"{n} of the files done before have no numbers in" in done.stdout
+
+
+def test_there_are_no_more_workers_than_files(tmp_path: Path) -> None:
+    done = detect("--input=sample:cat", "--output=out", "--method=lbp", "--workers=8", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.startswith("1 file: 1 worker, one does whole files\n")

@@ -255,7 +255,7 @@ def test_masks_that_it_wrote_are_regions(tmp_path: Path, folder: Path, orientati
 
 def test_what_is_of_stacks_or_of_files_is_refused_elsewhere(tmp_path: Path, folder: Path) -> None:
     for arguments, words in (
-        (("--channels=mean",), "--channels: goes with --stack"),
+        (("--channels=mean",), "soft.png: --axes, --channels, --planes, --level: of stacks and"),
         (("--along=T",), "--along: goes with --stack"),
         (("--depth=d.tif",), "--depth: goes with --stack"),
         (("--stack", "--channels=mean"), "are of a stack's file, not of a folder"),
@@ -704,7 +704,7 @@ def test_arrays_of_one_plane_are_images(tmp_path: Path, rng: np.random.Generator
     inputs = [f"--input={name}" for name in ("a.npy", "b.zarr", "c.npy")]
     done = run(*inputs, "--method=lbp", cwd=tmp_path)
     assert done.returncode == 2
-    assert "c.npy: a stack; --stack checks its planes" in done.stderr
+    assert "c.npy: a stack; --stack finds its best plane, --planes=: checks each" in done.stderr
     assert "2 images, 1 unreadable" in done.stdout
 
 
@@ -849,3 +849,30 @@ def test_long_images_are_told_of(tmp_path: Path, folder: Path) -> None:
     assert "wide.png: 1200 x 160 px are squashed to a square" in done.stderr
     assert done.stderr.count("squashed") == 1
     assert "squashed" not in run(f"--input={folder}", "--method=lbp", cwd=tmp_path).stderr
+
+
+def test_planes_channels_and_levels_are_images_of_their_own(tmp_path: Path) -> None:
+    scene = np.random.default_rng(0).integers(0, 4000, (192, 192)).astype(np.uint16)
+    soft = gaussian_filter(scene.astype(float), 4).astype(np.uint16)
+    planes = np.stack([scene, soft])
+    with tifffile.TiffWriter(tmp_path / "s.ome.tif") as tiff:
+        sizes = {f"PhysicalSize{axis}": 0.325 for axis in "XY"}
+        names = {"Channel": {"Name": ["DAPI", "GFP"]}}
+        tiff.write(planes, subifds=1, metadata={"axes": "CYX", **names, **sizes})
+        tiff.write(planes[:, ::2, ::2], subfiletype=1)
+
+    def checked(*flags: str) -> dict[str, Any]:
+        made = ("--input=s.ome.tif", "--method=lbp", "--json=r.json", *flags)
+        done = run(*made, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["images"]}
+
+    each = checked("--planes=:")
+    assert list(each) == ["s.ome.tif[C=0]", "s.ome.tif[C=1]"]
+    sharp, soft_row = each.values()
+    assert sharp["in_focus_fraction"] > soft_row["in_focus_fraction"] + 0.5
+    [gfp] = checked("--channels=gfp").values()
+    assert gfp["tenengrad"] == soft_row["tenengrad"] < sharp["tenengrad"] / 5
+    [at_level] = checked("--channels=0", "--level=1", "--tile-size=10um").values()
+    assert (at_level["height"], at_level["tile_size_px"]) == (96, pytest.approx(10 / 0.65))
+    assert len(at_level["tiles"]) == 7

@@ -221,7 +221,8 @@ def test_tables_have_every_image_and_no_nan(tmp_path: Path) -> None:
     broken = ImageFocus("b.png", "b.png", error="b.png: torn")
     rows = [to_row(image), to_row(broken)]
     assert rows[0]["in_focus_fraction"] is None  # there is no content
-    assert rows[0]["tiles"] == [[1.0, 1.0]]
+    assert rows[0]["tiles"] == [[None, None]]
+    assert rows[0]["tile_size_px"] == 20
     assert rows[1] == {"name": "b.png", "source": "b.png", "passed": False, "error": "b.png: torn"}
     write_json(tmp_path / "r.json", {"images": rows})
     assert json.loads((tmp_path / "r.json").read_text())["images"] == rows

@@ -74,8 +74,28 @@ def test_tiles_of_a_size_that_does_not_divide() -> None:
     assert tiles.tolist() == [[3, 5, 6.5], [10.5, 12.5, 14]]
 
 
+def test_tiles_of_no_whole_number_of_pixels_do_not_drift() -> None:
+    columns = np.broadcast_to(np.arange(1000), (8, 1000))
+    tiles = scores.tile_means(columns, 61.54)[0]
+    assert len(tiles) == math.ceil(1000 / 61.54)
+    starts = [round(i * 61.54) for i in range(len(tiles))]
+    ends = [*starts[1:], 1000]
+    expected = [(a + b - 1) / 2 for a, b in zip(starts, ends, strict=True)]
+    np.testing.assert_allclose(tiles, expected)
+    assert scores.tile_means(columns[:, :5], 4.9).shape == (2, 1)  # no tile begins at the end
+
+
+def test_tiles_of_a_region() -> None:
+    values = np.array([[1, 0, 1, 1], [0, 0, 1, 1]], bool)
+    region = np.array([[1, 1, 0, 0], [0, 1, 0, 0]], bool)
+    np.testing.assert_allclose(
+        scores.tile_means(values, 2, region=region), [[1 / 3, np.nan]], rtol=1e-6
+    )
+
+
 def test_tile_sizes_in_micrometres() -> None:
     assert scores.tile_size_in_px(20, 0.5) == 40
+    assert scores.tile_size_in_px(20, 0.325) == pytest.approx(61.538, abs=1e-3)
     assert scores.tile_size_in_px(0.1, 0.5) == 1
     with pytest.raises(ImageError, match="names no pixel size"):
         scores.tile_size_in_px(20, None)

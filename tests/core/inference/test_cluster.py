@@ -284,3 +284,15 @@ def test_a_result_whose_worker_died_after_writing_it_is_done_again(
     task = _Task.of(job, DetectOptions(tmp_path))
     _, [result] = _detect_chunk(make, [task], DetectOptions(tmp_path), None)
     assert "exists already" in str(result.error)
+
+
+def test_a_scheduler_that_is_lost_while_results_come_is_one_line() -> None:
+    from distributed.comm.core import CommClosedError
+
+    class Lost:
+        def result(self) -> None:
+            raise CommClosedError("in <TCP (closed)>: Stream is closed")
+
+    cluster = object.__new__(DetectionCluster)
+    with pytest.raises(ConfigError, match="scheduler was lost; --resume goes on"):
+        cluster._results(Lost(), None, None, None)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import torch
 
 from semanticblur_core import Detector, SemanticBlur
 from semanticblur_core.errors import ImageError
-from semanticblur_core.inference.planes import Planes
+from semanticblur_core.inference.planes import QUICK_RANGE_PIXELS, Planes
 
 
 class Counting:
@@ -196,7 +196,8 @@ def test_the_range_of_a_large_plane_in_chunks_is_that_of_a_few_of_them() -> None
     rng = np.random.default_rng(0)
     plane = np.broadcast_to(rng.integers(0, 9999, (1, 10_000, 1), np.uint16), (2, 10_000, 10_000))
     lazy = Chunked(plane, (1, 500, 500))
-    n_read = [len(lazy.read) for _ in Planes(lazy, "ZYX").iter_range([(1,)])]
+    reading = Planes(lazy, "ZYX").iter_range([(1,)], most_pixels=QUICK_RANGE_PIXELS)
+    n_read = [len(lazy.read) for _ in reading]
     assert n_read == list(range(68))  # it can be closed before each of 67 chunks, of 400
     assert {z for z, _, _ in lazy.read} == {1}
     assert len({y for _, y, _ in lazy.read}) == 20
@@ -217,20 +218,21 @@ def test_many_planes_share_what_is_read_for_their_range() -> None:
     lazy = Chunked(
         np.broadcast_to(np.arange(4096, dtype=np.uint16), (40, 4096, 4096)), (1, 256, 256)
     )
-    Planes(lazy, "ZYX").estimate_range()
+    Planes(lazy, "ZYX").estimate_range(most_pixels=QUICK_RANGE_PIXELS)
     assert len({z for z, _, _ in lazy.read}) == 16
     assert len(lazy.read) == 16 * 16  # of 40 x 256
     huge = Planes(Chunked(np.broadcast_to(np.uint16(1), (100_000, 100_000)), (256, 256)), "YX")
     start = time.perf_counter()
-    some, others = huge._range_pieces(401, 1)
+    some, others = huge._range_pieces(401, 1, QUICK_RANGE_PIXELS)
     assert (len(some), len(some) + len(others)) == (256, 391**2)
     assert time.perf_counter() - start < 5  # minutes, where each piece was looked for in a list
 
 
-def test_no_chunk_of_a_plane_of_16_megapixels_is_passed_over() -> None:
-    plane = np.zeros((4096, 4096), np.uint16)
-    plane[1024:1280, 2048:2304] = 9999
-    lazy = Chunked(plane, (256, 256))
+@pytest.mark.parametrize(("side", "chunk"), [(4096, 256), (10240, 1024)])
+def test_no_chunk_of_a_sparse_slide_is_passed_over(side: int, chunk: int) -> None:
+    plane = np.zeros((side, side), np.uint16)
+    plane[chunk : 2 * chunk, 2 * chunk : 3 * chunk] = 9999
+    lazy = Chunked(plane, (chunk, chunk))
     assert (
         Planes(lazy, "YX").estimate_range() == Planes(plane, "YX").estimate_range() == [(0, 9999)]
     )
