@@ -28,9 +28,9 @@ _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 # Of the longer side of the raw image; a preview below it would hide what is slightly soft.
 _LEAST_PREVIEW = 0.5
 _pillow_limit = threading.Lock()
-# Of metadata and the like in files that it reads all the same. For good: to do so for a while is
-# not safe in threads.
-warnings.filterwarnings("ignore", module=r"PIL\b")
+# Of metadata and the like in files that it reads all the same, not of bombs. For good: to do so for
+# a while is not safe in threads. At the end, so that every other filter of the process goes first.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\b", append=True)
 
 
 def open_pillow(source: Path | io.BytesIO) -> Image.Image:

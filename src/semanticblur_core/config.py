@@ -64,16 +64,22 @@ class _Config:
         return cls(**values)
 
     def _require_types(self) -> None:
-        """Refuse values of another type than the default's; whole numbers are numbers, too."""
+        """Refuse values of another type than the default's; whole numbers are numbers, too.
+
+        Numbers of numpy become Python's own, which JSON takes.
+        """
         kinds = {float: numbers.Real, int: numbers.Integral}  # numpy's, too
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, kind = getattr(self, field.name), type(field.default)
+            value: Any = getattr(self, field.name)
+            kind: Any = type(field.default)
             fits = isinstance(value, kinds.get(kind, kind))
             if not fits or (isinstance(value, bool) and kind is not bool):
                 wanted = {bool: "true or false", int: "a whole number", float: "a number"}
                 raise ConfigError(
                     f"{field.name}: expected {wanted.get(kind, 'text')}, got {value!r}"
                 )
+            if type(value) not in (int, kind):
+                object.__setattr__(self, field.name, kind(value))  # it is frozen
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``from_dict`` reads them back."""

@@ -14,6 +14,9 @@ from pathlib import Path
 
 from semanticblur_core.errors import ImageError
 
+# In place of a home folder where there is none: nothing is found in it, and nothing can be written.
+_NO_HOME = Path(os.devnull)
+
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text."""
@@ -44,18 +47,26 @@ def require_writable(path: Path) -> None:
 def user_folder() -> Path:
     """Folder of what the user makes here; it need not exist.
 
-    ``SEMANTICBLUR_HOME``, or else the platform's folder for a user's data.
+    ``SEMANTICBLUR_HOME``, or else the platform's folder for a user's data. For a user without a
+    home folder it is one that cannot be written: what is only kept to save time is left out.
     """
     home = os.environ.get("SEMANTICBLUR_HOME")
     if home:
         return Path(home)
     if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        base = Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local")
     elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
+        base = _home() / "Library" / "Application Support"
     else:
-        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+        base = Path(os.environ.get("XDG_DATA_HOME") or _home() / ".local" / "share")
     return base / "semanticblur"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # no HOME, and a number that no user of the system has
+        return _NO_HOME
 
 
 def temporary_name(path: Path, kind: str = "part") -> Path:
@@ -243,6 +254,11 @@ def require_file(path: Path) -> None:
 
 def unwritable(path: Path, error: OSError) -> ImageError:
     """What to raise for a file that the system does not let be written."""
+    if _NO_HOME in path.parents:
+        return ImageError(
+            f"{path.name}: cannot be written: there is no home folder; set SEMANTICBLUR_HOME to a "
+            "folder that can"
+        )
     return ImageError(f"{path}: cannot be written: {error.strerror or error}")
 
 

@@ -325,8 +325,8 @@ def evaluate(
     evaluator
         Takes in the measures; its ``result()`` is the outcome.
     predict
-        Gives the blur map of a pair at any size, for example from a network. None reads
-        the pair's own file as a map.
+        Gives the blur map of a pair at any size, for example from a network: ``(H, W)`` in 0..1,
+        but for the last bits of float32. Without it the pair's own file is read as a map.
     map_polarity, mask_polarity
         What is white in maps and masks.
     map_resize
@@ -376,12 +376,11 @@ def _evaluate(
 ) -> Generator[EvalUpdate]:
     """As `evaluate`, whose arguments were checked."""
 
-    def score(pair: Pair, blur: NDArray[np.float32] | None) -> tuple[_Measured, bool, str | None]:
+    def score(pair: Pair, given: Any) -> tuple[_Measured, bool, str | None]:
         mask = io.read_mask(pair.mask)
         if mask_polarity == "sharp":
             mask = ~mask
-        # A network may give half precision, which Pillow does not resize.
-        blur = io.read_map(pair.image) if blur is None else np.asarray(blur, np.float32)
+        blur = io.read_map(pair.image) if predict is None else _predicted(pair, given)
         if map_polarity == "sharp":
             blur = 1 - blur
         resized = blur.shape != mask.shape
@@ -435,6 +434,22 @@ def _ahead(
         if len(waiting) > 2 * _N_THREADS:
             yield waiting.popleft()
     yield from waiting
+
+
+def _predicted(pair: Pair, given: Any) -> NDArray[np.float32]:
+    """What ``predict`` gave, where it is a map; rounded values count as 0 and 1, as in files."""
+    if given is None:
+        raise DataError(f"{pair.image}: predict gave None, expected a map (H, W)")
+    # A network may give half precision, which Pillow does not resize.
+    blur = np.asarray(given, np.float32)
+    if blur.ndim != 2 or blur.size == 0:
+        raise DataError(
+            f"{pair.image}: predict gave an array of shape {blur.shape}, expected a map (H, W)"
+        )
+    low, high = float(blur.min()), float(blur.max())
+    if not -io._ROUNDING <= low <= high <= 1 + io._ROUNDING:
+        raise DataError(f"{pair.image}: predict gave {low:g}..{high:g}, expected a map in 0..1")
+    return blur.clip(0, 1)
 
 
 def resize_map(

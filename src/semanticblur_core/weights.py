@@ -49,7 +49,7 @@ class WeightsInfo:
     size_bytes: int
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str | Path) -> Path:
     """Path of a packaged model, of a file, or of a model of one's own (``NAME`` or ``NAME@2``).
 
     Raises
@@ -57,13 +57,14 @@ def resolve(name: str) -> Path:
     WeightsError
         If it is none of these.
     """
+    name = str(name)
     if name in PACKAGED:
         path = Path(str(resources.files("semanticblur_core.assets") / PACKAGED[name]))
         if not path.is_file():
             raise WeightsError(f"model {name}: {path} is missing; reinstall the package")
         return path
     path = Path(name)
-    if path.is_file():
+    if _is_file(path):
         return path
     stem, _, number = name.partition("@")
     versions = model_versions(stem)
@@ -73,7 +74,19 @@ def resolve(name: str) -> Path:
         if version.stem == name:
             return version
     known = ", ".join((*PACKAGED, *own_models()))
-    raise WeightsError(f"model {name}: neither a model ({known}) nor a file")
+    raise WeightsError(f"model {_shortened(name)}: neither a model ({known}) nor a file")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise WeightsError(f"{_shortened(str(path))}: {error.strerror}") from error
+
+
+def _shortened(name: str) -> str:
+    """A name for a line of text; paths are that long at times, and longer by mistake alone."""
+    return name if len(name) <= 300 else f"{name[:20]}..."
 
 
 def models_folder() -> Path:
@@ -224,7 +237,7 @@ def read_info(path: str | Path) -> WeightsInfo:
         raise WeightsError(f"{path}: damaged metadata: {error}") from error
 
 
-def load(name: str) -> tuple[SemanticBlur, WeightsInfo]:
+def load(name: str | Path) -> tuple[SemanticBlur, WeightsInfo]:
     """Network with the weights of a packaged model or a file, in float32 on the CPU.
 
     Raises
@@ -278,7 +291,7 @@ def _build(info: WeightsInfo, tensors: dict[str, Tensor]) -> SemanticBlur:
 
 
 def save(
-    path: Path,
+    path: str | Path,
     model: SemanticBlur,
     *,
     provenance: dict[str, Any],
@@ -295,7 +308,7 @@ def save(
     model
         Network, on any device.
     provenance, metrics, licence
-        See the module's text.
+        See the module's text; plain JSON values.
     half
         Store convolutions and linear layers as float16; vectors (batch normalisation, biases,
         fusion weights) always stay float32, because running variances leave float16's range.
@@ -303,13 +316,14 @@ def save(
     Raises
     ------
     WeightsError
-        If a tensor is not finite or leaves float16's range.
+        If a tensor is not finite or leaves float16's range, or what is said of it is no JSON.
     ImageError
         If the file cannot be written.
     """
     import torch
     from safetensors.torch import save as serialised
 
+    path = Path(path)
     if model.fixed is not None:
         raise WeightsError(f"{path}: a network made for inference cannot be saved; save its origin")
     tensors: dict[str, Tensor] = {}
@@ -330,12 +344,18 @@ def save(
         "licence": licence,
         "sha256": digest(tensors),
     }
+    try:
+        text = json.dumps(metadata)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise WeightsError(
+            f"{path}: provenance, metrics or licence cannot be written as JSON: {error}"
+        ) from error
     with disk.replacing(path, durable=True) as temporary:
         # Not save_file: it makes a file that nobody else may read.
-        temporary.write_bytes(serialised(tensors, metadata={METADATA_KEY: json.dumps(metadata)}))
+        temporary.write_bytes(serialised(tensors, metadata={METADATA_KEY: text}))
 
 
-def verify(name: str) -> WeightsInfo:
+def verify(name: str | Path) -> WeightsInfo:
     """Check the tensors of a model against the sha256 in its metadata.
 
     Raises
@@ -379,7 +399,7 @@ def _read_tensors(info: WeightsInfo) -> dict[str, Tensor]:
 def _open(path: Path, *, framework: str = "pt") -> Any:
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
+    if not _is_file(path):
         raise WeightsError(f"{path}: no such file")
     if path.suffix.lower() == ".onnx":
         raise WeightsError(f"{path}: an exported network; expected weights (.safetensors)")

@@ -1,6 +1,7 @@
 """Camera raw and HEIC: upright, the camera's own picture where it is large enough."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,48 @@ def test_heic_is_read_whatever_its_name_says(tmp_path: Path, photo: np.ndarray) 
     (tmp_path / "cut.heic").write_bytes((tmp_path / "a.heic").read_bytes()[:2000])
     with pytest.raises(ImageError, match=r"cut\.heic: damaged or unreadable"):
         io.read_image(tmp_path / "cut.heic")
+
+
+_GUARDED = """
+import sys, warnings
+from PIL import Image
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+warnings.filterwarnings("error", message="Palette images")
+from semanticblur_core import io
+Image.MAX_IMAGE_PIXELS = 60
+for what in (lambda image: image, lambda image: image.convert("RGB")):
+    try:
+        with Image.open(sys.argv[1]) as image:
+            what(image)
+    except Warning as warning:
+        print(type(warning).__name__)
+    Image.MAX_IMAGE_PIXELS = None
+"""
+_READ = """
+import sys
+from PIL import Image
+from semanticblur_core import io
+print(io.read_image(sys.argv[1]).shape)
+Image.MAX_IMAGE_PIXELS = 60
+Image.open(sys.argv[1]).close()
+"""
+
+
+def test_what_a_program_wants_of_warnings_stays_in_force(tmp_path: Path) -> None:
+    """Those of Pillow are kept from who asks for none, and switched off for nobody else."""
+    chatty = Image.new("P", (8, 8))
+    chatty.putpalette(list(range(256)) * 3)
+    chatty.save(tmp_path / "chatty.png", transparency=bytes(256))
+
+    def python(code: str) -> tuple[str, str]:
+        command = [sys.executable, "-c", code, str(tmp_path / "chatty.png")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout, done.stderr
+
+    out, errors = python(_READ)
+    assert out == "(8, 8, 3)\n"
+    assert errors.count("Warning:") == errors.count("DecompressionBombWarning:") == 1
+    assert python(_GUARDED)[0] == "DecompressionBombWarning\nUserWarning\n"
 
 
 def test_without_the_extra_one_line_says_what_to_install(

@@ -4,10 +4,12 @@ import os
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from semanticblur_core import disk
-from semanticblur_core.errors import ImageError
+from semanticblur_core import Detector, disk, weights
+from semanticblur_core.device import bfloat16_pays
+from semanticblur_core.errors import ImageError, WeightsError
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
@@ -71,6 +73,32 @@ def test_a_name_that_is_too_long_cannot_be_written(tmp_path: Path) -> None:
         disk.write_text(path, "x")
     with pytest.raises(ImageError, match="cannot be written: File name too long"):
         disk.require_writable(path)
+
+
+def test_without_a_home_folder_nothing_is_kept_and_nothing_else_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, random_weights: Path
+) -> None:
+    """As of a container that runs under a number which no user has."""
+
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    for name in ("SEMANTICBLUR_HOME", "XDG_DATA_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    assert weights.own_models() == []
+    with pytest.raises(WeightsError, match="model mine: neither a model"):
+        weights.resolve("mine")
+    bfloat16_pays.cache_clear()
+    blur = Detector(random_weights, device="cpu").detect(np.zeros((40, 40), np.uint8), size=64)
+    assert blur.shape == (40, 40)
+    path = weights.next_version("mine")
+    message = r"mine@1\.safetensors: cannot be written: there is no home.*set SEMANTICBLUR_HOME to"
+    for write in (disk.require_writable, lambda file: disk.write_text(file, "x")):
+        with pytest.raises(ImageError, match=message):
+            write(path)
+    monkeypatch.setenv("SEMANTICBLUR_HOME", str(tmp_path))
+    disk.require_writable(weights.next_version("mine"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="as POSIX systems do")

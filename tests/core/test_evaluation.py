@@ -92,6 +92,34 @@ def test_maps_of_half_precision_are_scored(folders: tuple[Path, Path]) -> None:
     assert evaluator.result().f_beta == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (None, "a.bmp: predict gave None, expected a map (H, W)"),
+        (np.zeros((40, 60, 1)), "predict gave an array of shape (40, 60, 1), expected a map"),
+        (np.zeros((0, 60)), "predict gave an array of shape (0, 60), expected a map"),
+        (np.full((40, 60), 255, np.uint8), "predict gave 255..255, expected a map in 0..1"),
+        (np.full((40, 60), np.nan), "predict gave nan..nan, expected a map in 0..1"),
+        (np.full((40, 60), 1.001), "predict gave 1.001..1.001, expected a map in 0..1"),
+    ],
+)
+def test_what_predict_gives_is_a_map(folders: tuple[Path, Path], given: Any, problem: str) -> None:
+    """The files are maps themselves, so one that is scored in place of nothing would be perfect."""
+    evaluator, updates = run(*folders, predict=lambda _: given)
+    assert problem in str(updates[0].problem)
+    assert all(update.score is None for update in updates)
+    with pytest.raises(ValueError, match="no images"):
+        evaluator.result()
+
+
+def test_rounded_maps_of_predict_are_maps(folders: tuple[Path, Path]) -> None:
+    rounded = np.zeros((40, 60))
+    rounded[:, :30], rounded[:, 30:] = -1e-7, 1 + 1e-7
+    evaluator, updates = run(*folders, predict=lambda _: rounded)
+    assert [update.problem for update in updates] == [None] * 4
+    assert evaluator.result().mae == 0
+
+
 def test_missing_and_ambiguous_partners_are_named(folders: tuple[Path, Path]) -> None:
     maps, masks = folders
     (maps / "a.bmp").unlink()

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from semanticblur_core import weights
+from semanticblur_core import Detector, weights
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import WeightsError
 from semanticblur_core.network import SemanticBlur
@@ -129,6 +129,33 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"decoder\.conv2\.weight is not finite"):
         weights.save(path, model, provenance={}, metrics={}, licence="")
     assert not path.exists()
+
+
+@pytest.mark.parametrize("what", ["provenance", "metrics"])
+def test_what_is_no_json_is_refused_before_anything_is_written(tmp_path: Path, what: str) -> None:
+    model = SemanticBlur(ModelConfig(backbone="resnet34"))
+    said = {"provenance": {}, "metrics": {}} | {what: {"mae": np.float32(0.5)}}
+    message = r"no\.safetensors: provenance, metrics or licence cannot be written as JSON: Object"
+    with pytest.raises(WeightsError, match=message):
+        weights.save(tmp_path / "new" / "no.safetensors", model, licence="x", **said)
+    assert not (tmp_path / "new").exists()
+
+
+def test_files_go_by_text_as_well_as_by_path(tmp_path: Path) -> None:
+    model = SemanticBlur(ModelConfig(backbone="resnet34"))
+    path = tmp_path / "m.safetensors"
+    weights.save(str(path), model, provenance={}, metrics={}, licence="x")
+    assert weights.resolve(path) == weights.resolve(str(path)) == path
+    assert weights.load(path)[1].sha256 == weights.verify(path).sha256
+    with pytest.raises(WeightsError, match="neither a model"):
+        weights.resolve(tmp_path / "none.safetensors")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="as POSIX systems do")
+def test_a_name_that_no_file_can_have_is_one_short_line() -> None:
+    for find in (weights.resolve, weights.load, weights.read_info, Detector):
+        with pytest.raises(WeightsError, match=r"^x{20}\.\.\.: File name too long$"):
+            find("x" * 5000)  # type: ignore[operator]
 
 
 def test_the_packaged_default_is_whole_and_tells_its_story() -> None:

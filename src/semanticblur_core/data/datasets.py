@@ -31,7 +31,7 @@ class Pair:
     mask: Path
 
 
-def find_pairs(images: Path, masks: Path) -> list[Pair]:
+def find_pairs(images: str | Path, masks: str | Path) -> list[Pair]:
     """Pairs of the files of two folders by name stem, extensions may differ; sorted by name.
 
     Raises
@@ -49,7 +49,7 @@ def find_pairs(images: Path, masks: Path) -> list[Pair]:
     return [Pair(stem, by_stem[0][stem], by_stem[1][stem]) for stem in sorted(by_stem[0])]
 
 
-def list_images(folder: Path, *, also: Sequence[str] = ()) -> list[Path]:
+def list_images(folder: str | Path, *, also: Sequence[str] = ()) -> list[Path]:
     """Image files right in a folder, sorted by name; hidden files are left out.
 
     ``also`` names more suffixes to count as images.
@@ -59,6 +59,7 @@ def list_images(folder: Path, *, also: Sequence[str] = ()) -> list[Path]:
     DataError
         If the folder is missing or holds none.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     found = [
@@ -79,7 +80,7 @@ def group_by_stem(paths: Sequence[Path]) -> dict[str, list[Path]]:
     return grouped
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
+def _by_stem(folder: str | Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in list_images(folder):
         if path.stem in found:

@@ -104,6 +104,11 @@ class FocusOptions:
     max_pixels: int = io.MAX_PIXELS
 
     def __post_init__(self) -> None:
+        for gate in self.gates:
+            if not isinstance(gate, Gate):
+                raise ConfigError(
+                    f"gates: expected such as Gate('in_focus_fraction', 0.3), got {gate!r:.80}"
+                )
         require_share("threshold", self.threshold)
         if not callable(self.region):
             require_choice("region", self.region, RegionKind)
@@ -355,7 +360,7 @@ def _prepare(source: Source, options: FocusOptions) -> _Prepared:
             )
         stamp = file_stamp(source.path) if source.read is None else None
         read = source.read or (lambda: io.read_image(source.path, max_pixels=options.max_pixels))
-        pixels = read()
+        pixels = np.asanyarray(read())
         if pixels.size == 0:
             raise ImageError(f"{source.name}: the image has no pixels, shape {pixels.shape}")
         limits = source.value_range or options.value_range

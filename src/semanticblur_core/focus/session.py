@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from semanticblur_core.errors import ImageError
+from semanticblur_core.config import require_choice
+from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.focus.calibration import Gate
 from semanticblur_core.focus.check import FocusOptions, ImageFocus, Source, focus_report, judge
 from semanticblur_core.focus.scores import HIGHER_IS_SHARPER, MAP_SCORES
@@ -65,8 +66,8 @@ class ArrayFocus:
         Side of the tiles, as they were measured.
     """
 
-    def __init__(self, name: str, *, path: Path | None = None) -> None:
-        self.name, self.path = name, path
+    def __init__(self, name: str, *, path: str | Path | None = None) -> None:
+        self.name, self.path = name, None if path is None else Path(path)
         self.images: dict[Index, ImageFocus] = {}
         self.walked_axes = self.along = ""
         self.channels: Channels = "each"
@@ -217,6 +218,7 @@ class ArrayFocus:
 
     def values(self, score: str) -> list[float]:
         """A score of all planes that have it."""
+        _require_score(score)
         return [value for _, value in self._values(score)]
 
     def stack(self, score: str) -> StackFocus:
@@ -224,9 +226,12 @@ class ArrayFocus:
 
         Raises
         ------
+        ConfigError
+            If there is no such score.
         ImageError
             If the array is a single plane.
         """
+        _require_score(score)
         result = StackFocus(self.walked_axes, along=self.along)
         sign = 1 if HIGHER_IS_SHARPER[score] else -1
         for index, value in self._values(score):
@@ -235,7 +240,14 @@ class ArrayFocus:
         return result
 
     def curve(self, score: str, at: Index = ()) -> FocusCurve | None:
-        """Focus curve of a score at an index along the other axes; None where no plane has it."""
+        """Focus curve of a score at an index along the other axes; None where no plane has it.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such score.
+        """
+        _require_score(score)
         if not self.walked_axes:
             return None
         stack = self.stack(score)
@@ -256,9 +268,12 @@ class ArrayFocus:
 
         Raises
         ------
+        ConfigError
+            If there are no such tiles.
         ImageError
-            If no plane has such tiles.
+            If no plane has them.
         """
+        require_choice("heat", heat, Heat)
         known = {
             index: tiles for index in list(self.images) if (tiles := self._tiles(index, heat)).size
         }
@@ -291,17 +306,24 @@ class ArrayFocus:
     ) -> Limits | None:
         if options.value_range is not None:
             return planes.as_limits(options.value_range)
-        if not self._has_limits:
+        kept = self._limits or []
+        if not self._has_limits or 0 < len(kept) < planes.n_ranges:  # of channels that are new
             # Of a lazy array no other planes are read than those that are asked for.
             in_memory = isinstance(planes.array, np.ndarray)
             few = None if in_memory or len(wanted) > RANGE_PLANES else wanted
-            self._limits, self._has_limits = planes.estimate_range(few), True
+            found = planes.estimate_range(few) or []
+            self._limits, self._has_limits = [*kept, *found[len(kept) :]] or None, True
         return self._limits
 
     def _same_planes(self, planes: Planes) -> bool:
         if isinstance(planes.array, np.ndarray) and self._prints:
             return all(_print(planes, index) == old for index, old in self._prints.items())
         return planes.array is self._array or planes.lengths != self._lengths
+
+
+def _require_score(score: str) -> None:
+    if score not in HIGHER_IS_SHARPER:
+        raise ConfigError(f"score {score!r}: expected one of {', '.join(HIGHER_IS_SHARPER)}")
 
 
 def focus_axis(walked_axes: str) -> str:
@@ -314,7 +336,7 @@ def plane_sources(
     indices: Iterable[Index],
     *,
     name: str,
-    path: Path | None = None,
+    path: str | Path | None = None,
     limits: Limits | None = None,
 ) -> list[Source]:
     """Planes of an array for `semanticblur_core.focus_report`, read when their turn comes.
@@ -334,7 +356,7 @@ def plane_sources(
         at = f"[{','.join(f'{axis}={i}' for axis, i in places)}]" if index else ""
         view = planes.view(index)
         return Source(
-            f"{name}{at}", path or Path(name), lambda: view.read_unit(limits=limits), index
+            f"{name}{at}", Path(path or name), lambda: view.read_unit(limits=limits), index
         )
 
     return [source(index) for index in indices]

@@ -46,6 +46,8 @@ _BAND_SIGMA_PX = 4.0
 _EDGE_SIGMA_PX = 0.5
 # Where the sharpest plane has less than this many times the mean detail of all, depth is unknown.
 _CLEAR_PEAK = 1.4
+# What floats may be off 0..1 by: the last bits of float32.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,8 @@ class FileStack:
         If none can be read.
     """
 
-    def __init__(self, paths: Sequence[Path], *, max_pixels: int = io.MAX_PIXELS) -> None:
-        self.paths = list(paths)
+    def __init__(self, paths: Sequence[str | Path], *, max_pixels: int = io.MAX_PIXELS) -> None:
+        self.paths = [Path(path) for path in paths]
         self._max_pixels = max_pixels
         self._first, first = _first_readable(self.paths, max_pixels)
         self.shape = (len(paths), *first.shape)
@@ -216,9 +218,10 @@ def _first_readable(paths: Sequence[Path], max_pixels: int) -> tuple[Path, NDArr
     raise failure or ImageError("a stack of no files")
 
 
-def in_stack_order(paths: Sequence[Path]) -> list[Path]:
+def in_stack_order(paths: Sequence[str | Path]) -> list[Path]:
     """Paths by the numbers in their names; a + or - counts as a sign if any name has a plus."""
-    signed = any(re.search(r"\+\d", path.stem) for path in paths)
+    found = [Path(path) for path in paths]
+    signed = any(re.search(r"\+\d", path.stem) for path in found)
     pattern = r"([+-]?\d+)" if signed else r"(\d+)"
 
     def key(path: Path) -> list[tuple[int, int, str]]:
@@ -227,7 +230,7 @@ def in_stack_order(paths: Sequence[Path]) -> list[Path]:
             (1, int(part), "") if i % 2 else (0, 0, part.lower()) for i, part in enumerate(parts)
         ]
 
-    return sorted(paths, key=lambda path: (key(path), path.name))
+    return sorted(found, key=lambda path: (key(path), path.name))
 
 
 class StackFocus:
@@ -260,6 +263,8 @@ class StackFocus:
         self.along = along
         self.planes: dict[tuple[int, ...], PlaneFocus] = {}
         self._place = walked_axes.index(along)
+        self._limits: list[tuple[float, float]] | None = None
+        self._has_limits = False
 
     def add(self, plane: PlaneFocus) -> None:
         """Take in a plane; one of the same index is replaced."""
@@ -336,6 +341,23 @@ class StackFocus:
         """A plane's index along the other axes."""
         return index[: self._place] + index[self._place + 1 :]
 
+    def _keep_limits(self, planes: Planes, value_range: Any) -> list[tuple[float, float]] | None:
+        """Intensities that become 0 and 1: after the first call those of the first call."""
+        kept = self._limits or []
+        if value_range is not None:
+            given = planes.as_limits(value_range)
+            is_other = not kept or given[: len(kept)] != kept
+            if self._has_limits and self.planes and is_other:
+                raise ImageError(
+                    f"value_range {value_range}: the other planes were measured with "
+                    f"{kept or 'that of their type'}; leave it out, or take a new StackFocus"
+                )
+            kept = given
+        elif len(kept) < planes.n_ranges:  # before the first, or of channels that are new
+            kept = [*kept, *(planes.estimate_range() or [])[len(kept) :]]
+        self._limits, self._has_limits = kept or None, True
+        return self._limits
+
     def _along(self, at: tuple[int, ...]) -> list[PlaneFocus]:
         chosen = [plane for index, plane in self.planes.items() if self.others(index) == tuple(at)]
         if not chosen:
@@ -355,7 +377,8 @@ def focus_measure(
     ----------
     measure
         ``tenengrad`` or ``laplacian`` (squares of the Sobel gradient and of the Laplacian; fine
-        for planes of one stack), or ``network``: 1 - blur map of a detector.
+        for planes of one stack), or ``network``: 1 - blur map of a detector. They take planes of
+        uint8 or bool, or of floats in 0..1, where NaN may be among them.
     detector
         For ``network``: `semanticblur_core.Detector` or a hand-crafted method.
     blur
@@ -365,6 +388,8 @@ def focus_measure(
     ------
     ConfigError
         If there is no such measure, or no detector for it.
+    ImageError
+        From the function, if a plane is of another type or range.
     """
     if measure == "network" and blur is not None:
         known = blur
@@ -375,16 +400,38 @@ def focus_measure(
         maker = detector
 
         def sharpness(plane: NDArray[Any]) -> NDArray[np.float32]:
+            _require_unit(plane)
             # Planes of floats are in the unit range already and must not be stretched again.
             limits = None if plane.dtype == np.uint8 else (0.0, 1.0)
             return 1 - maker.detect(plane, size=320, value_range=limits)
 
         return sharpness
     if measure == "tenengrad":
-        return lambda plane: tenengrad_map(as_grey(plane))
+        return lambda plane: tenengrad_map(_unit_grey(plane))
     if measure == "laplacian":
-        return lambda plane: np.square(ndimage.laplace(as_grey(plane), mode="nearest"))
+        return lambda plane: np.square(ndimage.laplace(_unit_grey(plane), mode="nearest"))
     raise ConfigError(f"measure {measure!r}: expected one of {', '.join(MEASURES)}")
+
+
+def _unit_grey(plane: NDArray[Any]) -> NDArray[np.float32]:
+    _require_unit(plane)
+    return as_grey(plane)
+
+
+def _require_unit(plane: NDArray[Any]) -> None:
+    """Refuse what is not in 0..1, nor of a type with a range of its own: it would look flat."""
+    if plane.dtype in (np.uint8, np.bool_):
+        return
+    if plane.dtype.kind != "f":
+        found = str(plane.dtype)
+    elif ((plane < -_ROUNDING) | (plane > 1 + _ROUNDING)).any():  # NaN is neither
+        found = f"{plane.dtype} of {np.nanmin(plane):g}..{np.nanmax(plane):g}"
+    else:
+        return
+    raise ImageError(
+        f"plane: expected uint8, bool or floats in 0..1, got {found}; `io.to_unit_range` makes "
+        "these, with the same limits for all planes of a stack"
+    )
 
 
 def plane_focus(
@@ -394,7 +441,25 @@ def plane_focus(
     *,
     tile_size_px: int = TILE_SIZE_PX,
 ) -> PlaneFocus:
-    """Focus of one plane, uint8 or float32 in 0..1."""
+    """Focus of one plane.
+
+    Parameters
+    ----------
+    index
+        Along the walked axes, see `StackFocus`.
+    plane
+        ``(H, W)`` or ``(H, W, 3)``, uint8 or bool, or floats in 0..1: other intensities are brought
+        there first, by the same limits for all planes of a stack.
+    measure
+        See `focus_measure`.
+    tile_size_px
+        Side of the tiles.
+
+    Raises
+    ------
+    ImageError
+        If the plane is of another type or range.
+    """
     sharpness = measure(plane)
     return PlaneFocus(
         index, float(sharpness.mean(dtype=np.float64)), tile_means(sharpness, tile_size_px)
@@ -413,8 +478,8 @@ def iter_focus(
 ) -> Generator[StackUpdate]:
     """Measure the planes of an array that ``result`` does not have yet; close it to stop.
 
-    Call it again with the same result when the stack has grown: only the new planes are read. Give
-    a ``value_range`` then, so that all are measured on one scale.
+    Call it again with the same result when the stack has grown: only the new planes are read, and
+    measured on the scale of the first call, which the result keeps.
 
     Parameters
     ----------
@@ -427,7 +492,10 @@ def iter_focus(
     tile_size_px
         Side of the tiles.
     value_range
-        Intensities that become 0 and 1; by default estimated from planes spread over the stack.
+        Intensities that become 0 and 1, LOW and HIGH or a pair a channel. By default those of the
+        first call with this result; and of that, unless the type is 8-bit, percentiles of planes
+        spread over what is there of the stack. What is brighter later counts as 1: give the range
+        of the camera where the first planes do not tell it.
 
     Yields
     ------
@@ -437,7 +505,7 @@ def iter_focus(
     Raises
     ------
     ImageError
-        If axes do not fit.
+        If axes do not fit, or the ``value_range`` is not that which planes were measured with.
     """
     planes = Planes(array, axes, channels)
     if planes.walked_axes != result.walked_axes:
@@ -446,7 +514,7 @@ def iter_focus(
     wanted = [index for index in planes.indices() if index not in result.planes]
     if not wanted:
         return
-    limits = planes.estimate_range() if value_range is None else planes.as_limits(value_range)
+    limits = result._keep_limits(planes, value_range)
     for n_done, index in enumerate(wanted, start=1):
         pixels = planes.view(index).read_unit(limits=limits)
         plane = plane_focus(index, pixels, measure, tile_size_px=tile_size_px)

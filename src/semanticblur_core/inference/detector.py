@@ -132,6 +132,8 @@ class Detector:
             raise ConfigError(
                 f"model: expected a name, a file or a SemanticBlur network, got {model!r}"
             )
+        if not isinstance(flip, (bool, np.bool_)):
+            raise ConfigError(f"flip: expected True or False, got {flip!r}")
         if not isinstance(batch_size, (int, np.integer)) or batch_size < 0:
             raise ConfigError(f"batch_size: expected 1 or more, or 0 to choose, got {batch_size!r}")
         if not (isinstance(n_images, (int, float, np.number)) and n_images >= 0):
@@ -310,7 +312,7 @@ class Detector:
         array: Any,
         axes: str,
         *,
-        indices: Sequence[Sequence[int]] | None = None,
+        indices: Sequence[int | Sequence[int]] | None = None,
         channels: Channels = "each",
         size: int | Literal["native"] = PAPER_SIZE_PX,
         value_range: tuple[float, float] | Sequence[tuple[float, float]] | None = None,
@@ -326,7 +328,8 @@ class Detector:
         array, axes, channels
             See `semanticblur_core.inference.planes.Planes`: read only where a plane or tile is due.
         indices
-            Planes, as indices along the walked axes, in the order wanted; by default all.
+            Planes, as indices along the walked axes, in the order wanted; by default all. A number
+            will do where one axis is walked.
         size
             As in `detect`: one piece a plane, or ``"native"`` tiles.
         value_range
@@ -357,7 +360,8 @@ class Detector:
             _require_upsampling(upsampling)
         planes = Planes(array, axes, channels)
         limits = planes.estimate_range() if value_range is None else planes.as_limits(value_range)
-        views = [planes.view(i) for i in (planes.indices() if indices is None else indices)]
+        wanted = planes.indices() if indices is None else map(_as_index, indices)
+        views = [planes.view(index) for index in wanted]
         if size != "native":
             n_done = 0
             n_held = max(1, BATCH_PIXELS // math.prod(planes.plane_shape))
@@ -544,6 +548,10 @@ def require_size(size: object, scales: Sequence[float] = (1.0,)) -> None:
             f"size: expected at most {MAX_SIZE_PX} px, got {size}{times}; native works in tiles of "
             "any image"
         )
+
+
+def _as_index(index: int | Sequence[int]) -> Sequence[int]:
+    return (int(index),) if isinstance(index, (int, np.integer)) else index
 
 
 def _as_scales(scales: object) -> tuple[float, ...]:

@@ -96,7 +96,7 @@ def _resize_like(x: Tensor, other: Tensor) -> Tensor:
     return functional.interpolate(x, size=other.shape[2:], mode="bilinear")
 
 
-def require_onnx_name(path: Path) -> None:
+def require_onnx_name(path: str | Path) -> None:
     """Refuse a file that could not be used by its name, before the work.
 
     Raises
@@ -104,11 +104,11 @@ def require_onnx_name(path: Path) -> None:
     SemanticBlurError
         If it does not end in .onnx.
     """
-    if path.suffix.lower() != ".onnx":
+    if Path(path).suffix.lower() != ".onnx":
         raise SemanticBlurError(f"{path}: expected a file named .onnx, as --model takes it")
 
 
-def export_onnx(model: str, path: Path) -> float:
+def export_onnx(model: str | Path, path: str | Path) -> float:
     """Write a model as one ONNX file and check it.
 
     Parameters
@@ -138,6 +138,7 @@ def export_onnx(model: str, path: Path) -> float:
     least 64. Output ``blur``: ``(N, 1, H, W)`` float32, 1 = out of focus. The metadata under the
     key ``semanticblur`` names architecture, provenance and the sha256 of the weights.
     """
+    path = Path(path)
     require_onnx_name(path)
     onnx = _require_onnx()
     network, info = weights.load(model)
@@ -185,7 +186,7 @@ def export_onnx(model: str, path: Path) -> float:
     return difference
 
 
-def export_bioimageio(model: str, folder: Path) -> float:
+def export_bioimageio(model: str | Path, folder: str | Path) -> float:
     """Write a model in the bioimage.io format 0.5: description, ONNX file, test arrays, cover.
 
     Parameters
@@ -207,6 +208,7 @@ def export_bioimageio(model: str, folder: Path) -> float:
     """
     import yaml
 
+    folder = Path(folder)
     if folder.exists():
         raise SemanticBlurError(f"{folder}: exists already; name a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -252,7 +254,7 @@ def _largest_difference(form: _ExportForm, path: Path) -> float:
     return worst
 
 
-def _write_tests(model: str, folder: Path) -> None:
+def _write_tests(model: str | Path, folder: Path) -> None:
     """Test arrays and a cover from a photograph that ships with scikit-image."""
     from skimage.data import chelsea
 
@@ -276,7 +278,7 @@ def _write_tests(model: str, folder: Path) -> None:
     )
 
 
-def _describe(model: str, info: weights.WeightsInfo, folder: Path) -> dict[str, Any]:
+def _describe(model: str | Path, info: weights.WeightsInfo, folder: Path) -> dict[str, Any]:
     """Description in the bioimage.io model format 0.5."""
 
     def space(axis: str, size: Any) -> dict[str, Any]:
@@ -346,7 +348,7 @@ def _describe(model: str, info: weights.WeightsInfo, folder: Path) -> dict[str, 
     }
 
 
-def _plain(model: str) -> str:
+def _plain(model: str | Path) -> str:
     """Name of a model, or of its file, in the characters that the format allows."""
     return "".join(
         c if c.isascii() and (c.isalnum() or c in "_-") else " " for c in Path(model).stem

@@ -48,13 +48,14 @@ class OnnxDetector:
 
     def __init__(
         self,
-        path: Path,
+        path: str | Path,
         *,
         input_scale: InputScale = "imagenet",
         output_kind: OutputKind = "probability",
         output: str | None = None,
         size_px: int = DEFAULT_SIZE_PX,
     ) -> None:
+        path = Path(path)
         try:
             import onnxruntime
         except ImportError as error:

@@ -188,15 +188,15 @@ class FinetuneUpdate:
 def finetune(
     images: Sequence[LabelledImage],
     *,
-    base: str = "default",
+    base: str | Path = "default",
     output: str | Path | None = None,
     budget: str | FinetuneConfig = "quick",
     seed: int | None = None,
-    size: Size = 320,
+    size: Size | None = None,
     device: str = "auto",
     precision: str = "auto",
     preview: NDArray[Any] | None = None,
-    best_so_far: Path | None = None,
+    best_so_far: str | Path | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Generator[FinetuneUpdate]:
     """Teach a model with a few labelled images; close the generator to stop and keep nothing.
@@ -216,8 +216,9 @@ def finetune(
     seed
         Seed of everything drawn; None takes the budget's.
     size
-        Side in pixels that images are squashed to, as in `Detector.detect`, or ``native``: windows
-        of the images' own pixels.
+        Side in pixels that images are squashed to, as in `Detector.detect`, in place of the
+        budget's ``image_size_px``; or ``native``: windows of the images' own pixels, of that side.
+        None takes the budget's, 320 of those with a name.
     device, precision
         See `Detector`; but ``auto`` is bfloat16 where the device has instructions for it, whatever
         a stopwatch says, for the same seed, device and number of threads are to give the same
@@ -257,7 +258,8 @@ def finetune(
     if seed is not None:
         config = replace(config, seed=seed)
     if size != "native":
-        config = replace(config, image_size_px=size)
+        config = config if size is None else replace(config, image_size_px=size)
+        size = config.image_size_px
     target = _target(output)
     for code, word in ((SHARP, "sharp (1)"), (BLURRED, "blurred (2)")):
         if not any((image.labels == code).any() for image in images):
@@ -295,7 +297,7 @@ def _finetune(
     output: str | Path | None,
     size: Size,
     preview: NDArray[Any] | None,
-    best_so_far: Path | None,
+    best_so_far: str | Path | None,
     should_stop: Callable[[], bool] | None,
 ) -> Generator[FinetuneUpdate]:
     """As `finetune`, whose arguments were checked."""
@@ -335,7 +337,7 @@ def _finetune(
     forgetting_before = photographs.error_on(base_detector, checked)
     forgetting_first = _first(info, forgetting_before)
 
-    def save(path: Path, metrics: dict[str, Any]) -> None:
+    def save(path: str | Path, metrics: dict[str, Any]) -> None:
         start = {"from": info.path.name, "sha256": info.sha256, "provenance": info.provenance}
         provenance = {
             "software": f"napari-semanticblur {__version__}, torch {torch.__version__}",

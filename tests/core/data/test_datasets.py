@@ -8,7 +8,13 @@ import torch
 from PIL import Image
 
 from semanticblur_core.config import TrainConfig
-from semanticblur_core.data.datasets import find_pairs, read_pair, read_split, select
+from semanticblur_core.data.datasets import (
+    find_pairs,
+    list_images,
+    read_pair,
+    read_split,
+    select,
+)
 from semanticblur_core.data.transforms import augment
 from semanticblur_core.errors import DataError
 
@@ -19,6 +25,8 @@ def test_pairs_are_found_by_stem(pair_folders: tuple[Path, Path]) -> None:
     (images / "photo3.png").unlink()
     pairs = find_pairs(images, masks)
     assert [pair.name for pair in pairs] == [f"photo{i}" for i in range(8)]
+    assert find_pairs(str(images), str(masks)) == pairs
+    assert list_images(str(images)) == list_images(images)
     image, mask = read_pair(pairs[3])
     assert image.shape == (72, 96, 3)
     assert mask[:, :48].all()

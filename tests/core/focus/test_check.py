@@ -252,3 +252,19 @@ def test_ranks_put_the_worst_first() -> None:
     best = [image.name for image in ranked(images, "in_focus_fraction", best_first=True)]
     assert best == ["5.png", "10.png", "30.png"]
     assert [i.name for i in ranked(images, "name")] == ["10.png", "30.png", "5.png"]
+
+
+def test_what_is_no_gate_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"expected such as Gate\('in_focus_fraction', 0.3\), got"
+    ):
+        FocusOptions(gates=[("in_focus_fraction", 0.3)])  # type: ignore[arg-type]
+
+
+def test_what_a_source_gives_may_be_lists_or_nothing() -> None:
+    rows: Any = half(10).tolist()
+    (listed,) = checked([Source("a", Path("a"), lambda: rows)])
+    assert listed.scores is not None
+    nothing: Any = None
+    (none,) = checked([Source("b", Path("b"), lambda: nothing)])
+    assert none.error == "b: expected real numbers, got object"

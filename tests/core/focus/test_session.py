@@ -91,6 +91,26 @@ def test_new_planes_are_on_the_scale_of_the_first() -> None:
     assert tenengrad[-1] == pytest.approx(tenengrad[4] / 100, rel=0.2)
 
 
+def test_channels_that_come_later_are_measured() -> None:
+    whole = np.stack([stack(dtype=np.uint16), stack(dtype=np.uint16) // 10], axis=1)
+    session = ArrayFocus("s")
+    check(session, whole[:, :1].copy(), "ZCYX")
+    assert len(check(session, whole, "ZCYX")) == 7
+    assert [image.error for _, image in session.judged([])] == [None] * 14
+    curves = [session.curve("tenengrad", (channel,)) for channel in (0, 1)]
+    assert [curve.best for curve in curves if curve] == [4, 4]
+
+
+def test_a_score_that_is_none_is_named() -> None:
+    session = ArrayFocus("s", path="folder/s.tif")
+    assert session.path == Path("folder/s.tif")
+    for ask in (session.curve, session.stack, session.values):
+        with pytest.raises(ConfigError, match="score 'nosuch': expected one of in_focus_fraction,"):
+            ask("nosuch")
+    with pytest.raises(ConfigError, match="heat: expected one of in_focus, tenengrad"):
+        session.heat_map("nosuch")  # type: ignore[arg-type]
+
+
 def test_gates_are_judged_anew_without_measuring() -> None:
     session = ArrayFocus("s")
     check(session, stack(), detector=ClassicalDetector("lbp"))

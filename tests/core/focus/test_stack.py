@@ -12,6 +12,7 @@ from scipy import ndimage, stats
 from semanticblur_core import io
 from semanticblur_core.data.focal_stack import focal_stack
 from semanticblur_core.errors import ConfigError, ImageError
+from semanticblur_core.focus.classical import ClassicalDetector
 from semanticblur_core.focus.stack import (
     FileStack,
     PlaneFocus,
@@ -112,6 +113,50 @@ def test_only_new_planes_of_a_grown_stack_are_read() -> None:
     assert list(iter_focus(Counted(stack), "ZYX", result)) == []
 
 
+def deep_stack() -> np.ndarray:
+    """Sixteen bits, sharpest at plane 6; the first planes fill a small part of the range."""
+    planes = defocused([6.0])[0].astype(np.uint16)
+    return 1000 + planes * 100
+
+
+def grown(stack: np.ndarray, *lengths: int, **options: Any) -> StackFocus:
+    """Measured in calls of so many planes more."""
+    result = StackFocus()
+    for length in lengths:
+        list(iter_focus(stack[:length], "ZYX", result, **options))
+    return result
+
+
+def test_a_stack_that_grows_is_measured_on_one_scale() -> None:
+    stack = deep_stack()
+    for lengths in ((2, 5, 9), (1, 2, 3, 4, 5, 6, 7, 8, 9)):
+        assert grown(stack, *lengths).curve().best == 6
+    given = grown(stack, 2, 9, value_range=(0, 30_000))
+    assert given.curve() == grown(stack, 9, value_range=(0, 30_000)).curve()
+    # What was given once is kept, as what was estimated is.
+    kept = grown(stack, 2, value_range=(0, 30_000))
+    list(iter_focus(stack, "ZYX", kept))
+    assert kept.curve() == given.curve()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_second_scale_is_refused(dtype: Any) -> None:
+    stack = defocused([4.0])[0].astype(dtype)
+    result = grown(stack, 3)
+    with pytest.raises(ImageError, match=r"value_range \(0, 99\): the other planes were measured"):
+        list(iter_focus(stack, "ZYX", result, value_range=(0, 99)))
+    assert list(iter_focus(stack, "ZYX", result))
+
+
+def test_channels_that_come_later_have_a_scale_of_their_own() -> None:
+    stack = np.stack([deep_stack(), deep_stack() // 10], axis=1)
+    result = StackFocus("ZC")
+    list(iter_focus(stack[:, :1], "ZCYX", result))
+    list(iter_focus(stack, "ZCYX", result))
+    assert [result.curve((channel,)).best for channel in (0, 1)] == [6, 6]
+    assert result.curve((1,)).scores == pytest.approx(result.curve((0,)).scores, rel=0.1)
+
+
 def test_planes_are_read_when_they_are_asked_for() -> None:
     stack = Counted(defocused([4.0])[0])
     running = iter_focus(stack, "ZYX", StackFocus())
@@ -124,6 +169,37 @@ def test_sixteen_bits_are_measured_on_one_scale() -> None:
     """A plane stretched by itself would look as sharp as the one in focus."""
     stack = defocused([4.0])[0].astype(np.uint16) * 100
     assert measured(stack, "ZYX").curve().best == 4
+
+
+@pytest.mark.parametrize(
+    ("plane", "found"),
+    [
+        (np.full((40, 40), 900, np.uint16), "got uint16"),
+        (np.full((40, 40), 1, np.int64), "got int64"),
+        (np.linspace(0, 4095, 1600).reshape(40, 40), "got float64 of 0..4095"),
+        (np.array([[np.nan, -0.5]], np.float32), r"got float32 of -0\.5\.\.-0\.5"),
+        (np.array([[0.5, np.inf]], np.float32), r"got float32 of 0\.5\.\.inf"),
+    ],
+)
+def test_planes_of_another_range_are_refused(plane: np.ndarray, found: str) -> None:
+    expected = f"plane: expected uint8, bool or floats in 0..1, {found}; `io.to_unit_range` makes"
+    for measure in ("tenengrad", "laplacian", "network"):
+        how = focus_measure(measure, detector=ClassicalDetector("lbp"))
+        with pytest.raises(ImageError, match=expected):
+            plane_focus((0,), plane, how)
+
+
+@pytest.mark.parametrize("measure", ["tenengrad", "laplacian", "network"])
+def test_planes_in_the_unit_range_are_measured(measure: str) -> None:
+    how = focus_measure(measure, detector=ClassicalDetector("lbp"))
+    eight = defocused([0.0])[0, 0]
+    wanted = plane_focus((0,), eight, how).score
+    unit = eight / np.float32(255)
+    unit[0, 0] = 1 + 5e-7  # a rounded sum
+    assert plane_focus((0,), unit, how).score == pytest.approx(wanted, rel=0.02)
+    assert plane_focus((0,), eight > 127, how).score > 0
+    unit[5, 5] = np.nan
+    plane_focus((0,), unit, how)
 
 
 def compose(stack: np.ndarray, axes: str, **options: Any) -> Any:
@@ -175,7 +251,8 @@ def test_files_are_a_stack_in_the_order_of_their_numbers(tmp_path: Path) -> None
         Image.fromarray(np.full((6, 7), i, np.uint8)).save(tmp_path / name)
     ordered = in_stack_order(list(tmp_path.iterdir()))
     assert [path.name for path in ordered] == names
-    stack = FileStack(ordered)
+    assert in_stack_order([str(path) for path in tmp_path.iterdir()]) == ordered
+    stack = FileStack([str(path) for path in ordered])
     assert (stack.shape, stack.axes) == ((6, 6, 7), "ZYX")
     assert stack[2, 0, 0] == 2
     assert [p.name for p in in_stack_order([Path("a-10.png"), Path("a-9.png")])] == [

@@ -132,6 +132,8 @@ def test_wrong_settings_are_refused(network: SemanticBlur, detector: Detector) -
         ({"n_images": -1}, "n_images: expected a number from 0, got -1"),
         ({"n_images": float("nan")}, "n_images: expected a number from 0, got nan"),
         ({"device": None}, "device: expected auto, cpu, cuda or mps, got None"),
+        ({"flip": "no"}, "flip: expected True or False, got 'no'"),
+        ({"flip": 1}, "flip: expected True or False, got 1"),
         ({"model": None}, "expected a name, a file or a SemanticBlur network"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -150,6 +152,17 @@ def test_wrong_settings_are_refused(network: SemanticBlur, detector: Detector) -
         list(detector.iter_planes(np.zeros((40, 40)), "YX", upsampling="cubic"))  # type: ignore[arg-type]
     with pytest.raises(ImageError, match="expected two numbers"):
         detector.detect(np.zeros((40, 40)), value_range=(0, 1, 2))  # type: ignore[arg-type]
+
+
+def test_a_number_is_the_plane_of_one_axis(detector: Detector, rng: np.random.Generator) -> None:
+    stack = rng.integers(0, 256, (4, 40, 50), dtype=np.uint8)
+    updates = list(detector.iter_planes(stack, "ZYX", indices=[3, np.int64(1), (0,)], size=64))
+    assert [update.index for update in updates] == [(3,), (1,), (0,)]
+    np.testing.assert_array_equal(updates[0].blur, detector.detect(stack[3], size=64))
+    with pytest.raises(
+        ImageError, match=r"plane \(3,\): expected an index within \(2, 2\) along TZ"
+    ):
+        list(detector.iter_planes(stack.reshape(2, 2, 40, 50), "TZYX", indices=[3], size=64))
 
 
 def test_lists_and_paths_are_taken(random_weights: Path) -> None:

@@ -202,6 +202,40 @@ def test_onnxruntime_that_falls_back_to_the_cpu_does_not_claim_the_gpu(
         Detector(str(exported), backend="onnxruntime", device="cuda")
 
 
+@pytest.mark.parametrize(
+    ("device", "index", "named"),
+    [("auto", 0, "cuda"), ("cuda", 0, "cuda"), ("cuda:0", 0, "cuda:0"), ("cuda:1", 1, "cuda:1")],
+)
+def test_onnxruntime_takes_the_gpu_that_is_asked_for(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, device: str, index: int, named: str
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(str(exported), providers=["CPUExecutionProvider"])
+    available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    asked: list[object] = []
+
+    def open_session(*_: object, providers: list[object]) -> object:
+        asked[:] = providers
+        return session
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
+    monkeypatch.setattr(session, "get_providers", lambda: available)
+    assert Detector(str(exported), backend="onnxruntime", device=device).device == named
+    assert asked == [("CUDAExecutionProvider", {"device_id": index}), "CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "cuda:", "cuda:x", "cuda:-1", "cuda1", "CPU"])
+def test_onnxruntime_refuses_devices_that_it_does_not_know(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    with pytest.raises(ConfigError, match=f"device '{device}': onnxruntime takes auto, cpu, cuda"):
+        Detector(str(exported), backend="onnxruntime", device=device)
+
+
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_sessions_keep_to_the_threads_that_torch_would_take(
     exported: Path, backend: str, monkeypatch: pytest.MonkeyPatch
@@ -262,6 +296,11 @@ def test_an_export_has_a_name_that_detect_takes(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["export", f"--output={tmp_path / 'mymodel'}"])
     assert "mymodel: expected a file named .onnx" in str(result.exception)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(SemanticBlurError, match=r"mymodel: expected a file named \.onnx"):
+        export.export_onnx("default", str(tmp_path / "mymodel"))
+    export.require_onnx_name("mymodel.onnx")
+    with pytest.raises(SemanticBlurError, match="exists already; name a new folder"):
+        export.export_bioimageio("default", str(tmp_path))
 
 
 @pytest.mark.parametrize("shape", [(90, 140), (20, 33), (31, 7), (64, 64)])

@@ -31,6 +31,7 @@ def test_map_of_an_image(tmp_path: Path) -> None:
     image[:, 30:] = 255
     detector = OnnxDetector(save(tmp_path / "m.onnx", size=32), input_scale="unit")
     assert (detector.height_px, detector.width_px) == (32, 32)
+    assert OnnxDetector(str(tmp_path / "m.onnx")).path == tmp_path / "m.onnx"
     blur = detector.detect(image)
     assert (blur.shape, blur.dtype) == ((32, 32), np.float32)
     assert (blur[:, :14] == 0).all()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -292,11 +293,34 @@ def test_maps_of_photographs_stay_much_the_same(tmp_path: Path) -> None:
     assert drift(1.0) > 0.05
 
 
+@pytest.mark.parametrize(("size", "expected"), [(None, 64), (np.int64(80), 80), ("native", 64)])
+def test_the_size_of_a_budget_is_taken_unless_another_is_given(
+    small_model: str, size: Any, expected: int
+) -> None:
+    config = dataclasses.replace(TINY, n_steps=1)
+    how: Any = {} if size is None else {"size": size}
+    for update in finetune(
+        noise_and_smooth(), base=Path(small_model), budget=config, device="cpu", output="m", **how
+    ):
+        last = update
+    assert last.result is not None
+    recipe = weights.read_info(weights.resolve("m")).provenance["recipe"]
+    assert (recipe["size"], recipe["image_size_px"]) == (
+        "native" if size == "native" else expected,
+        expected,
+    )
+
+
 def test_the_best_so_far_is_a_file_at_any_moment(small_model: str, tmp_path: Path) -> None:
     path = tmp_path / "best.safetensors"
     best = None
     for update in finetune(
-        noise_and_smooth(), base=small_model, budget=TINY, size=64, device="cpu", best_so_far=path
+        noise_and_smooth(),
+        base=small_model,
+        budget=TINY,
+        size=64,
+        device="cpu",
+        best_so_far=str(path),
     ):
         best = update if update.is_best else best
         assert path.exists() == (best is not None)
