@@ -273,6 +273,8 @@ def unreadable(path: Path, error: Exception) -> ImageError:
     if not isinstance(error, (OSError, ValueError, RuntimeError, SyntaxError)) or not reason:
         # Of others the text alone, such as the key that lacks, says nothing.
         reason = ": ".join(part for part in (type(error).__name__, reason) if part)
+        if isinstance(error, LookupError):  # what its beginning points at is not there
+            reason = f"it ends too early, or is of a kind that is not read ({reason})"
     return ImageError(f"{path}: damaged or unreadable: {reason}")
 
 
