@@ -67,12 +67,13 @@ def detector(model: str, device: str) -> Detector | ClassicalDetector:
 
     key = _key(model, device)
     with _lock:
-        if key not in _detectors:
-            _detectors[key] = Detector(model, device=device, backend=BACKEND)
+        found = _kept(key)
+        if found is None:
+            found = _detectors[key] = Detector(model, device=device, backend=BACKEND)
             while len(_detectors) > _KEPT:
                 _detectors.popitem(last=False)
         _detectors.move_to_end(key)
-        return _detectors[key]
+        return found
 
 
 def identity(model: str) -> tuple[str, int]:
@@ -103,9 +104,20 @@ def is_loaded(model: str, device: str) -> bool:
     if model in METHODS:
         return True
     try:
-        return _key(model, device) in _detectors
+        return _kept(_key(model, device)) is not None
     except SemanticBlurError:
         return False
+
+
+def _kept(key: tuple[str, str, int]) -> Detector | None:
+    """Detector that is kept, unless it is on the CPU since a GPU had no memory left then."""
+    found = _detectors.get(key)
+    if found is None:
+        return None
+    from semanticblur_core.device import choose_device
+
+    is_where_asked = found.device == str(choose_device(key[1], "float32").device)
+    return found if is_where_asked else None
 
 
 def _key(model: str, device: str) -> tuple[str, str, int]:

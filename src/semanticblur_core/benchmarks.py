@@ -33,7 +33,7 @@ from semanticblur_core.training.loop import (
     backward,
     count_steps,
     launch_fabric,
-    parameter_groups,
+    make_optimizer,
     set_training_mode,
 )
 
@@ -188,6 +188,7 @@ def bench_train(
     sharp: Mapping[str, SharpImages],
     n_rounds: int,
     device: DeviceChoice,
+    compile_model: bool = False,
 ) -> Generator[tuple[int, int], None, dict[str, Any]]:
     """Time the loader, a training step on one repeated batch, and both together.
 
@@ -203,6 +204,8 @@ def bench_train(
         Rounds, after one of warm-up; each times a few batches and steps of each kind.
     device
         What to compute on.
+    compile_model
+        As `train` does: through ``torch.compile``, which takes place in the warm-up.
 
     Yields
     ------
@@ -220,10 +223,11 @@ def bench_train(
     torch.manual_seed(config.seed)
     model = SemanticBlur().to(memory_format=torch.channels_last)
     fabric = launch_fabric(device, config)
-    optimizer = torch.optim.Adam(parameter_groups(model, config), weight_decay=config.weight_decay)
-    wrapped, optimizer = fabric.setup(model, optimizer)
+    optimizer = make_optimizer(model, config, device)
+    wrapped, optimizer = fabric.setup(torch.compile(model) if compile_model else model, optimizer)
     set_training_mode(model, config)
     synthetic = synthetic_sources(config, sharp)
+    n_parts = config.accumulate
 
     ahead = n_loader_threads(fabric.device)
     # Enough for each thread's turn to come several times; with one thread, a step takes seconds.
@@ -238,8 +242,13 @@ def bench_train(
             pass
 
     def learn(source: Iterator[Batch], n: int) -> None:
+        nonlocal n_parts
         for batch in itertools.islice(source, n):
-            backward(fabric, wrapped, optimizer, batch, config, config.accumulate)
+            _, n_parts = backward(fabric, wrapped, optimizer, batch, config, n_parts)
+            norm = fabric.clip_gradients(
+                wrapped, optimizer, max_norm=config.gradient_clip_norm, error_if_nonfinite=False
+            )
+            float(norm)  # training looks at it, and so waits for it
             optimizer.step()
 
     with closing(batches(0)) as source:
@@ -264,6 +273,7 @@ def bench_train(
         "machine": describe_machine(),
         "device": str(device.device),
         "precision": str(device.dtype).removeprefix("torch."),
+        "compiled": compile_model,
         "n_threads": torch.get_num_threads(),
         "recipe": config.to_dict(),
         "n_rounds": n_rounds,

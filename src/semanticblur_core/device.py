@@ -19,6 +19,18 @@ from semanticblur_core import disk
 from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.machine import processor_name
 
+# What torch, CUDA's libraries, Apple's and C++ say when memory runs out, in small letters.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "alloc_failed",
+    "allocation_failed",
+    "allocation failed",
+    "invalid buffer size",
+    "bad_alloc",
+)
+
 
 class DeviceChoice(NamedTuple):
     """A device, a floating-point type, and why they were chosen (one line for people)."""
@@ -30,7 +42,10 @@ class DeviceChoice(NamedTuple):
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch ran out of memory, a GPU's or the computer's, which is no kind of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return True
+    message = str(error).lower()
+    return any(words in message for words in _OUT_OF_MEMORY)
 
 
 def choose_device(device: str = "auto", precision: str = "auto") -> DeviceChoice:
@@ -68,7 +83,7 @@ def choose_device(device: str = "auto", precision: str = "auto") -> DeviceChoice
         return DeviceChoice(chosen, torch.float16, f"{why}; float16")
     if precision != "auto":
         raise ConfigError(f"precision {precision!r}: expected auto, float32, bfloat16 or float16")
-    if bfloat16_pays(chosen.type):
+    if bfloat16_pays(chosen):
         return DeviceChoice(chosen, torch.bfloat16, f"{why}; bfloat16 is faster here")
     return DeviceChoice(chosen, torch.float32, f"{why}; bfloat16 is not faster here")
 
@@ -95,11 +110,18 @@ def computes_bfloat16(device: torch.device) -> bool:
     False where torch does not say: on Arm processors, and in versions that know no capabilities.
     """
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return _gpu_computes_bfloat16(device)
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cpu" and any(
         capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16")
     )
+
+
+def _gpu_computes_bfloat16(device: torch.device) -> bool:
+    if torch.version.hip is not None:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # Of this GPU: torch's own function asks the current one.
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def settle_precision(device: str, precision: str) -> str:
@@ -115,16 +137,16 @@ def settle_precision(device: str, precision: str) -> str:
 
 
 @lru_cache
-def bfloat16_pays(device_type: str) -> bool:
-    """Whether convolutions run at least 1.2 times as fast in bfloat16.
+def bfloat16_pays(device: torch.device) -> bool:
+    """Whether convolutions run at least 1.2 times as fast in bfloat16 on a device.
 
     On a CPU it is timed once and remembered in the user's folder: a stopwatch does not give the
     same answer twice, and what it says changes the maps.
     """
-    if device_type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cuda":
+        return _gpu_computes_bfloat16(device)
     mkldnn_available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if device_type != "cpu" or not mkldnn_available:
+    if device.type != "cpu" or not mkldnn_available:
         return False
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False

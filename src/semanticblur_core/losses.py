@@ -39,7 +39,8 @@ def label_counts(target: Tensor, labelled: Tensor | None = None) -> LabelCounts:
         margin = SSIM_WINDOW_PX - 1
         n, _, height, width = target.shape
         n_windows = n * max(0, height - margin) * max(0, width - margin)
-        return LabelCounts(target.new_tensor(target.numel()), target.new_tensor(n_windows))
+        # Written on the device: a copy of a number would wait for a GPU.
+        return LabelCounts(target.new_full((), target.numel()), target.new_full((), n_windows))
     return LabelCounts(labelled.sum().float(), _whole_windows(labelled).sum().float())
 
 
@@ -58,7 +59,8 @@ def blur_loss(
     logits
         ``(N, 1, H, W)``, any float type; computed in float32.
     target
-        ``(N, 1, H, W)`` float in 0..1, 1 = blurred; its values where not labelled do not matter.
+        ``(N, 1, H, W)`` bool or of any number type, in 0..1, 1 = blurred; its values where not
+        labelled do not matter.
     labelled
         ``(N, 1, H, W)`` bool, False = ignore. None counts every pixel.
     ssim_weight
@@ -73,7 +75,7 @@ def blur_loss(
         0 where nothing is labelled (with a gradient of 0, so that ``backward`` works); the SSIM
         term also where no window of 11 x 11 is labelled throughout, as in smaller images.
     """
-    logits = logits.float()
+    logits, target = logits.float(), target.float()
     if labelled is not None:
         target = torch.where(labelled, target, torch.zeros_like(target))
     bce_map = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
@@ -130,8 +132,10 @@ def _whole_windows(labelled: Tensor) -> Tensor:
 def _ssim_map(x: Tensor, y: Tensor) -> Tensor:
     """SSIM of each window wholly inside the image: ``(N, 1, H - 10, W - 10)``."""
     stacked = torch.cat([x, y, x * x, y * y, x * y])
-    rows = torch.matmul(_window_matrix(x.shape[-2], x.device), stacked)
-    local = torch.matmul(rows, _window_matrix(x.shape[-1], x.device).t())
+    # In mixed precision variances would be differences of rounded numbers.
+    with torch.autocast(x.device.type, enabled=False):
+        rows = torch.matmul(_window_matrix(x.shape[-2], x.device), stacked)
+        local = torch.matmul(rows, _window_matrix(x.shape[-1], x.device).t())
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = local.chunk(5)
     var_x = mean_xx - mean_x**2
     var_y = mean_yy - mean_y**2
@@ -150,7 +154,7 @@ def _window_matrix(size: int, device: torch.device) -> Tensor:
     # A cached tensor must also serve training, whichever mode it was first asked for in.
     with torch.inference_mode(False):
         offsets = torch.arange(size)[None, :] - torch.arange(size - SSIM_WINDOW_PX + 1)[:, None]
-        distance = offsets - SSIM_WINDOW_PX // 2
+        distance = (offsets - SSIM_WINDOW_PX // 2).float()  # whatever the default type is
         window = torch.exp(-(distance**2) / (2 * SSIM_SIGMA_PX**2))
         window[distance.abs() > SSIM_WINDOW_PX // 2] = 0
         return (window / window.sum(dim=1, keepdim=True)).to(device)

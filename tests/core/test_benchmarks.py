@@ -1,16 +1,21 @@
 """Benchmarks: what they compare and how they count; that they are fast is no test's affair."""
 
 from collections.abc import Generator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch import nn
 
 from semanticblur_core import benchmarks, benchmarks_inference
+from semanticblur_core.config import TrainConfig
+from semanticblur_core.data.datasets import DecodedPairs, find_pairs
+from semanticblur_core.device import DeviceChoice
 from semanticblur_core.inference.inputs import sample_photographs
 
 
@@ -90,3 +95,43 @@ def test_batches_compiled_or_not(compiled: bool, monkeypatch: pytest.MonkeyPatch
 def test_a_matrix_product_has_a_rate() -> None:
     rate = benchmarks._matrix_flops_per_s(torch.device("cpu"), torch.float32)
     assert 1e8 < rate < 1e15
+
+
+@pytest.mark.parametrize("compile_model", [False, True])
+def test_a_timed_step_is_one_of_training(
+    pair_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, compile_model: bool
+) -> None:
+    """Gradients are clipped, and parts that turned out to be too large are not tried again."""
+    config = TrainConfig(batch_size=4, image_size_px=64, gradient_clip_norm=0.25, accumulate=2)
+    done: list[object] = []
+    compiled: list[str] = []
+
+    def backward(*given: Any) -> tuple[float, int]:
+        done.append(given[-1])
+        return 0.5, 4  # as after running out of memory
+
+    def clip(*_: object, max_norm: float, error_if_nonfinite: bool) -> torch.Tensor:
+        done.append(("clipped", max_norm, error_if_nonfinite))
+        return torch.tensor(1.0)
+
+    def compile_(module: nn.Module) -> nn.Module:
+        compiled.append(type(module).__name__)
+        return module
+
+    monkeypatch.setattr(benchmarks, "backward", backward)
+    monkeypatch.setattr(benchmarks, "n_loader_threads", lambda _: 1)
+    monkeypatch.setattr(Fabric, "clip_gradients", clip)
+    monkeypatch.setattr(torch, "compile", compile_)
+    measuring = benchmarks.bench_train(
+        DecodedPairs(find_pairs(*pair_folders)),
+        config,
+        sharp={},
+        n_rounds=1,
+        device=DeviceChoice(torch.device("cpu"), torch.float32, "test"),
+        compile_model=compile_model,
+    )
+    result = result_of(measuring)
+    assert result["compiled"] is compile_model
+    assert compiled == ["SemanticBlur"] * compile_model
+    # In each of two rounds: one step on one batch, one to begin with, and one on a fresh batch.
+    assert done == [n for parts in (2, 4, 4, 4, 4, 4) for n in (parts, ("clipped", 0.25, False))]

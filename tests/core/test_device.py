@@ -60,3 +60,56 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(
     monkeypatch.setenv("SEMANTICBLUR_HOME", str(home / "file" / "below"))
     monkeypatch.setattr(device, "_bfloat16_is_faster", lambda: False)
     assert in_a_new_process() == torch.float32
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "CUDA error: out of memory",
+        "MPS backend out of memory (MPS allocated: 9.00 GB)",
+        "Invalid buffer size: 13.73 GB",
+        "[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you",
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "cuFFT error: CUFFT_ALLOC_FAILED",
+        "std::bad_alloc",
+    ],
+)
+def test_memory_runs_out_in_many_words(message: str) -> None:
+    assert device.is_out_of_memory(RuntimeError(message))
+
+
+def test_other_errors_are_no_lack_of_memory() -> None:
+    assert device.is_out_of_memory(torch.OutOfMemoryError("Allocation on device"))
+    for message in (
+        "CUDA error: an illegal memory access was encountered",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",
+        "The size of tensor a (3) must match the size of tensor b (4)",
+    ):
+        assert not device.is_out_of_memory(RuntimeError(message))
+
+
+def test_bfloat16_is_that_of_the_gpu_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the current one, which torch's own function asks."""
+    old, new = torch.device("cuda", 0), torch.device("cuda", 1)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda which: (8, 0) if which == new else (7, 5)
+    )
+    device.bfloat16_pays.cache_clear()
+    for _ in range(2):
+        assert device.choose_device("cuda:0").dtype == torch.float32
+        assert device.choose_device("cuda:1").dtype == torch.bfloat16
+    assert [device.computes_bfloat16(gpu) for gpu in (old, new)] == [False, True]
+    device.bfloat16_pays.cache_clear()
+    # AMD's GPUs count their capabilities otherwise.
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert device.computes_bfloat16(old)
+    assert device.choose_device("cuda:0").dtype == torch.bfloat16
+    device.bfloat16_pays.cache_clear()

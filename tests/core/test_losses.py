@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from skimage.metrics import structural_similarity
+from torch_operations import Operations
 
-from semanticblur_core.losses import blur_loss, ssim_loss
+from semanticblur_core.losses import _window_matrix, blur_loss, label_counts, ssim_loss
 
 
 @pytest.mark.parametrize("shape", [(11, 11), (40, 57)])
@@ -93,3 +94,36 @@ def test_nothing_labelled_gives_zero() -> None:
     assert [term.item() for term in loss] == [0, 0, 0]
     loss.total.backward()
     assert torch.count_nonzero(logits.grad) == 0
+
+
+@pytest.mark.parametrize(("shape", "n_windows"), [((3, 1, 20, 15), 3 * 10 * 5), ((2, 1, 8, 40), 0)])
+def test_counts_of_what_is_labelled_throughout(shape: tuple[int, ...], n_windows: int) -> None:
+    target = torch.zeros(shape)
+    with Operations() as operations:
+        counts = label_counts(target)
+    assert [float(count) for count in counts] == [target.numel(), n_windows]
+    assert [(count.dtype, count.shape) for count in counts] == [(torch.float32, ())] * 2
+    # Numbers are written where the target is: for a copy a GPU waits.
+    assert operations.names == ["aten.new_full.default"] * 2
+    if n_windows:
+        assert label_counts(target, torch.ones_like(target, dtype=torch.bool)) == counts
+
+
+def test_whatever_the_program_computes_in() -> None:
+    """Neither its default type nor mixed precision around it, nor what a mask is stored as."""
+    logits = torch.linspace(-3, 3, 40 * 40).view(1, 1, 40, 40)
+    mask = logits > 1
+    expected = blur_loss(logits, mask.float())
+    _window_matrix.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        doubled = blur_loss(logits, mask.float())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = blur_loss(logits, mask.float())
+    for found in (doubled, mixed, *(blur_loss(logits, mask.to(t)) for t in _MASK_TYPES)):
+        assert found == expected
+
+
+_MASK_TYPES = (torch.bool, torch.uint8, torch.float64)

@@ -251,6 +251,7 @@ def bench_batch(
 @click.option("--rounds", "n_rounds", type=click.IntRange(3), default=10, show_default=True)
 @device_option
 @precision_option
+@click.option("--compile", "compile_model", is_flag=True, help="Train through torch.compile.")
 @click.option("--json", "json_path", type=PathType(dir_okay=False, writes=True))
 def bench_train(
     images: Path,
@@ -262,6 +263,7 @@ def bench_train(
     n_rounds: int,
     device: str,
     precision: str,
+    compile_model: bool,
     json_path: Path | None,
 ) -> None:
     """Time the loader with a warm cache, a training step, and both together."""
@@ -284,6 +286,7 @@ def bench_train(
         sharp=sources,
         n_rounds=n_rounds,
         device=choose_device(device, precision),
+        compile_model=compile_model,
     )
     result = _run(measuring)
     speed = result["images_per_s"]

@@ -8,6 +8,7 @@ filter agrees with Pillow's to one grey level.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,9 +21,23 @@ from semanticblur_core.data.squash import IMAGENET_MEAN, IMAGENET_STD
 
 def normalise(images: Tensor) -> Tensor:
     """ImageNet-normalise ``(N, 3, H, W)`` float images in 0..1."""
-    mean = images.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
-    std = images.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
+    # What is made while torch traces an export is no tensor to keep.
+    traced = torch.compiler.is_compiling()
+    make = _mean_and_std.__wrapped__ if traced else _mean_and_std
+    mean, std = make(images.device, images.dtype)
     return (images - mean) / std
+
+
+@lru_cache(maxsize=16)
+def _mean_and_std(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of ImageNet, ``(1, 3, 1, 1)``; kept, for a GPU waits for each copy."""
+    # A cached tensor must also serve training, whichever mode it was first asked for in.
+    with torch.inference_mode(False):
+        mean, std = (
+            torch.tensor(values, dtype=dtype, device=device).view(1, 3, 1, 1)
+            for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+        return mean, std
 
 
 def augment(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ Resizing = Literal["bilinear", "nearest-exact"]
 Upsampling = Literal["guided", "bilinear", "nearest-exact"]
 BACKENDS: tuple[BackendName, ...] = ("torch", "compile", "onnxruntime", "openvino")
 _CUDA = "CUDAExecutionProvider"
+# What they say when memory runs out, in small letters.
+_OUT_OF_MEMORY = ("bad_alloc", "failed to allocate", "out of memory", "can't allocate")
 
 
 class Backend(Protocol):
@@ -108,9 +111,12 @@ class OnnxRuntimeBackend(_ExportedBackend):
         self.name = "onnxruntime"
         if precision not in ("auto", "float32"):
             raise ConfigError(f"precision {precision}: onnxruntime computes in float32")
-        providers = ["CPUExecutionProvider"]
+        if re.fullmatch(r"auto|cpu|cuda(:\d+)?", device, re.ASCII) is None:
+            raise ConfigError(f"device {device!r}: onnxruntime takes auto, cpu, cuda or cuda:N")
+        providers: list[str | tuple[str, dict[str, int]]] = ["CPUExecutionProvider"]
         if device != "cpu" and _CUDA in onnxruntime.get_available_providers():
-            providers.insert(0, _CUDA)
+            index = int(device.partition(":")[2] or 0)
+            providers.insert(0, (_CUDA, {"device_id": index}))
         elif device not in ("auto", "cpu"):
             raise ConfigError(f"device {device!r}: this ONNX Runtime has the CPU only")
         try:
@@ -123,7 +129,9 @@ class OnnxRuntimeBackend(_ExportedBackend):
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.info = _read_info(path, metadata.get(weights.METADATA_KEY))
         # It goes on with the CPU where CUDA's libraries are missing, and only logs that.
-        self.device = "cuda" if _CUDA in self._session.get_providers() else "cpu"
+        self.device = "cpu"
+        if _CUDA in self._session.get_providers():
+            self.device = "cuda" if device == "auto" else device
         if self.device == "cpu" and device not in ("auto", "cpu"):
             raise ConfigError(f"device {device!r}: ONNX Runtime fails to use the GPU")
         self.reason = f"{path.name} in ONNX Runtime"
@@ -132,7 +140,7 @@ class OnnxRuntimeBackend(_ExportedBackend):
         try:
             [maps] = self._session.run(None, {"image": batch})
         except Exception as error:
-            raise SemanticBlurError(f"ONNX Runtime failed: {_first_line(error)}") from error
+            raise _failed("ONNX Runtime", error) from error
         return np.asarray(maps, np.float32)
 
 
@@ -173,7 +181,7 @@ class OpenVinoBackend(_ExportedBackend):
             try:
                 found = self._request.infer({0: batch}, share_inputs=True)
             except RuntimeError as error:
-                raise SemanticBlurError(f"OpenVINO failed: {_first_line(error)}") from error
+                raise _failed("OpenVINO", error) from error
             return np.array(found[0], np.float32)
 
 
@@ -288,6 +296,15 @@ def _require(name: str) -> Any:
 
 def _unreadable(path: Path, error: Exception) -> WeightsError:
     return WeightsError(f"{path}: not a readable ONNX network: {_first_line(error)}")
+
+
+def _failed(name: str, error: Exception) -> SemanticBlurError:
+    """Of a computation; OpenVINO says the reason last, after places in its code."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[-1] if lines else type(error).__name__
+    if any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+        reason = "out of memory; a smaller size or native tiles need less"
+    return SemanticBlurError(f"{name} failed: {reason}")
 
 
 def _first_line(error: Exception) -> str:

@@ -17,6 +17,8 @@ _MAX_GRAPHS = 4
 _RECORDING = threading.Lock()
 
 Forward = Callable[[Tensor], Tensor]
+# A graph, its input and its output.
+_Recorded = tuple[torch.cuda.CUDAGraph, Tensor, Tensor]
 
 
 def compile_forward(module: nn.Module, device: torch.device) -> Forward:
@@ -32,7 +34,9 @@ def compile_forward(module: nn.Module, device: torch.device) -> Forward:
 class _GraphedForward:
     """Records what a function launches for an input of some shape, and launches that at once.
 
-    What cannot be recorded runs as it is.
+    Once something could not be recorded, all runs as it is, on the stream that it is asked from: a
+    failed recording leaves torch's allocator in a state in which it never frees what another stream
+    was said to use.
 
     Parameters
     ----------
@@ -42,7 +46,8 @@ class _GraphedForward:
 
     def __init__(self, forward: Forward) -> None:
         self._forward = forward
-        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None] = {}
+        self._graphs: dict[Any, _Recorded] = {}
+        self._records = True
         self._lock = threading.Lock()
         # One for all: each replay overwrites what the one before was given and gave.
         self._stream: torch.cuda.Stream | None = None
@@ -53,7 +58,14 @@ class _GraphedForward:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
+        result = self._replayed(images)
+        return self._forward(images) if result is None else result
+
+    def _replayed(self, images: Tensor) -> Tensor | None:
+        """Result on the stream asked from; None if it cannot be recorded."""
         with self._lock, torch.cuda.device(images.device):
+            if not self._records:
+                return None
             if self._stream is None:
                 self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
                 self._pool = torch.cuda.graph_pool_handle()
@@ -62,41 +74,52 @@ class _GraphedForward:
             with torch.cuda.stream(self._stream):
                 result = self._run(images)
             asked_from.wait_stream(self._stream)
+        if result is None:
+            return None
         # The allocator is to know that the other stream uses them.
         images.record_stream(self._stream)
         result.record_stream(asked_from)
         return result
 
-    def _run(self, images: Tensor) -> Tensor:
+    def _run(self, images: Tensor) -> Tensor | None:
         key = (images.shape, images.dtype)
         if key in self._graphs:
             self._graphs[key] = self._graphs.pop(key)  # the one that was used last
         else:
             while len(self._graphs) >= _MAX_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
-            self._graphs[key] = self._record(images)
-        recorded = self._graphs[key]
-        if recorded is None:
-            return self._forward(images)
-        graph, given, result = recorded
+            recorded = self._record(images)
+            if recorded is None:
+                self._records = False
+                self._graphs.clear()
+                return None
+            self._graphs[key] = recorded
+        graph, given, result = self._graphs[key]
         given.copy_(images)
         graph.replay()
         return result.clone()
 
-    def _record(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None:
+    def _record(self, images: Tensor) -> _Recorded | None:
         given = images.clone()
         try:
             # What is done once (compiling, workspaces, choosing kernels) has to be done before.
             for _ in range(3):
                 self._forward(given)
-            graph = torch.cuda.CUDAGraph()
+            return self._capture(given)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                self._graphs.clear()
+            raise
+
+    def _capture(self, given: Tensor) -> _Recorded | None:
+        graph = torch.cuda.CUDAGraph()
+        try:
             how = {"pool": self._pool, "stream": self._stream}
             # Other threads may go on launching meanwhile.
             with _RECORDING, torch.cuda.graph(graph, **how, capture_error_mode="thread_local"):
                 result = self._forward(given)
         except RuntimeError as error:
             if is_out_of_memory(error):
-                self._graphs.clear()
                 raise
             return None
         return graph, given, result

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,15 +20,21 @@ from semanticblur_core.device import choose_device, is_out_of_memory
 from semanticblur_core.errors import SemanticBlurError
 from semanticblur_core.inference.backends import Resizing
 from semanticblur_core.inference.graphed import compile_forward
-from semanticblur_core.network import SemanticBlur
+from semanticblur_core.network import SemanticBlur, fused
 
 # What runs a network, where, and in which numbers.
 _Running = tuple[Callable[[torch.Tensor], torch.Tensor], torch.device, torch.dtype]
 _MOVE_LOCK = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    # The threads that torch shares its work with are not forked with it, and a process that is
+    # forked after the first parallel work would wait for them for ever.
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 class TorchBackend:
     """Runs a network on a device; see `semanticblur_core.inference.backends.Backend`.
+
+    On the CPU, with a warning, where a GPU's memory does not hold the network, or not one image.
 
     Parameters
     ----------
@@ -36,7 +44,7 @@ class TorchBackend:
         See `semanticblur_core.device.choose_device`.
     compiled
         Through ``torch.compile``, and as one graph on a CUDA GPU: faster, after half a minute for
-        each new size.
+        each new size. Batches are filled up to 1, 2, 4, 8 ... images, so that few are compiled.
     """
 
     def __init__(
@@ -51,10 +59,14 @@ class TorchBackend:
         self.device = str(where)
         self.precision = str(dtype).removeprefix("torch.")
         self.name = "compile" if compiled else "torch"
-        self._network = network.for_inference(dtype).to(where)
+        self._network = network.for_inference(dtype)
         forward = compile_forward(self._network, where) if compiled else self._network.__call__
         # One value, which changes at once: another thread may be computing.
         self._running: _Running = forward, where, dtype
+        # Images that fit at once, by their height and width, where memory ran out before.
+        self._most: dict[tuple[int, ...], int] = {}
+        if not self._fits_on(where):
+            self._move_to_cpu(self.device)
 
     def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """``(N, H, W)`` maps of ``(N, H, W, 3)`` images in 0..1."""
@@ -69,24 +81,25 @@ class TorchBackend:
         SemanticBlurError
             If not even one image fits into the CPU's memory.
         """
-        where = self.device
-        try:
-            return self._infer(images)
-        except RuntimeError as error:  # torch's out of memory is one
-            if not is_out_of_memory(error):
-                raise
-        if len(images) > 1:
-            half = len(images) // 2
-            first, second = self.tensors(images[:half]), self.tensors(images[half:])
-            return torch.cat([first.to(second.device), second])  # the second may be the CPU's
-        if where == "cpu":
-            height, width = images.shape[1:3]
-            raise SemanticBlurError(
-                f"out of memory for {height} x {width} px at once; a smaller size or native tiles "
-                "need less"
-            )
-        self._move_to_cpu(where)
-        return self.tensors(images)
+        where, shape = self.device, images.shape[1:3]
+        most = self._most.get(shape, len(images))
+        if len(images) <= most:
+            try:
+                return self._infer(images)
+            except RuntimeError as error:  # torch's out of memory is one
+                if not is_out_of_memory(error):
+                    raise
+            if len(images) == 1:
+                if where == "cpu":
+                    raise SemanticBlurError(
+                        f"out of memory for {shape[0]} x {shape[1]} px at once; a smaller size or "
+                        "native tiles need less"
+                    )
+                self._move_to_cpu(where)
+                return self.tensors(images)
+            most = self._most[shape] = len(images) // 2
+        parts = [self.tensors(images[i : i + most]) for i in range(0, len(images), most)]
+        return torch.cat([part.to(parts[-1].device) for part in parts])  # the last may be the CPU's
 
     def run_resized(
         self, images: NDArray[np.float32], shapes: Sequence[tuple[int, ...]], mode: Resizing
@@ -106,20 +119,44 @@ class TorchBackend:
 
     def _infer(self, images: NDArray[np.float32]) -> torch.Tensor:
         forward, device, dtype = self._running
-        batch = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
-        with torch.inference_mode():
-            logits = forward(normalise(batch).to(dtype))
-            return torch.sigmoid(logits.float())[:, 0]
+        batch = torch.from_numpy(images).to(device)
+        if self.name == "compile":
+            batch = _fill_up(batch)
+        # Whatever precision the program computes in around this.
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+            logits = forward(normalise(batch.permute(0, 3, 1, 2)).to(dtype))
+            return torch.sigmoid(logits.float())[: len(images), 0]
+
+    def _fits_on(self, where: torch.device) -> bool:
+        """Move the network; False, with a part of it moved, if a GPU has no memory for it."""
+        try:
+            self._network.to(where)
+        except RuntimeError as error:
+            if where.type == "cpu" or not is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     def _move_to_cpu(self, was: str) -> None:
         with _MOVE_LOCK:
             if self.device != was:  # another thread was faster
                 return
+            held = self._running[1]
             self._network = _copy_on_cpu(self._network)
             self._running = self._network.__call__, torch.device("cpu"), torch.float32
             self.device, self.precision, self.name = "cpu", "float32", "torch"
             self.reason = f"{was} ran out of memory"
+            self._most.clear()
+            fused.release(held)
+            if held.type == "cuda":
+                torch.cuda.empty_cache()
         warnings.warn(f"{was} ran out of memory; going on with the CPU", stacklevel=2)
+
+
+def _fill_up(images: torch.Tensor) -> torch.Tensor:
+    """The last of ``(N, ...)`` repeated up to the next power of two: each number is compiled."""
+    n_more = (1 << (len(images) - 1).bit_length()) - len(images)
+    return torch.cat([images, *[images[-1:]] * n_more]) if n_more else images
 
 
 def _copy_on_cpu(network: SemanticBlur) -> SemanticBlur:

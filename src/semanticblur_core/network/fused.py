@@ -20,6 +20,8 @@ from semanticblur_core.device import is_out_of_memory
 # Kinds of numbers that cuDNN turned out to have no such convolution for.
 _REFUSED: set[torch.dtype] = set()
 _ZEROS: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+# Larger ones are made anew each time.
+_MOST_KEPT_BYTES = 2**28
 
 
 def infers_on_gpu(x: Tensor) -> bool:
@@ -73,15 +75,26 @@ def _fused(x: Tensor, convolution: nn.Conv2d, shortcut: Tensor | None) -> Tensor
 
 
 def _zeros(n: int, c: int, h: int, w: int, *, like: Tensor) -> Tensor:
-    """Zeros ``(N, C, H, W)``, channels last, of which there is one piece of memory."""
-    key = (like.device, like.dtype)
+    """Zeros ``(N, C, H, W)``, channels last, of which one piece of memory is kept."""
+    n_values = n * c * h * w
+    if n_values * like.element_size() > _MOST_KEPT_BYTES:
+        return like.new_zeros(n, h, w, c).permute(0, 3, 1, 2)
+    key, stream = (like.device, like.dtype), torch.cuda.current_stream(like.device)
     found = _ZEROS.get(key)
-    if found is None or len(found) < n * c * h * w:
-        found = _ZEROS[key] = like.new_zeros(n * c * h * w)
-        torch.cuda.current_stream(like.device).synchronize()  # other streams read it, too
+    if found is None or len(found) < n_values:
+        found = like.new_zeros(n_values)
+        stream.synchronize()  # before other streams can find it
+        _ZEROS[key] = found
     # The allocator is to know, for when a larger one takes its place.
-    found.record_stream(torch.cuda.current_stream(like.device))
-    return found[: n * c * h * w].view(n, h, w, c).permute(0, 3, 1, 2)
+    found.record_stream(stream)
+    return found[:n_values].view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def release(device: torch.device) -> None:
+    """Let go of the memory that is kept for a GPU; without an index, for each."""
+    for key in list(_ZEROS):
+        if key[0].type == device.type and device.index in (None, key[0].index):
+            _ZEROS.pop(key, None)
 
 
 def conv_to_one(x: Tensor, convolution: nn.Conv2d) -> Tensor:

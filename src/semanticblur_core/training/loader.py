@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 
 import numpy as np
@@ -19,6 +20,7 @@ from semanticblur_core.config import TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs
 from semanticblur_core.data.defocus import SharpImages, defocus_photographs, synthesise
 from semanticblur_core.data.transforms import augment, cutmix
+from semanticblur_core.device import is_out_of_memory
 from semanticblur_core.errors import TrainingError
 from semanticblur_core.machine import count_cores
 
@@ -62,7 +64,8 @@ def make_batches(
     defocused further of it.
 
     Threads make them. Where the device is a CUDA GPU what was cut out and resized is recoloured and
-    defocused there, and the batches lie there; on the CPU where the GPU has no memory left for it.
+    defocused there, and the batches lie there; on the CPU, with a warning, where the GPU has no
+    memory left for it.
     """
 
     def plan() -> Iterator[tuple[int, list[int]]]:
@@ -78,8 +81,8 @@ def make_batches(
                 with _loader_stream(device):
                     return assemble(a_pass, indices, device)
             except RuntimeError as error:
-                # cuFFT has an error of its own for a lack of memory.
-                if not isinstance(error, torch.OutOfMemoryError) and "cuFFT" not in str(error):
+                # Which cuFFT gives for a lack of memory, too.
+                if not is_out_of_memory(error) and "CUFFT_INTERNAL_ERROR" not in str(error):
                     raise
             # Outside the handler, which keeps the failed attempt's tensors alive.
         return assemble(a_pass, indices, _CPU)
@@ -118,12 +121,14 @@ def make_batches(
 
     planned = islice(plan(), first, None)
     n_workers = n_loader_threads(device)
-    with ThreadPoolExecutor(n_workers) as pool:
+    with _one_thread_each(device) as prepare, ThreadPoolExecutor(n_workers, "", prepare) as pool:
         pending = deque(pool.submit(make, *given) for given in islice(planned, n_workers))
         while pending:
             ready = pending.popleft()
             pending.extend(pool.submit(make, *given) for given in islice(planned, 1))
             batch = ready.result()
+            if device.type == "cuda" and not batch[0].is_cuda:
+                _warn_of_cpu(device)
             for tensor in batch:
                 if tensor is not None and tensor.is_cuda:
                     # The allocator is to know that another stream reads it.
@@ -143,6 +148,32 @@ def _redefocus(
     index = torch.from_numpy(chosen).to(images.device)
     made, made_targets = defocus_photographs(images[index], targets[index], rng)
     return images.index_copy(0, index, made), targets.index_copy(0, index, made_targets)
+
+
+@contextmanager
+def _one_thread_each(device: torch.device) -> Iterator[Callable[[], None] | None]:
+    """What threads that feed a GPU begin with: each computes alone.
+
+    Otherwise each has a team of as many threads as there are cores, for work of milliseconds, and
+    the one that launches the training step waits among them for a core.
+    """
+    if device.type != "cuda":
+        yield None
+        return
+    n_threads = torch.get_num_threads()
+    try:
+        yield partial(torch.set_num_threads, 1)
+    finally:
+        torch.set_num_threads(n_threads)  # of threads that begin later
+
+
+@lru_cache
+def _warn_of_cpu(device: torch.device) -> None:
+    """Once in a process."""
+    warnings.warn(
+        f"{device} has no memory left to make batches in: they are made on the CPU, slowly",
+        stacklevel=2,
+    )
 
 
 def n_loader_threads(device: torch.device) -> int:

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,10 @@ HISTORY = "history.csv"
 VALIDATION_PROTOCOL = Protocol(
     analysis="images squashed to 320 x 320, maps brought back by nearest-exact"
 )
+
+# In float16 each step whose gradients overflow halves the loss scale, at first 2^16.
+MOST_OVERFLOWS = 50
+_LOWER_RATE = "a lower learning rate"
 
 SaveBest = Callable[[SemanticBlur, Scores, int], None]
 
@@ -133,7 +137,7 @@ def train(
             raise TrainingError(f"validation: nothing of {name} is labelled; leave it out")
     count_steps(training, config)
     synthetic = synthetic_sources(config, sharp or {})
-    return _train(
+    updates = _train(
         model,
         training,
         validation,
@@ -148,6 +152,25 @@ def train(
         checkpoint_every_steps=checkpoint_every_steps,
         compile_model=compile_model,
     )
+    return _with_own_random_numbers(updates)
+
+
+def _with_own_random_numbers(updates: Generator[TrainUpdate]) -> Generator[TrainUpdate]:
+    """Neither run's nor program's draws from torch's generator of the CPU move the other's."""
+    own: torch.Tensor | None = None
+    with closing(updates):
+        while True:
+            programs = torch.get_rng_state()
+            if own is not None:
+                torch.set_rng_state(own)
+            try:
+                update = next(updates, None)
+            finally:
+                own = torch.get_rng_state()
+                torch.set_rng_state(programs)
+            if update is None:
+                return
+            yield update
 
 
 def _train(
@@ -175,7 +198,7 @@ def _train(
     model.to(memory_format=torch.channels_last)
     if fabric.world_size > 1 and device.device.type == "cuda" and not config.frozen_statistics:
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    optimizer = torch.optim.Adam(parameter_groups(model, config), weight_decay=config.weight_decay)
+    optimizer = make_optimizer(model, config, device)
     wrapped, optimizer = fabric.setup(torch.compile(model) if compile_model else model, optimizer)
     averaged = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else None
     identity: dict[str, Any] = {
@@ -197,7 +220,8 @@ def _train(
         history, start = state["history"], state["start"]
         if history and is_first_process():  # a run may have been killed just before
             _write_history(run_dir / HISTORY, history)
-    n_parts = config.accumulate
+    average = None if averaged is None else _averaging(averaged, model, config.ema_decay)
+    n_parts, n_overflows = config.accumulate, 0
 
     def write_state(epoch: int, batch: int) -> None:
         if not fabric.is_global_zero:
@@ -240,11 +264,15 @@ def _train(
                 wrapped, optimizer, max_norm=config.gradient_clip_norm, error_if_nonfinite=False
             )
             assert norm is not None
-            if device.dtype != torch.float16:  # whose loss scale is found by overflowing
+            n_overflows = 0 if math.isfinite(norm) else n_overflows + 1
+            if device.dtype != torch.float16:
                 _require_finite("gradient's norm", float(norm), step, run_dir)
+            elif n_overflows == MOST_OVERFLOWS:  # the loss scale is found by a few
+                what = f"gradient's norm of {n_overflows} steps in a row"
+                _require_finite(what, float(norm), step, run_dir, "float32 or " + _LOWER_RATE)
             optimizer.step()
-            if averaged is not None:
-                _average(averaged, model, config.ema_decay, step)
+            if average is not None:
+                average(step)
             loss_sum += value
             seconds = time.perf_counter() - started
             speed = (i + 1 - first_batch) * config.batch_size / seconds
@@ -367,7 +395,7 @@ def backward(
     while True:
         optimizer.zero_grad()
         try:
-            total = 0.0
+            losses: list[torch.Tensor] = []
             n_parts = min(n_parts, n_images)
             parts = [
                 [None] * n_parts if tensor is None else torch.tensor_split(tensor, n_parts)
@@ -389,7 +417,8 @@ def backward(
                     ).total
                     # Gradients are averaged over processes, and are to be summed.
                     fabric.backward(loss * n_processes)
-                total += float(loss.detach())
+                losses.append(loss.detach())
+            total = sum(torch.stack(losses).tolist())  # once: each number read waits for a GPU
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -407,6 +436,18 @@ def backward(
         n_parts = min(2 * n_parts, n_images)
         if fabric.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def make_optimizer(
+    model: SemanticBlur, config: TrainConfig, device: DeviceChoice
+) -> torch.optim.Adam:
+    """Adam, on a CUDA GPU in one kernel but for float16, with which Fabric could not clip then."""
+    fused = device.device.type == "cuda" and device.dtype != torch.float16
+    return torch.optim.Adam(
+        parameter_groups(model, config),
+        weight_decay=config.weight_decay,
+        fused=True if fused else None,
+    )
 
 
 def parameter_groups(model: SemanticBlur, config: TrainConfig) -> list[dict[str, Any]]:
@@ -455,13 +496,20 @@ def validate(model: SemanticBlur, pairs: DecodedPairs, device: DeviceChoice) -> 
     return scorer.result()
 
 
-@torch.no_grad()
-def _average(averaged: SemanticBlur, model: SemanticBlur, decay: float, step: int) -> None:
-    """Exponential moving average of parameters and running statistics, faster at the start."""
-    decay = min(decay, (1 + step) / (10 + step))
-    ours, theirs = averaged.state_dict(), model.state_dict()
-    floating = [k for k, tensor in ours.items() if tensor.is_floating_point()]
-    torch._foreach_lerp_([ours[k] for k in floating], [theirs[k] for k in floating], 1 - decay)
+def _averaging(averaged: SemanticBlur, model: SemanticBlur, decay: float) -> Callable[[int], None]:
+    """Exponential moving average of parameters and running statistics, faster at the start.
+
+    To be called with each step, while both networks keep their tensors.
+    """
+    given = model.state_dict()
+    ours = {k: tensor for k, tensor in averaged.state_dict().items() if tensor.is_floating_point()}
+    kept, theirs = list(ours.values()), [given[k] for k in ours]
+
+    @torch.no_grad()
+    def average(step: int) -> None:
+        torch._foreach_lerp_(kept, theirs, 1 - min(decay, (1 + step) / (10 + step)))
+
+    return average
 
 
 def _digest(
@@ -477,14 +525,14 @@ def _digest(
     return hashlib.sha256(repr(names).encode()).hexdigest()
 
 
-def _require_finite(what: str, value: float, step: int, run_dir: Path) -> None:
+def _require_finite(
+    what: str, value: float, step: int, run_dir: Path, remedy: str = _LOWER_RATE
+) -> None:
     if math.isfinite(value):
         return
     path = run_dir / LAST_CHECKPOINT
     kept = f"; an earlier state is kept in {path}" if path.exists() else ""
-    raise TrainingError(
-        f"the {what} became {value} at step {step + 1}{kept}; a lower learning rate would do"
-    )
+    raise TrainingError(f"the {what} became {value} at step {step + 1}{kept}; {remedy} would do")
 
 
 def _restore(

@@ -28,7 +28,7 @@ from semanticblur_core import (
 from semanticblur_core.cli import cli
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import ConfigError, SemanticBlurError, WeightsError
-from semanticblur_core.inference import choice, export
+from semanticblur_core.inference import backends, choice, export
 from semanticblur_core.inference.backends import (
     BackendName,
     Resizing,
@@ -432,3 +432,15 @@ def test_flips_and_scales_are_more_to_compute(
     Detector(str(random_weights), device="cpu", n_images=10)
     Detector(str(random_weights), device="cpu", n_images=10, flip=True, scales=(1, 2))
     assert asked == [(10, "auto", "cpu"), (100, "auto", "cpu")]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("Exception from src/a.cpp:224:\n\nthe reason\n", "OpenVINO failed: the reason"),
+        ("Exception from src/a.cpp:224:\nstd::bad_alloc", "OpenVINO failed: out of memory; a"),
+        ("", "OpenVINO failed: RuntimeError"),
+    ],
+)
+def test_why_another_library_fails(text: str, told: str) -> None:
+    assert str(backends._failed("OpenVINO", RuntimeError(text))).startswith(told)

@@ -2,7 +2,9 @@
 
 import pickle
 import threading
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -69,7 +71,9 @@ def test_the_sizes_used_last_are_kept() -> None:
     recorder.recorded = []
     for size in (1, 2, 3, 4, 1, 5, 1, 2):
         images = torch.full((size,), float(size))
-        assert torch.equal(recorder._run(images), images * 2)
+        result = recorder._run(images)
+        assert result is not None
+        assert torch.equal(result, images * 2)
     assert recorder.recorded == [1, 2, 3, 4, 5, 2]
 
 
@@ -77,3 +81,61 @@ def test_a_detector_s_forward_can_be_pickled() -> None:
     copied = pickle.loads(pickle.dumps(_GraphedForward(torch.neg)))
     assert isinstance(copied, _GraphedForward)
     assert copied._forward is torch.neg
+
+
+class Streams:
+    """Stands for CUDA's, on the processor; what the allocator is told of is kept."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told: list[Tensor] = []
+        self.entered = 0
+        for name in ("Stream", "current_stream", "graph_pool_handle"):
+            monkeypatch.setattr(torch.cuda, name, Mock())
+        monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "stream", self.enter)
+        monkeypatch.setattr(Tensor, "record_stream", lambda tensor, _: self.told.append(tensor))
+
+    def enter(self, _: object) -> Any:
+        self.entered += 1
+        return nullcontext()
+
+
+class Refuses(Recorder):
+    """Whose recording of two images fails."""
+
+    def _record(self, images: Tensor) -> Any:
+        recorded = super()._record(images)
+        return None if len(images) == 2 else recorded
+
+
+def test_after_a_failed_recording_all_runs_on_the_caller_s_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    streams, refuses = Streams(monkeypatch), Refuses(lambda x: x * 2)
+    refuses.recorded = []
+    for size in (1, 2, 1, 2, 3):
+        images = torch.full((size,), float(size))
+        assert torch.equal(refuses(images), images * 2)
+    assert refuses.recorded == [1, 2]
+    assert streams.entered == 2
+    assert len(streams.told) == 2  # the first input and its result
+    assert not refuses._graphs  # which are of no use any more
+
+
+def test_an_error_of_the_network_is_no_failed_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An input that is too small says nothing of those to come."""
+
+    def forward(x: Tensor) -> Tensor:
+        if len(x) < 2:
+            raise RuntimeError("too small")
+        return x * 2
+
+    Streams(monkeypatch)
+    graphed = _GraphedForward(forward)
+    with pytest.raises(RuntimeError, match="too small"):
+        graphed(torch.zeros(1))
+    assert graphed._records
+    recorded = []
+    monkeypatch.setattr(graphed, "_capture", lambda given: recorded.append(len(given)))
+    assert torch.equal(graphed(torch.ones(2)), torch.full((2,), 2.0))
+    assert recorded == [2]

@@ -88,3 +88,42 @@ def test_a_gpu_gives_the_processor_s_logits(dtype: torch.dtype, most: float) -> 
     expected = network(images)
     found = network.for_inference(dtype).cuda()(images.to("cuda", dtype)).float().cpu()
     assert float((found - expected).abs().max()) < most * float(expected.std())
+
+
+def zeros_like_of(n: int) -> Tensor:
+    return module._zeros(n, 3, 4, 5, like=torch.empty(0))
+
+
+def test_zeros_are_found_only_once_they_are_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another stream would read them before."""
+    kept: dict[Any, Tensor] = {}
+    known = []
+    stream = Mock()
+    stream.synchronize = lambda: known.append(len(kept))
+    monkeypatch.setattr(module, "_ZEROS", kept)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
+    first = zeros_like_of(2)
+    assert zeros_like_of(1).data_ptr() == first.data_ptr()
+    assert known == [0]
+    assert first.shape == (2, 3, 4, 5)
+    assert first.is_contiguous(memory_format=torch.channels_last)
+    # Larger ones than these are for once.
+    monkeypatch.setattr(module, "_MOST_KEPT_BYTES", first.nbytes)
+    large = zeros_like_of(3)
+    assert (large.shape, int(large.count_nonzero())) == ((3, 3, 4, 5), 0)
+    assert large.is_contiguous(memory_format=torch.channels_last)
+    [there] = kept.values()
+    assert there.data_ptr() == first.data_ptr()
+
+
+def test_zeros_of_one_gpu_or_of_all_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    kept = {(device, torch.float32): torch.zeros(1) for device in devices}
+    monkeypatch.setattr(module, "_ZEROS", kept)
+    module.release(torch.device("cpu"))
+    module.release(devices[0])
+    assert list(kept) == [(devices[1], torch.float32)]
+    kept[devices[0], torch.bfloat16] = torch.zeros(1)
+    module.release(torch.device("cuda"))
+    assert not kept

@@ -1,29 +1,42 @@
 """Training: learns, resumes to the same weights, stops clearly."""
 
 import csv
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning_fabric import Fabric
+from torch_operations import Operations
 
 from semanticblur_core.config import ModelConfig, TrainConfig
+from semanticblur_core.data import transforms
 from semanticblur_core.data.datasets import DecodedPairs, find_pairs
 from semanticblur_core.data.defocus import SharpImages
 from semanticblur_core.data.labels import LabelledImage
-from semanticblur_core.data.transforms import cutmix
+from semanticblur_core.data.transforms import cutmix, normalise
 from semanticblur_core.device import DeviceChoice
 from semanticblur_core.errors import ConfigError, TrainingError
 from semanticblur_core.metrics import Scores
 from semanticblur_core.network import SemanticBlur
-from semanticblur_core.training import loader
+from semanticblur_core.training import loader, loop
 from semanticblur_core.training.checkpoint import load_checkpoint
 from semanticblur_core.training.loader import make_batches
 from semanticblur_core.training.logs import draw_curves
-from semanticblur_core.training.loop import TrainUpdate, learning_rate, train
+from semanticblur_core.training.loop import (
+    TrainUpdate,
+    backward,
+    launch_fabric,
+    learning_rate,
+    make_optimizer,
+    train,
+)
 from semanticblur_core.training.recipes import recipe
 
 CPU = DeviceChoice(torch.device("cpu"), torch.float32, "test")
@@ -52,6 +65,7 @@ class Run:
         self.validation = DecodedPairs(pairs.pairs[:1])
         self.best: list[tuple[int, float]] = []
         self.sharp: dict[str, SharpImages] = {}
+        self.device = CPU
 
     def keep(self, model: SemanticBlur, scores: Scores, epoch: int) -> None:
         self.best.append((epoch, scores.mae))
@@ -63,7 +77,7 @@ class Run:
             self.validation,
             self.config,
             run_dir=self.run_dir,
-            device=CPU,
+            device=self.device,
             save_best=self.keep,
             sharp=self.sharp,
             resume=resume,
@@ -467,16 +481,40 @@ def test_batches_made_on_a_gpu_are_those_of_the_cpu(pairs: DecodedPairs) -> None
         assert float((here[0] - there[0].cpu()).abs().mean()) < 0.05
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+        RuntimeError("cuFFT error: CUFFT_INTERNAL_ERROR"),
+    ],
+)
 def test_batches_are_made_on_the_cpu_where_a_gpu_is_full(
-    pairs: DecodedPairs, monkeypatch: pytest.MonkeyPatch
+    pairs: DecodedPairs, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ) -> None:
     def full(_: torch.device) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(loader, "_loader_stream", full)
-    batches = make_batches(pairs, [], CONFIG, 0, device=torch.device("cuda", 0))
+    loader._warn_of_cpu.cache_clear()
+    on_gpu = {"device": torch.device("cuda", 0)}
+    with pytest.warns(UserWarning, match="cuda:0 has no memory left.*made on the CPU, slowly") as w:
+        batches = list(make_batches(pairs, [], CONFIG, 0, **on_gpu))
+    assert len(w) == 1
     for batch, expected in zip(batches, make_batches(pairs, [], CONFIG, 0), strict=True):
         assert torch.equal(batch[0], expected[0])
+    next(make_batches(pairs, [], CONFIG, 0, **on_gpu))  # a second warning would be an error
+
+
+def test_other_errors_of_a_gpu_end_the_batches(
+    pairs: DecodedPairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: torch.device) -> None:
+        raise RuntimeError("cuFFT error: CUFFT_INVALID_SIZE")
+
+    monkeypatch.setattr(loader, "_loader_stream", broken)
+    with pytest.raises(RuntimeError, match="CUFFT_INVALID_SIZE"):
+        next(make_batches(pairs, [], CONFIG, 0, device=torch.device("cuda", 0)))
 
 
 def test_images_labelled_in_part_are_trained_on_where_labelled(tmp_path: Path) -> None:
@@ -544,3 +582,158 @@ def test_a_recipe_that_a_recipe_names_lies_beside_it(tmp_path: Path) -> None:
 def test_settings_of_another_type_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(wrong))}: expected "):
         TrainConfig.from_dict(wrong)
+
+
+def in_float16(run: Run, norms: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose gradients have these norms, computed in float32, which alone a CPU can."""
+    given = iter(norms)
+    run.device = CPU._replace(dtype=torch.float16)
+    monkeypatch.setattr(loop, "launch_fabric", lambda device, config: launch_fabric(CPU, config))
+    monkeypatch.setattr(Fabric, "clip_gradients", lambda *_, **__: torch.tensor(next(given)))
+
+
+def test_float16_that_overflows_for_ever_stops_the_run(
+    pairs: DecodedPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step would be left out, to the end."""
+    nan, inf = float("nan"), float("inf")
+    monkeypatch.setattr(loop, "MOST_OVERFLOWS", 3)
+    run = Run(DecodedPairs(pairs.pairs * 4), tmp_path / "run")
+    in_float16(run, [inf, nan, 0.5, nan, inf, nan, 0.5], monkeypatch)
+    message = (
+        "the gradient's norm of 3 steps in a row became nan at step 6; "
+        "float32 or a lower learning rate would do"
+    )
+    with pytest.raises(TrainingError, match=message):
+        run.updates()
+
+
+def test_float16_may_overflow_now_and_then(
+    pairs: DecodedPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inf = float("inf")
+    assert 16 < loop.MOST_OVERFLOWS <= 100  # 2^16 is what torch's loss scale begins with
+    run = Run(pairs, tmp_path / "run")
+    in_float16(run, [inf, inf, 0.5, inf], monkeypatch)
+    assert len(run.updates()) == 4
+
+
+def test_the_average_follows_weights_and_statistics() -> None:
+    model, averaged = network(), network()
+    expected = {k: tensor.clone() for k, tensor in averaged.state_dict().items()}
+    average = loop._averaging(averaged, model, 0.5)
+    for step in (0, 30):
+        model.train()(torch.rand(2, 3, 64, 64))  # changes the statistics
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+        average(step)
+        for key, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                weight = 1 - min(0.5, (1 + step) / (10 + step))
+                expected[key] = torch.lerp(expected[key], tensor, weight)
+    for key, tensor in averaged.state_dict().items():
+        torch.testing.assert_close(tensor, expected[key], msg=key)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "fused"),
+    [
+        ("cuda:0", torch.float32, True),
+        ("cuda:0", torch.bfloat16, True),
+        ("cuda:0", torch.float16, None),  # with which Fabric refuses to clip
+        ("cpu", torch.float32, None),
+        ("cpu", torch.bfloat16, None),
+    ],
+)
+def test_adam_is_one_kernel_on_a_gpu(device: str, dtype: torch.dtype, fused: bool | None) -> None:
+    choice = DeviceChoice(torch.device(device), dtype, "test")
+    optimizer = make_optimizer(network(), replace(CONFIG, early_rate_factor=0.1), choice)
+    assert [group["fused"] for group in optimizer.param_groups] == [fused, fused]
+
+
+@pytest.mark.parametrize("n_parts", [1, 3])
+def test_the_loss_is_read_once_a_batch(pairs: DecodedPairs, n_parts: int) -> None:
+    """What reads a number waits for the GPU."""
+    fabric, model = launch_fabric(CPU, CONFIG), network()
+    wrapped, optimizer = fabric.setup(model, make_optimizer(model, CONFIG, CPU))
+    model.eval()  # for BatchNorm's statistics would be those of a part
+    [batch, *_] = make_batches(pairs, [], CONFIG, 0)
+    with torch.no_grad():
+        expected = loop.blur_loss(model(normalise(batch[0])), batch[1]).total
+    with Operations() as operations:
+        value, _ = backward(fabric, wrapped, optimizer, batch, CONFIG, n_parts)
+    assert value == pytest.approx(float(expected), rel=1e-5)
+    assert "aten._local_scalar_dense.default" not in operations.names
+    assert "aten.convolution_backward.default" in operations.names
+
+
+def test_images_are_normalised_by_constants_that_are_kept() -> None:
+    """A GPU would wait for each copy; what was made in inference must serve training."""
+    images = torch.rand(2, 3, 5, 7)
+    with torch.inference_mode():
+        expected = normalise(images.double())
+    assert float(expected[0, 1, 0, 0]) == pytest.approx((float(images[0, 1, 0, 0]) - 0.456) / 0.224)
+    learned = images.double().requires_grad_()
+    normalise(learned).sum().backward()
+    assert learned.grad is not None
+    with Operations() as operations:
+        assert torch.equal(normalise(images.double()), expected)
+    assert [name for name in operations.names if "lift" in name or "copy" in name] == [
+        "aten._to_copy.default"  # to double, in this test
+    ]
+    assert normalise(images).dtype == torch.float32
+
+
+def test_constants_of_an_export_are_not_kept() -> None:
+    """They are no tensors to compute with."""
+
+    class Normalise(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return normalise(images)
+
+    transforms._mean_and_std.cache_clear()
+    images = torch.rand(1, 3, 4, 4)
+    exported = torch.export.export(Normalise(), (images,))
+    assert transforms._mean_and_std.cache_info().currsize == 0
+    assert torch.equal(exported.module()(images), normalise(images))
+
+
+def test_random_numbers_of_a_run_and_of_the_program_are_apart(
+    pairs: DecodedPairs, tmp_path: Path
+) -> None:
+    program = torch.rand(9, generator=torch.Generator().manual_seed(7)).tolist()
+
+    def losses(folder: str, *, draws: bool) -> list[float]:
+        run = Run(pairs, tmp_path / folder, replace(CONFIG, epochs=1))
+        torch.manual_seed(8)
+        # Whose layers draw random numbers in training.
+        model = SemanticBlur(ModelConfig(backbone="efficientnet_b4"))
+        torch.manual_seed(7)
+        how: dict[str, Any] = {"run_dir": run.run_dir, "device": CPU, "save_best": run.keep}
+        found = []
+        for i, update in enumerate(train(model, run.pairs, run.validation, run.config, **how)):
+            found.append(update.loss)
+            if draws:
+                assert torch.rand(1).item() == pytest.approx(program[i])
+        return found
+
+    assert losses("a", draws=True) == losses("b", draws=False)
+
+
+def test_threads_that_feed_a_gpu_compute_alone() -> None:
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with (
+            loader._one_thread_each(torch.device("cuda")) as prepare,
+            ThreadPoolExecutor(1, "", prepare) as pool,
+        ):
+            assert pool.submit(torch.get_num_threads).result() == 1
+            assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 2
+        with loader._one_thread_each(torch.device("cpu")) as prepare:
+            assert prepare is None
+    finally:
+        torch.set_num_threads(n_threads)
