@@ -79,7 +79,9 @@ class _Config:
                     f"{field.name}: expected {wanted.get(kind, 'text')}, got {value!r}"
                 )
             if type(value) not in (int, kind):
-                object.__setattr__(self, field.name, kind(value))  # it is frozen
+                # Of an enumeration's text `str` gives the name of the member.
+                plain = str.__str__(value) if kind is str else kind(value)
+                object.__setattr__(self, field.name, plain)  # it is frozen
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``from_dict`` reads them back."""

@@ -40,11 +40,14 @@ class Stack:
         One letter an axis, see `semanticblur_core.inference.planes.Planes`.
     scale
         Steps, place and names of channels, as far as the file says.
+    only_channel
+        Name of the one channel of an array without an axis of channels.
     """
 
     array: Any
     axes: str
     scale: Scale = field(default_factory=Scale)
+    only_channel: str = ""
 
     def channel(self, wanted: int | str) -> Channels:
         """What `Planes` takes: the number of a channel that is named as the file names it.
@@ -62,6 +65,8 @@ class Stack:
         """
         if wanted == "each" or wanted == "mean":
             return wanted  # type: ignore[return-value]
+        if str(wanted).strip().casefold() == (self.only_channel.strip().casefold() or None):
+            return "each"
         names = [name.strip().casefold() for name in self.scale.channel_names]
         found = [i for i, name in enumerate(names) if name == str(wanted).strip().casefold()]
         if isinstance(wanted, int) and (wanted < len(names) or not found):
@@ -121,9 +126,10 @@ def open_stack(path: str | Path, *, axes: str | None = None, level: int = 0) -> 
                 f"--axes names them, {len(array.shape)} letters with Y and X among them"
             )
         n_channels = array.shape[named.index("C")] if "C" in named else 0
+        only = scale.channel_names[0] if len(scale.channel_names) == 1 and not n_channels else ""
         if len(scale.channel_names) != n_channels:
             scale = replace(scale, channel_names=())
-        yield Stack(array, named, scale)
+        yield Stack(array, named, scale, only)
 
 
 def is_zarr(path: Path) -> bool:

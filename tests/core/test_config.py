@@ -1,6 +1,7 @@
 """Configurations: what is out of range is refused, and all of it can be written as JSON."""
 
 import json
+from enum import Enum
 from fractions import Fraction
 from typing import Any
 
@@ -11,11 +12,16 @@ from semanticblur_core.config import FinetuneConfig, ModelConfig, TrainConfig
 from semanticblur_core.errors import ConfigError
 
 
+class Schedule(str, Enum):  # noqa: UP042 - its text is not its value, which is the point
+    COSINE = "cosine"
+
+
 @pytest.mark.parametrize(
     ("kind", "values"),
     [
         (ModelConfig, {"semantic_channels": np.int32(40), "backbone": np.str_("resnet34")}),
         (TrainConfig, {"epochs": np.int64(3), "learning_rate": np.float32(0.5), "ema_decay": 0}),
+        (TrainConfig, {"schedule": Schedule.COSINE}),
         (FinetuneConfig, {"seed": np.uint8(7), "ema_decay": np.float64(0.5)}),
         (FinetuneConfig, {"replay_weight": Fraction(1, 2), "drift_limit": np.int16(1)}),
     ],

@@ -763,3 +763,12 @@ def test_resolution_tags_of_microscopes_are_pixel_sizes(
     tifffile.imwrite(tmp_path / "a.tif", plane, **how)
     found = stacks.read_scale(tmp_path / "a.tif").pixel_size_um
     assert found == ({} if size is None else pytest.approx({"Y": size, "X": size}))
+
+
+def test_the_one_channel_has_a_name_too(tmp_path: Path) -> None:
+    how = {"axes": "ZYX", "Channel": {"Name": ["DAPI"]}}
+    tifffile.imwrite(tmp_path / "a.ome.tif", np.zeros((3, 8, 8), np.uint16), metadata=how)
+    with stacks.open_stack(tmp_path / "a.ome.tif") as stack:
+        assert stack.channel("dapi") == "each"
+        with pytest.raises(ImageError, match="'GFP': there is none"):
+            stack.channel("GFP")

@@ -6,8 +6,9 @@ import functools
 import itertools
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import click
 if TYPE_CHECKING:
     from semanticblur_core.focus.check import FocusOptions, Source
     from semanticblur_core.focus.stack import StackFocus
+    from semanticblur_core.inference.planes import Planes
     from semanticblur_core.scale import Channels, Scale
 
 
@@ -33,20 +35,71 @@ class StackInput:
     channels: Channels = "each"
 
 
-@dataclass(frozen=True)
 class Part:
-    """Which planes of stacks and pyramids are checked, each as an image; as of `open_stack`."""
+    """Which planes of stacks and pyramids are checked, each as an image; as of `open_stack`.
 
-    axes: str | None
-    channels: int | str
-    planes: tuple[slice, ...] | None
-    level: int
-    value_range: tuple[float, float] | None
+    The stack that was read last stays open until another is; threads take turns. Close it.
+    """
+
+    def __init__(
+        self,
+        axes: str | None,
+        channels: int | str,
+        wanted: tuple[slice, ...] | None,
+        level: int,
+        value_range: tuple[float, float] | None,
+    ) -> None:
+        self.axes, self.channels, self.wanted, self.level = axes, channels, wanted, level
+        self.value_range = value_range
+        self._lock = threading.RLock()
+        self._resources = ExitStack()
+        self._opened: tuple[Path, Planes, Scale] | None = None
+        self._limits: dict[Path, Any] = {}
 
     @property
     def is_asked_for(self) -> bool:
         """Whether any of it was said."""
-        return bool(self.axes or self.planes or self.level) or self.channels != "each"
+        return bool(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was said of it, as JSON values."""
+        said = {
+            "axes": self.axes,
+            "channels": None if self.channels == "each" else self.channels,
+            "planes": [[part.start, part.stop] for part in self.wanted or ()] or None,
+            "level": self.level or None,
+        }
+        return {name: value for name, value in said.items() if value is not None}
+
+    def close(self) -> None:
+        """Close the stack that is open."""
+        with self._lock:
+            self._opened = None
+            self._resources.close()
+
+    @contextmanager
+    def opened(self, path: Path) -> Iterator[tuple[Planes, Scale]]:
+        """The planes of a file, to be read while no other thread does."""
+        from semanticblur_core import stacks
+        from semanticblur_core.inference.planes import Planes
+
+        with self._lock:
+            if self._opened is None or self._opened[0] != path:
+                self.close()
+                opening = stacks.open_stack(path, axes=self.axes, level=self.level)
+                stack = self._resources.enter_context(opening)
+                planes = Planes(stack.array, stack.axes, stack.channel(self.channels))
+                self._opened = path, planes, stack.scale
+            yield self._opened[1:]
+
+    def read(self, path: Path, index: tuple[int, ...]) -> Any:
+        """One plane, in 0..1 or as it is stored."""
+        with self.opened(path) as (planes, _):
+            if path not in self._limits:
+                given = self.value_range
+                limits = planes.as_limits(given) if given else planes.estimate_range()
+                self._limits[path] = limits
+            return planes.view(index).read_unit(limits=self._limits[path])
 
 
 def find_sources(
@@ -109,22 +162,6 @@ def _planes_of(path: Path, name: str, part: Part, max_pixels: int) -> Iterator[S
     from semanticblur_core.errors import ImageError, SemanticBlurError
     from semanticblur_core.focus.check import Source
     from semanticblur_core.focus.session import plane_sources
-    from semanticblur_core.inference.planes import Planes
-
-    @contextmanager
-    def opened() -> Iterator[tuple[Planes, Scale]]:
-        with stacks.open_stack(path, axes=part.axes, level=part.level) as stack:
-            yield Planes(stack.array, stack.axes, stack.channel(part.channels)), stack.scale
-
-    @functools.cache
-    def limits() -> Any:
-        with opened() as (planes, _):
-            given = part.value_range
-            return planes.as_limits(given) if given else planes.estimate_range()
-
-    def read(index: tuple[int, ...]) -> Any:
-        with opened() as (planes, _):
-            return planes.view(index).read_unit(limits=limits())
 
     def refuse(reason: str) -> Any:
         raise ImageError(reason if str(path) in reason else f"{path}: {reason}")
@@ -135,9 +172,9 @@ def _planes_of(path: Path, name: str, part: Part, max_pixels: int) -> Iterator[S
                 f"{path}: --axes, --channels, --planes, --level: of stacks and pyramids, which it "
                 "is not; check it without"
             )
-        with opened() as (planes, scale):
+        with part.opened(path) as (planes, scale):
             disk.refuse_bomb(path, math.prod(planes.plane_shape), max_pixels)
-            indices = list(itertools.product(*planes.box(part.planes)))
+            indices = list(itertools.product(*planes.box(part.wanted)))
             is_as_stored = str(planes.array.dtype) in ("uint8", "bool") and not part.value_range
             named = plane_sources(planes, indices, name=name, path=path)
     except SemanticBlurError as error:
@@ -149,7 +186,7 @@ def _planes_of(path: Path, name: str, part: Part, max_pixels: int) -> Iterator[S
     for source in named:
         yield replace(
             source,
-            read=functools.partial(read, source.index),
+            read=functools.partial(part.read, path, source.index),
             # Other planes come in 0..1, and are not to be stretched one by one.
             value_range=None if is_as_stored and planes.channels != "mean" else (0.0, 1.0),
             pixel_side_um=side,

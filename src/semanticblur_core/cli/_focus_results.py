@@ -44,6 +44,7 @@ class Results:
         sort: str | None,
         keep_best: int | None,
         tile_size: tuple[float, str] | None,
+        part: dict[str, Any],
     ) -> None:
         from semanticblur_core import __version__
 
@@ -55,6 +56,7 @@ class Results:
             "protocol": protocol,
             "precision": getattr(detector, "precision", None),
             "tile_size": list(tile_size) if tile_size else None,
+            "part": part or None,
         }
         self._masks: dict[str, Any] | None = None
         if options.mask_folder is not None:
@@ -108,6 +110,8 @@ class Results:
         from semanticblur_core.focus.report import HtmlReport
 
         saved_at, wait_s = time.monotonic(), float(_SAVED_EVERY_S)
+        if self._masks is not None:  # which masks are its own is known from the first one on
+            saved_at = -math.inf
         with ExitStack() as resources:
             progress = resources.enter_context(progress_bar())
             html = resources.enter_context(HtmlReport(report)) if report else None
@@ -228,9 +232,21 @@ class Results:
                 ],
                 **self._stack_rows(),
             }
+            if begun := self._masks_begun(document["masks"]):
+                document["masks_begun"] = begun
             if self._earlier is not None:
                 document["not_checked"] = self._earlier.rows_besides(self.images)
             write_json(json_file, document)
+
+    def _masks_begun(self, masks: Any) -> list[str]:
+        """Images whose masks there may be though no row says so: they are the run's to replace."""
+        names = set[str]()
+        before = self._earlier
+        if before and before.masks and masks and before.masks.get("folder") == masks["folder"]:
+            names |= before.mask_names
+        if self._masks is not None and not self._finished:
+            names |= {name for name, _ in self._order}
+        return sorted(names - {image.name for image in self.images if image.has_mask})
 
     def print(self) -> None:
         for image in self._ordered() if len(self.images) <= _PRINTED else self._first():

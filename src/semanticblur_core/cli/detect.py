@@ -274,8 +274,8 @@ def command(
         click.echo(f"semanticblur-core: {problem}", err=True)
     if left_out:
         click.echo(
-            f"{len(left_out)} file{'s' * (len(left_out) != 1)} left out as results of an earlier "
-            f"run, first {left_out[0]}; named as inputs they are detected"
+            f"{len(left_out)} file{'s' * (len(left_out) != 1)} left out, named as masks or maps "
+            f"of others, first {left_out[0]}; named as inputs they are detected"
         )
 
     if scheduler is None and workers > len(jobs):

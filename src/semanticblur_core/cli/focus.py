@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -316,6 +316,7 @@ def _check(
 ) -> None:
     from semanticblur_core import disk
     from semanticblur_core.focus.check import mask_path
+    from semanticblur_core.focus.earlier import earlier_masks
 
     if not inputs:
         raise click.UsageError("give --input, or `focus calibrate`")
@@ -359,6 +360,9 @@ def _check(
             )
             options = replace(options, value_range=opened.value_range)
         part = Part(axes, channels, planes, level, options.value_range)
+        resources.callback(part.close)
+        if resume and part.is_asked_for:
+            raise click.UsageError("--resume goes without --axes, --channels, --planes and --level")
         sources = (
             opened.sources
             if opened
@@ -373,8 +377,11 @@ def _check(
         if mask_output:
             _refuse_same_masks(sources, mask_output)
             _refuse_taken_masks(sources, masks, flags["region"])
-            if not (overwrite or (resume and json_file and _wrote_masks(json_file, mask_output))):
-                _refuse_existing(masks)
+            if not overwrite:
+                mine = earlier_masks(json_file, mask_output) if resume and json_file else set()
+                _refuse_existing(
+                    [mask_path(mask_output, s.name) for s in sources if s.name not in mine]
+                )
             disk.require_writable(mask_output / "mask.png")
         if opened and (composite or depth):
             _refuse_composite(opened, composite)
@@ -382,7 +389,9 @@ def _check(
         if calibration:
             gates.append(_calibrated(calibration, protocol))
         options = replace(options, gates=tuple(gates), tile_size_px=_tile_px(tile_size, opened))
-        results = Results(detector, protocol, options, opened, sort, keep_best, tile_size)
+        results = Results(
+            detector, protocol, options, opened, sort, keep_best, tile_size, part.to_dict()
+        )
         results.run(sources, report=report, json_file=json_file, csv_file=csv_file, resume=resume)
         results.print()
         if opened and (composite or depth):
@@ -502,18 +511,24 @@ def _region(text: str, sources: list[Source]) -> Any:
     folder = disk.expand_home(text)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    n_of_name = Counter(name for name, _ in {(source.name, source.path) for source in sources})
-    folders = {(_stem(source), source.path.parent) for source in sources}
-    n_of_stem = Counter(stem for stem, _ in folders)
+    # By the folders that they lie in: a raw file has the mask of the JPEG beside it.
+    folders = {source: os.path.abspath(source.path.parent) for source in sources}  # noqa: PTH100
+    n_of_name = _count((source.name, folders[source]) for source in sources)
+    n_of_place = _count((_place(source), folders[source]) for source in sources)
+    n_of_stem = _count((_stem(source), folders[source]) for source in sources)
 
     @functools.cache
     def by_stem(where: Path) -> dict[str, list[Path]]:
-        has_images = any(path.suffix.lower() in io.IMAGE_SUFFIXES for path in where.iterdir())
+        has_images = any(
+            path.suffix.lower() in io.IMAGE_SUFFIXES and not path.name.startswith(".")
+            for path in where.iterdir()
+        )
         return group_by_stem(list_images(where)) if has_images else {}
 
     def region(source: Source) -> Any:
+        same_mask = f"{source.path}: other images of this name have the same mask"
         if n_of_name[source.name] > 1:
-            raise DataError(f"{source.path}: other images of this name have the same mask")
+            raise DataError(same_mask)
         as_written = mask_path(folder, source.name)  # by --mask-output, as the photograph is stored
         if as_written.is_file():
             is_file = source.path.name == Path(source.name).name and source.path.is_file()
@@ -521,6 +536,8 @@ def _region(text: str, sources: list[Source]) -> Any:
             return io.to_upright(io.read_mask(as_written), turned)
         beside = folder / Path(source.name).parent
         found = by_stem(beside).get(_stem(source), []) if beside.is_dir() else []
+        if found and n_of_place[_place(source)] > 1:
+            raise DataError(same_mask)
         if not found and beside != folder:
             found = by_stem(folder).get(_stem(source), [])
             if found and n_of_stem[_stem(source)] > 1:
@@ -537,6 +554,15 @@ def _region(text: str, sources: list[Source]) -> Any:
 
 def _stem(source: Source) -> str:
     return Path(source.name).stem
+
+
+def _place(source: Source) -> tuple[Path, str]:
+    return Path(source.name).parent, _stem(source)
+
+
+def _count(pairs: Iterable[tuple[Any, str]]) -> Counter[Any]:
+    """Of each first one, how many different second ones there are."""
+    return Counter(first for first, _ in set(pairs))
 
 
 def _refuse_outputs(outputs: dict[str, Path]) -> None:
@@ -585,14 +611,6 @@ def _refuse_taken_masks(sources: list[Source], masks: list[Path], region: str) -
             raise click.UsageError(
                 f"--mask-output: {path} is read by --region; give another folder"
             )
-
-
-def _wrote_masks(json_file: Path, folder: Path) -> bool:
-    """Whether the run that is gone on from wrote its masks into this folder."""
-    from semanticblur_core.focus.earlier import earlier_mask_folder
-
-    found = earlier_mask_folder(json_file)
-    return found is not None and os.path.realpath(found) == os.path.realpath(folder)
 
 
 def _refuse_existing(masks: list[Path]) -> None:

@@ -46,8 +46,8 @@ class EarlierRun:
     ----------
     n_lacking
         Images that are to be measured again for want of a picture or a mask alone.
-    masks
-        Where its masks are and with which margin, as ``masks``.
+    masks, mask_names
+        Where its masks are and with which margin, as ``masks``, and of which images there are any.
 
     Raises
     ------
@@ -64,7 +64,8 @@ class EarlierRun:
         reports: list[Path] | None = None,
     ) -> None:
         self.n_lacking = 0
-        self.masks: Any = None
+        self.masks: dict[str, Any] | None = None
+        self.mask_names: set[str] = set()
         self._rows: dict[_Key, _Row] = {}
         self._mask_folder = None if masks is None else Path(masks["folder"])
         self._has_masks = True
@@ -75,7 +76,9 @@ class EarlierRun:
         document = _read(json_file)
         _require_same(json_file, document, json.loads(json.dumps(settings)))
         self._rows = {_key(row): row for row in (*document["not_checked"], *document["images"])}
-        self.masks = document.get("masks")
+        found = document.get("masks")
+        self.masks = found if isinstance(found, dict) else None
+        self.mask_names = _mask_names(document)
         self._has_masks = masks is None or self.masks == masks
         if reports is not None:
             self._pictures = {}
@@ -116,7 +119,11 @@ class EarlierRun:
     def rows_besides(self, images: Iterable[ImageFocus]) -> list[_Row]:
         """Rows of files that this run did not come to, was not asked for or could not read."""
         done = {(image.name, place(image.source)) for image in images if image.error is None}
-        return [row for key, row in self._rows.items() if key not in done]
+        others = [row for key, row in self._rows.items() if key not in done]
+        if self._has_masks:
+            return others
+        # Their masks, if they have any, are of another folder or margin than this run tells of.
+        return [{name: row[name] for name in row if name != "has_mask"} for row in others]
 
     def _find_pictures(self, report: Path, opened: ExitStack) -> None:
         """Where the rows of a report are that say of an image what is known, in file and bytes."""
@@ -139,11 +146,21 @@ class EarlierRun:
                 offset += len(line)
 
 
-def earlier_mask_folder(json_file: Path) -> Path | None:
-    """Folder of the masks that a run wrote; None if it wrote none or the file is no such."""
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        return Path(json.loads(json_file.read_text(encoding="utf-8"))["masks"]["folder"])
-    return None
+def earlier_masks(json_file: Path, folder: Path) -> set[str]:
+    """Names of images whose masks a run wrote into a folder, or had begun to when it ended."""
+    try:
+        document = json.loads(json_file.read_text(encoding="utf-8"))
+        if place(document["masks"]["folder"]) != place(folder):
+            return set()
+        return _mask_names(document)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return set()
+
+
+def _mask_names(document: Mapping[str, Any]) -> set[str]:
+    rows = (*document["images"], *document.get("not_checked", ()))
+    names = {row["name"] for row in rows if row.get("has_mask")}
+    return names | set(document.get("masks_begun", ()))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -188,7 +205,7 @@ def _from_row(row: Mapping[str, Any]) -> ImageFocus:
         ),
         passed=True,
         tiles=np.asarray(row["tiles"], np.float32) if "tiles" in row else None,
-        tile_size_px=_number(row["tile_size_px"]) if "tiles" in row else None,
+        tile_size_px=_number(row["tile_size_px"]) if row.get("tile_size_px") else None,
         stamp=_stamp(row),
         elapsed_s=_number(row["elapsed_s"]),
         has_mask=row.get("has_mask") is True,

@@ -328,7 +328,7 @@ def tile_means(
     ImageError
         If the size is below one pixel.
     """
-    if not tile_size_px >= 1:
+    if not 1 <= tile_size_px < math.inf:
         raise ImageError(f"tile size: expected at least 1 px, got {tile_size_px}")
     starts = [_tile_starts(n, tile_size_px) for n in values.shape]
     if region is None:

@@ -19,7 +19,7 @@ from semanticblur_core.focus.calibration import Gate
 from semanticblur_core.focus.check import FocusOptions, ImageFocus, Source, focus_report, judge
 from semanticblur_core.focus.scores import HIGHER_IS_SHARPER, MAP_SCORES
 from semanticblur_core.focus.stack import TILE_SIZE_PX, FocusCurve, PlaneFocus, StackFocus
-from semanticblur_core.inference.planes import RANGE_PLANES, Channels, Planes
+from semanticblur_core.inference.planes import QUICK_RANGE_PIXELS, RANGE_PLANES, Channels, Planes
 
 if TYPE_CHECKING:
     from semanticblur_core.inference.map_maker import MapMaker
@@ -311,7 +311,7 @@ class ArrayFocus:
             # Of a lazy array no other planes are read than those that are asked for.
             in_memory = isinstance(planes.array, np.ndarray)
             few = None if in_memory or len(wanted) > RANGE_PLANES else wanted
-            found = planes.estimate_range(few) or []
+            found = planes.estimate_range(few, most_pixels=QUICK_RANGE_PIXELS) or []
             self._limits, self._has_limits = [*kept, *found[len(kept) :]] or None, True
         return self._limits
 

@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 # Of a million files not all are opened for this: after so many that are whole, all are taken to be.
 _WHOLE_OF_ALL = 100
 _RESULT_FORMATS = ("png", "tif", "npy", "zarr", "csv", "json", "mp4")
+_OF_PLANE = re.compile(r"\[[A-Z]=\d+(,[A-Z]=\d+)*\]$")
 _RESULT_NAME = re.compile(rf"_blur\.({'|'.join(_RESULT_FORMATS)})$|_overlay\.png$")
 _PART = re.compile(r"^\.(.+)\.[0-9a-f]{8}(\.map)?\.part$")
 
@@ -111,9 +112,9 @@ def find_jobs(
     -------
     tuple
         The jobs, and the files that a folder or a glob named but that lie in the output folder
-        under the name of a result, or anywhere under that of a mask or map of another one: those
-        are taken for results of an earlier run and left out. A job that would write the file of one
-        before it, or might write that of an input, is refused.
+        under the name of a result, or are named as a mask or map of another one, see `made_of`:
+        those are taken for results of an earlier run and left out. A job that would write the file
+        of one before it, or might write that of an input, is refused.
 
     Raises
     ------
@@ -274,15 +275,25 @@ def is_result_name(name: str) -> bool:
 def made_of(paths: Iterable[str]) -> Callable[[str], bool]:
     """Tells which of some files are named as the mask or a map of another of them.
 
-    Masks are called ``NAME.EXT.png``, maps ``NAME_blur.png`` or ``NAME.EXT_blur.png`` and so on.
+    Masks are called ``NAME.EXT.png``, those of planes ``NAME.EXT[Z=3].png``, and lie anywhere.
+    Maps, ``NAME_blur.png`` or ``NAME.EXT_blur.png`` and so on, lie in the folder of the other or
+    below it: elsewhere they may be images of their own, as in collections for deblurring.
     """
-    names = {os.path.basename(path) for path in paths}  # noqa: PTH119 - there may be a million
-    named = names | {os.path.splitext(name)[0] for name in names}  # noqa: PTH122
+    names, places = set[str](), set[tuple[str, str]]()
+    for path in paths:
+        folder, name = os.path.split(path)
+        folder = folder or os.curdir
+        names.add(name)
+        places |= {(folder, name), (folder, os.path.splitext(name)[0])}  # noqa: PTH122
 
     def is_made(path: str) -> bool:
-        name = os.path.basename(path)  # noqa: PTH119
-        is_mask = name.endswith(".png") and name.removesuffix(".png") in names
-        return is_mask or (is_result_name(name) and name.rpartition("_")[0] in named)
+        folder, name = os.path.split(path)
+        if name.endswith(".png") and _OF_PLANE.sub("", name.removesuffix(".png")) in names:
+            return True
+        if not is_result_name(name):
+            return False
+        origin, here = name.rpartition("_")[0], Path(folder)
+        return any((str(above), origin) in places for above in (here, *here.parents))
 
     return is_made
 

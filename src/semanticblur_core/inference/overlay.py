@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -58,9 +59,12 @@ def draw_overlay(
 
 
 def _limits(pixels: NDArray[Any]) -> tuple[float, float] | None:
-    """Those of the whole image; None leaves a constant one to `semanticblur_core.io`."""
+    """Those of the whole image, above a constant one; None where no value is finite."""
     found = io.robust_limits(io.unmasked(pixels))
-    return found if found is not None and found[0] < found[1] else None
+    if found is None or found[0] < found[1]:
+        return found
+    # Above 2^53 one more is no more.
+    return found[0], max(found[0] + 1, math.nextafter(found[0], math.inf))
 
 
 def _boundary(blurred: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:

@@ -328,7 +328,10 @@ class Planes:
             side = int(np.max(chunks[self.axes.index(axis)]))
             sides.append(side * math.ceil(RANGE_PIECE_PX / side))
         rows, columns = map(_pieces, self.plane_shape, sides, (step, step))
-        n = max(4, RANGE_PIECES // n_planes, most_pixels // (math.prod(sides) * n_planes))
+        axis = "C" if self.channels == "mean" else "S"  # of which a piece holds all
+        n_values = self.array.shape[self.axes.index(axis)] if axis in self.axes else 1
+        n = most_pixels // (math.prod(sides) * n_planes * n_values)
+        n = max(4, RANGE_PIECES // n_planes, n)
         if len(rows) * len(columns) <= max(n, RANGE_PIECES):
             return list(itertools.product(rows, columns)), []
         step = sampling_step(n * math.prod(sides))

@@ -876,3 +876,71 @@ def test_planes_channels_and_levels_are_images_of_their_own(tmp_path: Path) -> N
     [at_level] = checked("--channels=0", "--level=1", "--tile-size=10um").values()
     assert (at_level["height"], at_level["tile_size_px"]) == (96, pytest.approx(10 / 0.65))
     assert len(at_level["tiles"]) == 7
+
+
+def test_resuming_replaces_no_mask_but_its_own(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = (f"--input={folder}", "--method=lbp", "--json=r.json", "--mask-output=m")
+    one = (f"--input={folder / 'sharp.png'}", *made[1:])
+    assert run(*one, cwd=tmp_path).returncode == 0
+    by_hand = tmp_path / "m" / "soft.png.png"
+    by_hand.write_bytes(b"by hand")
+    done = run(*made, "--resume", cwd=tmp_path)
+    assert (done.returncode, "soft.png.png: exists already" in done.stderr) == (2, True)
+    by_hand.unlink()
+
+    (tmp_path / "r.json").unlink()
+    (tmp_path / "m" / "sharp.png.png").unlink()
+    whole = check.focus_report
+
+    def killed(*arguments: Any) -> Iterator[Any]:
+        yield next(whole(*arguments))
+        assert json.loads((tmp_path / "r.json").read_text())["masks_begun"] == ["soft.png"]
+        by_hand.write_bytes(b"of the killed run")
+        monkeypatch.setattr(_focus_results.Results, "_write", lambda *_: None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "focus_report", killed)
+    assert run(*made, cwd=tmp_path).returncode == 130
+    monkeypatch.undo()
+    done = run(*made, "--resume", cwd=tmp_path)
+    assert "1 measured before" in done.stdout, done.stderr
+    assert by_hand.read_bytes() != b"of the killed run"
+    assert "masks_begun" not in json.loads((tmp_path / "r.json").read_text())
+
+
+def test_masks_of_another_margin_are_not_taken_for_new_ones(tmp_path: Path, folder: Path) -> None:
+    made = ("--method=lbp", "--json=r.json", "--mask-output=m")
+    assert run(f"--input={folder}", *made, "--mask-margin=0", cwd=tmp_path).returncode == 0
+    wide = (*made, "--mask-margin=20", "--resume")
+    assert run(f"--input={folder / 'sharp.png'}", *wide, cwd=tmp_path).returncode == 0
+    done = run(f"--input={folder}", *wide, cwd=tmp_path)
+    assert "1 measured before" in done.stdout, done.stderr
+
+
+def test_planes_are_not_resumed_and_their_masks_are_none_of_the_images(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    planes = np.random.default_rng(0).integers(0, 4000, (3, 64, 64)).astype(np.uint16)
+    how = {"metadata": {"axes": "ZYX"}, "photometric": "minisblack"}
+    tifffile.imwrite(tmp_path / "in" / "s.tif", planes, **how)
+    made = ("--input=in", "--method=lbp", "--planes=:", "--json=r.json")
+    assert run(*made, "--mask-output=in", cwd=tmp_path).returncode == 0
+    done = run(*made, cwd=tmp_path)
+    assert (done.returncode, "3 images" in done.stdout) == (0, True), done.stderr
+    assert "3 files left out as masks" in done.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["part"] == {"planes": [[0, None]]}
+    assert "--resume goes without --axes" in run(*made, "--resume", cwd=tmp_path).stderr
+
+
+def test_two_photographs_of_one_stem_have_no_mask_in_common(tmp_path: Path, folder: Path) -> None:
+    for name in ("a/i.jpg", "b/i.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.open(folder / "sharp.png").save(tmp_path / name)
+    (tmp_path / "m").mkdir()
+    Image.new("L", (200, 160), 255).save(tmp_path / "m" / "i.png")
+    done = run("--input=a", "--input=b", "--region=m", "--method=lbp", cwd=tmp_path)
+    assert done.stderr.count("other images of this name have the same mask") == 2
+    twice = ("--input=a", f"--input={tmp_path / 'a' / 'i.jpg'}")
+    done = run(*twice, "--region=m", "--method=lbp", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")

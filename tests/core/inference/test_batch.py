@@ -10,11 +10,12 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from semanticblur_core import Detector, io, stacks
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import ImageError
-from semanticblur_core.inference import batch, map_maker
+from semanticblur_core.inference import batch, map_maker, overlay
 from semanticblur_core.inference.batch import detect_files
 from semanticblur_core.inference.jobs import DetectOptions, Job, find_jobs
 from semanticblur_core.inference.overlay import draw_overlay
@@ -421,3 +422,22 @@ def test_an_array_of_one_plane_is_drawn_like_a_photograph(
     for name in ("flat.npy", "stack.npy"):
         for picture, expected in zip(drawn[name], drawn["photo.png"], strict=True):
             np.testing.assert_array_equal(picture, expected)
+
+
+def test_an_overlay_of_what_is_constant_but_for_nan() -> None:
+    image = np.full((700, 60), np.nan, np.float32)
+    image[600:] = 5
+    drawn = draw_overlay(image, np.zeros((700, 60), np.float32))
+    assert not drawn.any()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_an_overlay_is_drawn_in_bands_without_seams(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    image = rng.integers(0, 255, (90, 70, 3)).astype(dtype)
+    blur = gaussian_filter(rng.random((90, 70)), 5).astype(np.float32)
+    blur = (blur - blur.min()) / np.ptp(blur)
+    whole = draw_overlay(image, blur)
+    monkeypatch.setattr(overlay, "_BAND_ROWS", 7)
+    np.testing.assert_array_equal(draw_overlay(image, blur), whole)

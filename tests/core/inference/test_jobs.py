@@ -14,7 +14,13 @@ from semanticblur_core import Detector, disk, stacks
 from semanticblur_core.errors import ImageError
 from semanticblur_core.inference.batch import detect_files
 from semanticblur_core.inference.inputs import expand_input, load
-from semanticblur_core.inference.jobs import DetectOptions, Job, find_jobs, remove_stale_parts
+from semanticblur_core.inference.jobs import (
+    DetectOptions,
+    Job,
+    find_jobs,
+    made_of,
+    remove_stale_parts,
+)
 
 
 def stems(jobs: list[Job]) -> list[str]:
@@ -317,3 +323,12 @@ def test_what_killed_runs_left_of_these_results_is_deleted(tmp_path: Path) -> No
     left = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
     assert left == set(names["other"])
     assert not (out / ".a_blur.zarr.01234567.part").exists()
+
+
+def test_what_is_named_as_a_map_or_mask_of_another_is_left_out() -> None:
+    photographs = ["q/a.jpg", "q/s.tif", "top.jpg", "A/0001.png"]
+    made = ["q/a_blur.png", "q/maps/a.jpg_blur.tif", "masks/a.jpg.png", "m/s.tif[Z=1,C=0].png"]
+    made += ["maps/top_blur.png", "top_overlay.png"]
+    own = ["B/0001_blur.png", "r/a_blur.png", "q/b_blur.png", "q/a.png"]
+    is_made = made_of([*photographs, *made, *own])
+    assert [path for path in (*photographs, *made, *own) if is_made(path)] == made

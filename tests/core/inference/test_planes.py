@@ -307,3 +307,10 @@ def test_the_range_is_that_of_all_colours_of_a_mosaic() -> None:
     assert Planes(mosaic, "YX").estimate_range() == [(0, 20000)]
     with pytest.raises(ImageError, match="no planes to take the range"):
         Planes(mosaic, "YX").estimate_range([])
+
+
+def test_channels_of_a_mean_share_what_is_read_for_their_range() -> None:
+    array = np.broadcast_to(np.uint16(1), (40, 20_000, 20_000))
+    lazy = Chunked(array, (40, 256, 256))
+    some, _ = Planes(lazy, "CYX", "mean")._range_pieces(81, 1, 2**28)
+    assert len(some) == 2**28 // (40 * 256 * 256)
