@@ -248,3 +248,24 @@ def test_an_interrupted_report_is_whole(tmp_path: Path, picture: ImageFocus) -> 
     text = path.read_text(encoding="utf-8")
     start = text.index('<script id="rows" type="application/json">') + 42
     assert len(json.loads(text[start : text.index("</script>", start)])) == 1
+
+
+def test_what_is_kept_can_be_shown_alone(tmp_path: Path, browser: str, picture: ImageFocus) -> None:
+    fractions = [0.9, 0.1, 0.6, 0.3]
+    script = """
+        answer.first = names();
+        answer.counts = text("#counts");
+        answer.choice = !element("kept").hidden && !element("kept").disabled;
+        enter("show", "kept", "change");
+        answer.kept = names();
+        """
+    path = tmp_path / "kept.html"
+    ranked = {"sort": "in_focus_fraction", "descending": True}
+    write_report(path, picture, fractions, kept=[0, 2], **ranked)
+    answer = asked(browser, path, script)
+    assert answer["first"] == ["photo 0.jpg", "photo 2.jpg", "photo 3.jpg", "photo 1.jpg"]
+    assert answer["counts"].endswith("0 unreadable, 2 kept")
+    assert (answer["choice"], answer["kept"]) == (True, ["photo 0.jpg", "photo 2.jpg"])
+    path = tmp_path / "none.html"
+    write_report(path, picture, fractions)
+    assert not asked(browser, path, script)["choice"]
