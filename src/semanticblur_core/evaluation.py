@@ -447,7 +447,7 @@ def _predicted(pair: Pair, given: Any) -> NDArray[np.float32]:
             f"{pair.image}: predict gave an array of shape {blur.shape}, expected a map (H, W)"
         )
     low, high = float(blur.min()), float(blur.max())
-    if not -io._ROUNDING <= low <= high <= 1 + io._ROUNDING:
+    if not -io.ROUNDING <= low <= high <= 1 + io.ROUNDING:
         raise DataError(f"{pair.image}: predict gave {low:g}..{high:g}, expected a map in 0..1")
     return blur.clip(0, 1)
 

@@ -36,7 +36,7 @@ _BESIDE_A_SLIDE = {
     *("thumbnail image", "label image", "macro image", "overview image"),
 }
 # What others' maps may be off 0..1 by: the last bits of a sum or a sigmoid in float32.
-_ROUNDING = 1e-6
+ROUNDING = 1e-6
 
 
 def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
@@ -206,7 +206,7 @@ def read_map(path: str | Path) -> NDArray[np.float32]:
     elif array.dtype != np.bool_ and not np.issubdtype(array.dtype, np.floating):
         raise ImageError(f"{path}: expected a map of 8 or 16 bits or of floats, got {array.dtype}")
     low, high = float(array.min()), float(array.max())
-    if not -_ROUNDING <= low <= high <= largest + _ROUNDING:
+    if not -ROUNDING <= low <= high <= largest + ROUNDING:
         raise ImageError(f"{path}: expected floats in 0..1, got {low:g}..{high:g}")
     result: NDArray[np.float32] = (array / np.float64(largest)).clip(0, 1).astype(np.float32)
     return result
@@ -288,6 +288,13 @@ def robust_limits(values: NDArray[Any]) -> tuple[float, float] | None:
     if low == high:  # fewer than one pixel in a thousand differs
         low, high = float(finite.min()), float(finite.max())
     return low, high
+
+
+def increasing(limits: tuple[float, float]) -> tuple[float, float]:
+    """Limits as they are, or above that of a constant."""
+    low, high = limits
+    # Above 2^53 one more is no more.
+    return limits if low < high else (low, max(low + 1, math.nextafter(low, math.inf)))
 
 
 def unmasked(array: Any) -> NDArray[Any]:

@@ -233,10 +233,7 @@ def _stated_pixel_size(tiff: Any, pixels: ElementTree.Element | None) -> dict[st
         if factor is not None:
             if "spacing" in information:
                 sizes["Z"] = float(information["spacing"]) * factor
-            for axis in "XY":
-                tag = tiff.pages.first.tags.get(f"{axis}Resolution")
-                if tag is not None and tag.value[0]:
-                    sizes[axis] = tag.value[1] / tag.value[0] * factor
+            sizes |= _of_resolution(tiff.pages.first, factor)
     elif not tiff.ome_metadata:
         sizes = _of_scanner(tiff.pages.first)
     return sizes
@@ -252,12 +249,18 @@ def _of_scanner(page: Any) -> dict[str, float]:
         return dict.fromkeys("YX", float(found[1]))
     unit = page.tags.get("ResolutionUnit")
     factor = _RESOLUTION_UNITS.get(2 if unit is None else int(unit.value), 0)
-    sizes = {}
-    for axis in "YX":
-        tag = page.tags.get(f"{axis}Resolution")
-        if tag is not None and tag.value[0] and factor:
-            sizes[axis] = tag.value[1] / tag.value[0] * factor
+    sizes = _of_resolution(page, factor) if factor else {}
     return sizes if sizes and max(sizes.values()) < _LARGEST_OF_MICROSCOPE_UM else {}
+
+
+def _of_resolution(page: Any, factor: float) -> dict[str, float]:
+    """Steps along X and Y of a page's resolution tags, in units of ``factor``."""
+    tags = {axis: page.tags.get(f"{axis}Resolution") for axis in "XY"}
+    return {
+        axis: tag.value[1] / tag.value[0] * factor
+        for axis, tag in tags.items()
+        if tag is not None and tag.value[0]
+    }
 
 
 def _stated_time_step(tiff: Any, pixels: ElementTree.Element | None) -> dict[str, float]:

@@ -379,9 +379,8 @@ def _check(
             _refuse_taken_masks(sources, masks, flags["region"])
             if not overwrite:
                 mine = earlier_masks(json_file, mask_output) if resume and json_file else set()
-                _refuse_existing(
-                    [mask_path(mask_output, s.name) for s in sources if s.name not in mine]
-                )
+                named = zip(masks, sources, strict=True)
+                _refuse_existing(path for path, source in named if source.name not in mine)
             disk.require_writable(mask_output / "mask.png")
         if opened and (composite or depth):
             _refuse_composite(opened, composite)
@@ -613,7 +612,7 @@ def _refuse_taken_masks(sources: list[Source], masks: list[Path], region: str) -
             )
 
 
-def _refuse_existing(masks: list[Path]) -> None:
+def _refuse_existing(masks: Iterable[Path]) -> None:
     for path in masks:
         if path.exists():
             raise click.UsageError(f"{path}: exists already; --overwrite replaces masks")

@@ -46,8 +46,6 @@ _BAND_SIGMA_PX = 4.0
 _EDGE_SIGMA_PX = 0.5
 # Where the sharpest plane has less than this many times the mean detail of all, depth is unknown.
 _CLEAR_PEAK = 1.4
-# What floats may be off 0..1 by: the last bits of float32.
-_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -424,7 +422,7 @@ def _require_unit(plane: NDArray[Any]) -> None:
         return
     if plane.dtype.kind != "f":
         found = str(plane.dtype)
-    elif ((plane < -_ROUNDING) | (plane > 1 + _ROUNDING)).any():  # NaN is neither
+    elif ((plane < -io.ROUNDING) | (plane > 1 + io.ROUNDING)).any():  # NaN is neither
         found = f"{plane.dtype} of {np.nanmin(plane):g}..{np.nanmax(plane):g}"
     else:
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -61,10 +60,7 @@ def draw_overlay(
 def _limits(pixels: NDArray[Any]) -> tuple[float, float] | None:
     """Those of the whole image, above a constant one; None where no value is finite."""
     found = io.robust_limits(io.unmasked(pixels))
-    if found is None or found[0] < found[1]:
-        return found
-    # Above 2^53 one more is no more.
-    return found[0], max(found[0] + 1, math.nextafter(found[0], math.inf))
+    return None if found is None else io.increasing(found)
 
 
 def _boundary(blurred: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:

@@ -468,6 +468,4 @@ def _percentiles(values: NDArray[Any]) -> tuple[float, float]:
     found = io.robust_limits(values)
     if found is None:
         raise ImageError("no finite value (all NaN or infinite)")
-    low, high = found
-    # Above 2^53 one more is no more.
-    return (low, high) if low < high else (low, max(low + 1, math.nextafter(low, math.inf)))
+    return io.increasing(found)
