@@ -42,12 +42,15 @@ class Stack:
         Steps, place and names of channels, as far as the file says.
     only_channel
         Name of the one channel of an array without an axis of channels.
+    n_levels
+        Resolution levels of the file, this one among them.
     """
 
     array: Any
     axes: str
     scale: Scale = field(default_factory=Scale)
     only_channel: str = ""
+    n_levels: int = 1
 
     def channel(self, wanted: int | str) -> Channels:
         """What `Planes` takes: the number of a channel that is named as the file names it.
@@ -111,13 +114,13 @@ def open_stack(path: str | Path, *, axes: str | None = None, level: int = 0) -> 
                     raise ImageError(f"{path}: expected one array, got an archive of several")
                 _refuse_level(path, level)
                 found = _guess_axes(array.shape)
-                scale = Scale()
+                scale, n_levels = Scale(), 1
             elif is_zarr(path) or suffix == ".zarr":
                 if path.is_dir() and not any(path.iterdir()):
                     raise ImageError(f"{path}: an empty folder, not a Zarr")
-                array, found, scale = _open_zarr(path, level)
+                array, found, scale, n_levels = _open_zarr(path, level)
             else:
-                array, found, scale = _open_tiff(path, level, resources)
+                array, found, scale, n_levels = _open_tiff(path, level, resources)
         named = (axes or found).upper()
         if len(named) != len(array.shape):
             what = f"axes {named!r} do not fit" if named else "the file does not say the axes of"
@@ -129,7 +132,7 @@ def open_stack(path: str | Path, *, axes: str | None = None, level: int = 0) -> 
         only = scale.channel_names[0] if len(scale.channel_names) == 1 and not n_channels else ""
         if len(scale.channel_names) != n_channels:
             scale = replace(scale, channel_names=())
-        yield Stack(array, named, scale, only)
+        yield Stack(array, named, scale, only, n_levels)
 
 
 def is_zarr(path: Path) -> bool:
@@ -471,7 +474,7 @@ def _has_few_columns(shape: tuple[int, ...]) -> bool:
     return len(shape) > 2 and shape[-1] < FEWEST_COLUMNS <= min(shape[-3:-1])
 
 
-def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, Scale]:
+def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, Scale, int]:
     import tifffile
     import zarr
 
@@ -499,7 +502,8 @@ def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, 
         array = _Inverted(array)
     lengths = zip(series.axes, chosen.shape, series.shape, strict=True)
     factors = {axis: full / length for axis, length, full in lengths if axis in "YX"}
-    return array, _tiff_axes(series), of_tiff(tiff).coarser(factors)
+    scale = of_tiff(tiff).coarser(factors)
+    return array, _tiff_axes(series), scale, len(series.levels)
 
 
 @dataclass(frozen=True)
@@ -585,7 +589,7 @@ def _refuse_level(path: Path, level: int) -> None:
         raise ImageError(f"{path}: has no resolution levels, so none is {level}")
 
 
-def _open_zarr(path: Path, level: int) -> tuple[Any, str, Scale]:
+def _open_zarr(path: Path, level: int) -> tuple[Any, str, Scale, int]:
     import zarr
 
     opened: Any = zarr.open(path, mode="r")
@@ -593,8 +597,8 @@ def _open_zarr(path: Path, level: int) -> tuple[Any, str, Scale]:
         _refuse_level(path, level)
         axes, scale = _described_above(path) or ("", Scale())
         if len(axes) == opened.ndim:
-            return opened, axes, scale
-        return opened, _dimension_axes(opened) or _guess_axes(opened.shape), Scale()
+            return opened, axes, scale, 1
+        return opened, _dimension_axes(opened) or _guess_axes(opened.shape), Scale(), 1
     attributes = _ome_attributes(opened)
     if "bioformats2raw.layout" in attributes and "multiscales" not in attributes and "0" in opened:
         # A group of images, of which the first is the scan; labels and overviews follow.
@@ -611,7 +615,7 @@ def _open_zarr(path: Path, level: int) -> tuple[Any, str, Scale]:
         raise ImageError(f"{path}: expected a level of 0 to {len(datasets) - 1}, got {level}")
     array = opened[datasets[level]["path"]]
     axes, scale = of_ngff(scales[0], datasets[level], attributes.get("omero"))
-    return array, axes or _guess_axes(array.shape), scale
+    return array, axes or _guess_axes(array.shape), scale, len(datasets)
 
 
 def _described_above(path: Path) -> tuple[str, Scale] | None:

@@ -15,11 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from semanticblur_core.cli._options import progress_bar
+
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from semanticblur_core.focus.check import FocusOptions, Source
+    from semanticblur_core.focus.fields import CutPlane
     from semanticblur_core.focus.stack import StackFocus
     from semanticblur_core.inference.planes import Planes
     from semanticblur_core.scale import Channels, Scale
+
+# Pixels of a row of fields that is kept while its fields are read.
+_BAND_PIXELS = 2**27
 
 
 @dataclass(frozen=True)
@@ -36,9 +45,15 @@ class StackInput:
 
 
 class Part:
-    """Which planes of stacks and pyramids are checked, each as an image; as of `open_stack`.
+    """Which planes of stacks and pyramids are checked, each as an image, or its fields of view.
 
-    The stack that was read last stays open until another is; threads take turns. Close it.
+    Planes are as of `open_stack`. The file that was read last stays open until another is; threads
+    take turns. Close it.
+
+    Attributes
+    ----------
+    cut_planes
+        What was cut into fields.
     """
 
     def __init__(
@@ -47,19 +62,32 @@ class Part:
         channels: int | str,
         wanted: tuple[slice, ...] | None,
         level: int,
+        fields: tuple[float, str] | None,
         value_range: tuple[float, float] | None,
+        *,
+        max_pixels: int,
+        by_content: bool = False,
+        with_views: bool = False,
     ) -> None:
         self.axes, self.channels, self.wanted, self.level = axes, channels, wanted, level
-        self.value_range = value_range
+        self.fields, self.value_range, self.max_pixels = fields, value_range, max_pixels
+        self.cut_planes: list[CutPlane] = []
+        self._by_content, self._with_views = by_content, with_views
         self._lock = threading.RLock()
         self._resources = ExitStack()
-        self._opened: tuple[Path, Planes, Scale] | None = None
+        self._opened: tuple[Path, _Opened] | None = None
         self._limits: dict[Path, Any] = {}
+        self._band: tuple[Any, NDArray[Any]] | None = None
 
     @property
     def is_asked_for(self) -> bool:
         """Whether any of it was said."""
         return bool(self.to_dict())
+
+    @property
+    def is_of_stacks(self) -> bool:
+        """Whether what was said is of stacks and pyramids alone."""
+        return bool(self.to_dict().keys() - {"fields"})
 
     def to_dict(self) -> dict[str, Any]:
         """What was said of it, as JSON values."""
@@ -68,38 +96,173 @@ class Part:
             "channels": None if self.channels == "each" else self.channels,
             "planes": [[part.start, part.stop] for part in self.wanted or ()] or None,
             "level": self.level or None,
+            "fields": list(self.fields) if self.fields else None,
         }
         return {name: value for name, value in said.items() if value is not None}
 
     def close(self) -> None:
-        """Close the stack that is open."""
+        """Close the file that is open."""
         with self._lock:
-            self._opened = None
+            self._opened = self._band = None
             self._resources.close()
 
-    @contextmanager
-    def opened(self, path: Path) -> Iterator[tuple[Planes, Scale]]:
-        """The planes of a file, to be read while no other thread does."""
+    def sources_of(self, path: Path, name: str) -> list[Source]:
+        """What is checked of a file, each read when its turn comes.
+
+        Raises
+        ------
+        ImageError
+            If it cannot be opened, or has no such part.
+        """
+        from semanticblur_core import disk
+        from semanticblur_core.errors import ImageError
+        from semanticblur_core.focus.session import plane_sources
+
+        with self._open(path) as opened:
+            planes = opened.planes
+            if not self.fields:
+                disk.refuse_bomb(path, math.prod(planes.plane_shape), self.max_pixels)
+            indices = list(itertools.product(*planes.box(self.wanted)))
+            is_as_stored = str(planes.array.dtype) in ("uint8", "bool") and not self.value_range
+            side = None
+            with suppress(ImageError):  # of pixels that are not square; told where it is asked for
+                side = opened.scale.pixel_side_um
+            about: dict[str, Any] = {
+                # Other planes come in 0..1, and are not to be stretched one by one.
+                "value_range": None if is_as_stored and planes.channels != "mean" else (0.0, 1.0),
+                "pixel_side_um": side,
+                "of_file": path.is_file(),
+            }
+            sources = plane_sources(planes, indices, name=name, path=path)
+            if not self.fields:
+                return [
+                    replace(each, read=functools.partial(self._read, path, each.index), **about)
+                    for each in sources
+                ]
+            cut_planes = [self._cut(opened, each, about) for each in sources]
+        self.cut_planes += cut_planes
+        return [field for plane in cut_planes for field in plane.sources]
+
+    def _cut(self, opened: _Opened, plane: Source, about: dict[str, Any]) -> CutPlane:
+        from semanticblur_core.focus import fields
+        from semanticblur_core.focus.scores import tile_size_in_px
+
+        assert self.fields is not None
+        side, unit = self.fields
+        side_px = tile_size_in_px(side, about["pixel_side_um"]) if unit == "um" else side
+        shape = opened.planes.plane_shape
+        fields.cuts(1, side_px)  # refused before anything is read
+        view = None
+        if self._by_content or self._with_views:
+            with progress_bar() as progress:
+                progress.add_task(f"Looking over {plane.name}", total=None)
+                view = self._coarse_view(plane.path, opened, plane.index)
+        return fields.cut(
+            plane.name,
+            plane.path,
+            shape,
+            side_px,
+            functools.partial(self._read, plane.path, plane.index),
+            content=fields.content_of(view) if view is not None and self._by_content else None,
+            view=view if self._with_views else None,
+            index=plane.index,
+            **about,
+        )
+
+    def _coarse_view(
+        self, path: Path, opened: _Opened, index: tuple[int, ...]
+    ) -> NDArray[np.float32]:
+        """Of a level that is coarse already, where there is one."""
         from semanticblur_core import stacks
+        from semanticblur_core.focus.fields import COARSE_SIDE_PX, coarse_view
         from semanticblur_core.inference.planes import Planes
+
+        limits = self._limits_of(path, opened.planes)
+        for level in range(opened.n_levels - 1, self.level, -1):
+            with stacks.open_stack(path, axes=self.axes, level=level) as coarser:
+                planes = Planes(coarser.array, coarser.axes, coarser.channel(self.channels))
+                is_same = planes.lengths == opened.planes.lengths  # Z may be coarser, too
+                if is_same and max(planes.plane_shape) >= COARSE_SIDE_PX:
+                    return coarse_view(planes.view(index), limits)
+        return coarse_view(opened.planes.view(index), limits)
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[_Opened]:
+        """A file, to be read while no other thread does."""
+        from semanticblur_core import io, stacks
+        from semanticblur_core.errors import ImageError
+        from semanticblur_core.inference.inputs import load
+        from semanticblur_core.inference.planes import Planes
+        from semanticblur_core.scale import Scale
 
         with self._lock:
             if self._opened is None or self._opened[0] != path:
                 self.close()
-                opening = stacks.open_stack(path, axes=self.axes, level=self.level)
-                stack = self._resources.enter_context(opening)
-                planes = Planes(stack.array, stack.axes, stack.channel(self.channels))
-                self._opened = path, planes, stack.scale
-            yield self._opened[1:]
+                if _is_stack_file(path):
+                    opening = stacks.open_stack(path, axes=self.axes, level=self.level)
+                    stack = self._resources.enter_context(opening)
+                    planes = Planes(stack.array, stack.axes, stack.channel(self.channels))
+                    found = _Opened(planes, stack.scale, stack.n_levels)
+                elif self.is_of_stacks:
+                    raise ImageError(
+                        f"{path}: --axes, --channels, --planes, --level: of stacks and pyramids, "
+                        "which it is not; check it without"
+                    )
+                else:
+                    pixels = io.without_alpha(load(str(path), max_pixels=self.max_pixels))
+                    found = _Opened(Planes(pixels, "YXS"[: pixels.ndim]), Scale())
+                self._opened = path, found
+            yield self._opened[1]
 
-    def read(self, path: Path, index: tuple[int, ...]) -> Any:
-        """One plane, in 0..1 or as it is stored."""
-        with self.opened(path) as (planes, _):
-            if path not in self._limits:
-                given = self.value_range
-                limits = planes.as_limits(given) if given else planes.estimate_range()
-                self._limits[path] = limits
-            return planes.view(index).read_unit(limits=self._limits[path])
+    def _read(
+        self,
+        path: Path,
+        index: tuple[int, ...],
+        rows: slice = slice(None),
+        columns: slice = slice(None),
+    ) -> Any:
+        """A plane or part of one, in 0..1 or as it is stored."""
+        with self._open(path) as opened:
+            planes = opened.planes
+            view, limits = planes.view(index), self._limits_of(path, planes)
+            if not _is_in_strips(planes, rows, columns):
+                return view.read_unit(rows, columns, limits=limits)
+            # Strips are as wide as the plane: each is decoded once for all the fields in a row.
+            key = (path, index, rows.start, rows.stop)
+            if self._band is None or self._band[0] != key:
+                self._band = None
+                self._band = key, view.read_unit(rows, limits=limits)
+            return self._band[1][:, columns].copy()
+
+    def _limits_of(self, path: Path, planes: Planes) -> Any:
+        if path not in self._limits:
+            given = self.value_range
+            self._limits[path] = planes.as_limits(given) if given else planes.estimate_range()
+        return self._limits[path]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A file that is open."""
+
+    planes: Planes
+    scale: Scale
+    n_levels: int = 1
+
+
+def _is_stack_file(path: Path) -> bool:
+    from semanticblur_core import stacks
+
+    return path.suffix.lower() in stacks.STACK_SUFFIXES or stacks.is_zarr(path)
+
+
+def _is_in_strips(planes: Planes, rows: slice, columns: slice) -> bool:
+    """Whether some columns are stored with many others, of which all can be kept."""
+    chunks = getattr(planes.array, "chunks", None)
+    if not chunks or columns.start is None:
+        return False
+    is_wide: bool = chunks[planes.axes.index("X")] >= 2 * (columns.stop - columns.start)
+    return is_wide and (rows.stop - rows.start) * planes.plane_shape[1] <= _BAND_PIXELS
 
 
 def find_sources(
@@ -125,14 +288,18 @@ def find_sources(
     is_made = made_of(path for path, _, _ in listed)
     developed = {_frame(path) for path, _, _ in listed if not is_of_camera(Path(path))}
     made, raws = [], []
+    parted: set[str] = set()
     for path, relative, named in listed:
         if not named and is_made(path):
             made.append(path)
         elif not named and is_of_camera(Path(path)) and _frame(path) in developed:
             raws.append(path)
         elif part is not None and part.is_asked_for:
-            for source in _planes_of(Path(path), relative.as_posix(), part, max_pixels):
-                sources.setdefault(f"{path}{source.index}", source)
+            if path in parted:
+                continue
+            parted.add(path)
+            for source in _parts_of(Path(path), relative.as_posix(), part):
+                sources.setdefault(f"{path}/{source.name}", source)
         else:
             read = _reader(path, max_pixels)
             sources.setdefault(path, Source(relative.as_posix(), Path(path), read))
@@ -156,41 +323,18 @@ def find_sources(
     return list(sources.values())
 
 
-def _planes_of(path: Path, name: str, part: Part, max_pixels: int) -> Iterator[Source]:
-    """The planes of a stack or pyramid, each read when its turn comes; one that tells why not."""
-    from semanticblur_core import disk, stacks
+def _parts_of(path: Path, name: str, part: Part) -> list[Source]:
+    """Planes or fields of a file; or one source that tells why there are none."""
     from semanticblur_core.errors import ImageError, SemanticBlurError
     from semanticblur_core.focus.check import Source
-    from semanticblur_core.focus.session import plane_sources
 
     def refuse(reason: str) -> Any:
         raise ImageError(reason if str(path) in reason else f"{path}: {reason}")
 
     try:
-        if path.suffix.lower() not in stacks.STACK_SUFFIXES and not stacks.is_zarr(path):
-            raise ImageError(
-                f"{path}: --axes, --channels, --planes, --level: of stacks and pyramids, which it "
-                "is not; check it without"
-            )
-        with part.opened(path) as (planes, scale):
-            disk.refuse_bomb(path, math.prod(planes.plane_shape), max_pixels)
-            indices = list(itertools.product(*planes.box(part.wanted)))
-            is_as_stored = str(planes.array.dtype) in ("uint8", "bool") and not part.value_range
-            named = plane_sources(planes, indices, name=name, path=path)
+        return part.sources_of(path, name)
     except SemanticBlurError as error:
-        yield Source(name, path, functools.partial(refuse, str(error)))
-        return
-    side = None
-    with suppress(ImageError):  # of pixels that are not square; told where tiles are asked for
-        side = scale.pixel_side_um
-    for source in named:
-        yield replace(
-            source,
-            read=functools.partial(part.read, path, source.index),
-            # Other planes come in 0..1, and are not to be stretched one by one.
-            value_range=None if is_as_stored and planes.channels != "mean" else (0.0, 1.0),
-            pixel_side_um=side,
-        )
+        return [Source(name, path, functools.partial(refuse, str(error)))]
 
 
 def _frame(path: str) -> tuple[str, str]:
@@ -242,7 +386,7 @@ def open_stack(
     from semanticblur_core import disk, stacks
 
     path = disk.expand_home(text)
-    if path.suffix.lower() in stacks.STACK_SUFFIXES or stacks.is_zarr(path):
+    if _is_stack_file(path):
         with stacks.open_stack(path, axes=axes, level=level) as opened:
             yield _of_file(path, opened, channels, wanted, along, options)
         return

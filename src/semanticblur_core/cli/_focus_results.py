@@ -19,7 +19,7 @@ from semanticblur_core.cli._stop import Stop
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from semanticblur_core.cli._focus_inputs import StackInput
+    from semanticblur_core.cli._focus_inputs import Part, StackInput
     from semanticblur_core.focus.check import FocusOptions, ImageFocus, Source
     from semanticblur_core.focus.earlier import EarlierRun
     from semanticblur_core.focus.report import HtmlReport
@@ -44,19 +44,21 @@ class Results:
         sort: str | None,
         keep_best: int | None,
         tile_size: tuple[float, str] | None,
-        part: dict[str, Any],
+        part: Part,
+        min_fields: float,
     ) -> None:
         from semanticblur_core import __version__
 
         self._detector, self._protocol, self._options = detector, protocol, options
         self._opened, self._sort, self._keep_best = opened, sort, keep_best
+        self._cut_planes, self._min_fields = part.cut_planes, min_fields
         self._gated = bool(options.gates)
         self._measured_with: dict[str, Any] = {
             "software": f"napari-semanticblur {__version__}",
             "protocol": protocol,
             "precision": getattr(detector, "precision", None),
             "tile_size": list(tile_size) if tile_size else None,
-            "part": part or None,
+            "part": part.to_dict() or None,
         }
         self._masks: dict[str, Any] | None = None
         if options.mask_folder is not None:
@@ -203,6 +205,8 @@ class Results:
     @property
     def passed(self) -> bool:
         """Whether all that the gates are for keep them."""
+        if self._cut_planes:
+            return self._finished and all(row["passed"] for row in self._plane_rows())
         return self._finished and all(image.passed for image in self._judged())
 
     def _write(self, json_file: Path | None, csv_file: Path | None) -> None:
@@ -230,6 +234,7 @@ class Results:
                     for row in rows
                     if "error" in row
                 ],
+                **({"planes": self._plane_rows()} if self._cut_planes else {}),
                 **self._stack_rows(),
             }
             if begun := self._masks_begun(document["masks"]):
@@ -264,14 +269,17 @@ class Results:
             click.echo(
                 f"best plane{at}: {best['name']} (index {best['index']}, peak {one['peak']:.2f})"
             )
+        for row in self._plane_rows():
+            click.echo(_described_plane(row, self._gated))
         n_read = len(self.images) - self.n_failed
-        text = f"{n_read} {'plane' if self._opened else 'image'}{'s' * (n_read != 1)}"
+        kind = "field" if self._cut_planes else "plane" if self._opened else "image"
+        text = f"{n_read} {kind}{'s' * (n_read != 1)}"
         text += f", {self.n_failed} unreadable"
         if n_before := len(self.images) - self._n_new:
             text += f", {n_before} measured before"
         if self._gated:
             judged = self._judged()
-            kind = "best planes" if self._opened else "images"
+            kind = "best planes" if self._opened else f"{kind}s"
             text += f"; {sum(image.passed for image in judged)} of {len(judged)} {kind} passed"
         click.echo(text)
 
@@ -311,6 +319,13 @@ class Results:
     def _readable(self) -> list[ImageFocus]:
         return [image for image in self.images if image.scores is not None]
 
+    def _plane_rows(self) -> list[dict[str, Any]]:
+        from semanticblur_core.focus.fields import plane_rows
+
+        return plane_rows(
+            self._cut_planes, self.images, min_fields=self._min_fields, gated=self._gated
+        )
+
     def _stack_rows(self) -> dict[str, Any]:
         from semanticblur_core.focus.report import stack_rows
 
@@ -322,6 +337,7 @@ class Results:
 
     def _summary(self) -> dict[str, Any]:
         """What the HTML page shows beside the rows."""
+        from semanticblur_core.focus.fields import picture
         from semanticblur_core.focus.scores import HIGHER_IS_SHARPER
 
         gates = ", ".join(gate.describe() for gate in self._options.gates) or "none"
@@ -335,6 +351,11 @@ class Results:
             "description": f"{stopped}Gates: {gates}. Measured with: {said}.",
             "gated": self._gated,
             **self._stack_rows(),
+            "planes": [
+                {**row, "picture": picture(plane.view)}
+                for row, plane in zip(self._plane_rows(), self._cut_planes, strict=True)
+                if plane.view is not None
+            ],
         }
         if self._sort:  # best first
             summary["sort"] = self._sort
@@ -349,6 +370,21 @@ def _described(scores: FocusScores) -> str:
     if not math.isfinite(scores.mean_blur):
         return "no content"
     return f"{scores.in_focus_fraction:.1%} in focus, mean blur {scores.mean_blur:.3f}"
+
+
+def _described_plane(row: dict[str, Any], gated: bool) -> str:
+    share, n_empty = row["in_focus_fraction"], row["n_fields_without_content"]
+    text = f"{row['name']}: "
+    if gated:
+        text += f"{'passed' if row['passed'] else 'FAILED'}, "
+    if share is None:
+        text += "no content"
+    else:
+        text += f"{share:.1%} in focus, mean blur {row['mean_blur']:.3f}"
+    text += f", {row['n_fields']} fields"
+    if gated:
+        text += f", {row['n_fields_passed']} passed"
+    return text + (f", {n_empty} without content left out" if n_empty else "")
 
 
 def write_composite(

@@ -197,6 +197,19 @@ class _FocusGroup(click.Group):
     "--keep-best", type=click.IntRange(1), help="Name the N best by --sort, as of a burst."
 )
 @click.option(
+    "--fields",
+    type=_TileType(),
+    help="Cut slides, and other large images, into fields of view of so many pixels at most, or "
+    "250um, and check each as an image.",
+)
+@click.option(
+    "--min-fields",
+    type=_share,
+    default=1.0,
+    show_default=True,
+    help="Of --fields: a plane passes where at least this share of its fields does.",
+)
+@click.option(
     "--tile-size", type=_TileType(), help="Also measure tiles of so many pixels, or 20um."
 )
 @click.option(
@@ -309,6 +322,8 @@ def _check(
     calibration: str | None,
     sort: str | None,
     keep_best: int | None,
+    fields: tuple[float, str] | None,
+    min_fields: float,
     tile_size: tuple[float, str] | None,
     mask_output: Path | None,
     mask_margin: int,
@@ -326,14 +341,22 @@ def _check(
             "goes with --stack",
             *("along", "measure", "composite", "depth"),
         )
-    elif mask_output or keep_best or resume:
-        raise click.UsageError("--mask-output, --keep-best and --resume go without --stack")
+    elif mask_output or keep_best or resume or fields:
+        raise click.UsageError(
+            "--mask-output, --keep-best, --resume and --fields go without --stack"
+        )
     elif len(inputs) > 1:
         raise click.UsageError("--stack takes one --input")
     if resume and not json_file:
         raise click.UsageError("--resume goes with --json, the file that it goes on from")
     if resume and flags["region"] not in ("image", "content"):
         raise click.UsageError("--resume goes without masks of --region, which may have changed")
+    if not fields:
+        refuse_flags("goes with --fields", "min_fields")
+    elif mask_output:
+        raise click.UsageError("--mask-output goes without --fields")
+    elif flags["region"] not in ("image", "content"):
+        raise click.UsageError("--fields goes with --region=image or content")
     outputs = {
         "--composite": composite,
         "--depth": depth,
@@ -359,10 +382,18 @@ def _check(
                 open_stack(inputs[0], recursive, axes, channels, planes, level, along, options)
             )
             options = replace(options, value_range=opened.value_range)
-        part = Part(axes, channels, planes, level, options.value_range)
+        part = Part(
+            axes,
+            channels,
+            planes,
+            level,
+            fields,
+            options.value_range,
+            max_pixels=options.max_pixels,
+            by_content=options.region == "content",
+            with_views=report is not None,
+        )
         resources.callback(part.close)
-        if resume and part.is_asked_for:
-            raise click.UsageError("--resume goes without --axes, --channels, --planes and --level")
         sources = (
             opened.sources
             if opened
@@ -389,7 +420,7 @@ def _check(
             gates.append(_calibrated(calibration, protocol))
         options = replace(options, gates=tuple(gates), tile_size_px=_tile_px(tile_size, opened))
         results = Results(
-            detector, protocol, options, opened, sort, keep_best, tile_size, part.to_dict()
+            detector, protocol, options, opened, sort, keep_best, tile_size, part, min_fields
         )
         results.run(sources, report=report, json_file=json_file, csv_file=csv_file, resume=resume)
         results.print()

@@ -43,12 +43,23 @@ _OVERLAY_ALPHA = 170
 
 
 @dataclass(frozen=True)
+class Field:
+    """Where a field of view lies: the name of its plane, and its first row and column."""
+
+    plane: str
+    top: int
+    left: int
+
+
+@dataclass(frozen=True)
 class Source:
     """An image to check: where to read it, and its name in reports (with its extension).
 
     ``read`` gives ``(H, W)`` or ``(H, W, 3)`` of any real dtype; None reads the file ``path``.
-    ``index`` is a plane's place in its stack. ``value_range`` goes before that of the options,
-    ``pixel_side_um`` before what the file says of its pixels.
+    ``index`` is a plane's place in its stack, ``field_of_view`` that of a part of a plane.
+    ``value_range`` and ``region`` (where to look, ``(H, W)`` bool) go before those of the options,
+    ``pixel_side_um`` before what the file says of its pixels. ``of_file`` says that ``read`` gives
+    the same while the file ``path`` does not change.
     """
 
     name: str
@@ -57,6 +68,14 @@ class Source:
     index: tuple[int, ...] = ()
     value_range: tuple[float, float] | None = None
     pixel_side_um: float | None = None
+    field_of_view: Field | None = None
+    region: Callable[[], NDArray[np.bool_]] | None = None
+    of_file: bool = False
+
+    @property
+    def stamp(self) -> tuple[int, int] | None:
+        """Bytes and time of change (ns) of the file that it is of, by which it is known again."""
+        return file_stamp(self.path) if self.read is None or self.of_file else None
 
 
 @dataclass(frozen=True)
@@ -149,6 +168,8 @@ class ImageFocus:
         Detection and scores, without waiting.
     stamp
         Bytes and time of change (ns) of its file, by which it is known again.
+    field_of_view
+        Where it lies in its plane, if it is a part of one.
     has_mask
         Whether a mask for photogrammetry was written.
     mask_error
@@ -170,6 +191,7 @@ class ImageFocus:
     overlay: str | None = field(default=None, repr=False)
     elapsed_s: float = 0.0
     stamp: tuple[int, int] | None = None
+    field_of_view: Field | None = None
     has_mask: bool = False
     mask_error: str | None = None
 
@@ -358,7 +380,7 @@ def _prepare(source: Source, options: FocusOptions) -> _Prepared:
             raise ImageError(
                 f"{source.path}: a stack; --stack finds its best plane, --planes=: checks each"
             )
-        stamp = file_stamp(source.path) if source.read is None else None
+        stamp = source.stamp
         read = source.read or (lambda: io.read_image(source.path, max_pixels=options.max_pixels))
         pixels = np.asanyarray(read())
         if pixels.size == 0:
@@ -367,7 +389,9 @@ def _prepare(source: Source, options: FocusOptions) -> _Prepared:
         image = io.to_unit_range(io.without_alpha(pixels), limits=limits, name=source.name)
         if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
             raise ImageError(f"{source.name}: expected a grey or RGB image, got {image.shape}")
-        region = options.region(source) if callable(options.region) else None
+        region = source.region() if source.region else None
+        if region is None and callable(options.region):
+            region = options.region(source)
         if region is not None and region.shape != image.shape[:2]:
             raise ImageError(
                 f"{source.name}: region of {region.shape} for an image of {image.shape[:2]}"
@@ -393,14 +417,18 @@ def _detect(prepared: _Prepared, detector: MapMaker | None, options: FocusOption
 def _score(prepared: _Prepared, options: FocusOptions) -> ImageFocus:
     source, image, blur, region = prepared.source, prepared.image, prepared.blur, prepared.region
     failed = ImageFocus(
-        source.name, str(source.path), error=prepared.error, elapsed_s=prepared.elapsed_s
+        source.name,
+        str(source.path),
+        error=prepared.error,
+        elapsed_s=prepared.elapsed_s,
+        field_of_view=source.field_of_view,
     )
     if prepared.error is not None or image is None:
         return failed
     start = time.perf_counter()
     try:
         grey = as_grey(image)
-        if options.region == "content":
+        if options.region == "content" and source.region is None:
             region = scores.content_mask(grey)
         measured = scores.score_image(
             grey, blur, region=region, threshold=options.threshold, subject=options.subject
@@ -438,6 +466,7 @@ def _score(prepared: _Prepared, options: FocusOptions) -> ImageFocus:
         overlay=overlay,
         elapsed_s=prepared.elapsed_s + time.perf_counter() - start,
         stamp=prepared.stamp,
+        field_of_view=source.field_of_view,
         has_mask=has_mask,
         mask_error=mask_error,
     )

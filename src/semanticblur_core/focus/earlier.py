@@ -14,7 +14,7 @@ import numpy as np
 
 from semanticblur_core import disk
 from semanticblur_core.errors import DataError
-from semanticblur_core.focus.check import ImageFocus, Source, file_stamp, mask_path
+from semanticblur_core.focus.check import Field, ImageFocus, Source, mask_path
 from semanticblur_core.focus.scores import FocusScores
 from semanticblur_core.inference.table import place
 
@@ -95,7 +95,7 @@ class EarlierRun:
         """What was measured on a file, without a verdict; None if it is to be measured."""
         key = (source.name, place(source.path))
         row = self._rows.get(key)
-        if row is None or source.read is not None or _stamp(row) != file_stamp(source.path):
+        if row is None or source.stamp is None or _stamp(row) != source.stamp:
             return None
         image = replace(_from_row(row), source=str(source.path))
         if self._mask_folder is not None and not (
@@ -207,6 +207,7 @@ def _from_row(row: Mapping[str, Any]) -> ImageFocus:
         tiles=np.asarray(row["tiles"], np.float32) if "tiles" in row else None,
         tile_size_px=_number(row["tile_size_px"]) if row.get("tile_size_px") else None,
         stamp=_stamp(row),
+        field_of_view=_field(row),
         elapsed_s=_number(row["elapsed_s"]),
         has_mask=row.get("has_mask") is True,
     )
@@ -222,6 +223,12 @@ def _stamp(row: Mapping[str, Any]) -> tuple[int, int] | None:
     if "file_bytes" not in row:
         return None
     return _number(row["file_bytes"]), _number(row["modified_ns"])
+
+
+def _field(row: Mapping[str, Any]) -> Field | None:
+    if "plane" not in row:
+        return None
+    return Field(str(row["plane"]), _number(row["top"]), _number(row["left"]))
 
 
 def _key(row: Mapping[str, Any]) -> _Key:

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
@@ -102,6 +103,8 @@ def write_html(path: Path, images: Iterable[ImageFocus], summary: dict[str, Any]
 def to_row(image: ImageFocus) -> dict[str, Any]:
     """Plain JSON values of one image; scores that are NaN are null."""
     row: dict[str, Any] = {"name": image.name, "source": image.source}
+    if image.field_of_view is not None:
+        row |= asdict(image.field_of_view)
     if image.error is not None or image.scores is None:
         return row | {"passed": False, "error": image.error}
     row |= {name: _number(value) for name, value in image.scores.to_dict().items()}
@@ -220,7 +223,8 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write a line an image, `to_row` without tiles."""
     columns = ["name", "passed", *HIGHER_IS_SHARPER, "region_fraction", "plane_score"]
     columns += ["failed_gates", "error", "height", "width", "elapsed_s", "source"]
-    columns += ["kept"] * any("kept" in row for row in rows)
+    for more in (["kept"], ["plane", "top", "left"]):
+        columns += more * any(more[0] in row for row in rows)
     text = streams.StringIO(newline="")
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

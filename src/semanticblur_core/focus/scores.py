@@ -228,17 +228,20 @@ def label_scores(
     }
 
 
-def content_mask(grey: NDArray[np.float32]) -> Bools:
+def content_mask(grey: NDArray[np.float32], *, side_px: int = _CONTENT_SIDE_PX) -> Bools:
     """Tissue, cells or whatever is not empty background, in focus or not.
 
     The background is the most frequent intensity of the image, coarsely smoothed so that blur and
     noise matter little; what differs from it by more than Otsu's threshold is content, and what
-    lies between such parts within 1 % of the image's side. An image of one intensity has none.
+    lies between such parts within six pixels of that small image. An image of one intensity has
+    none.
 
     Parameters
     ----------
     grey
         ``(H, W)`` float32 in 0..1.
+    side_px
+        It is made on an image of about so many pixels along the longer side.
 
     Returns
     -------
@@ -252,7 +255,7 @@ def content_mask(grey: NDArray[np.float32]) -> Bools:
     """
     from skimage.filters import threshold_otsu
 
-    step = max(1, math.ceil(max(grey.shape) / _CONTENT_SIDE_PX))
+    step = max(1, math.ceil(max(grey.shape) / side_px))
     top, left = (min(step // 2, n - 1) for n in grey.shape)
     smooth = ndimage.uniform_filter(grey, step, mode="nearest")[top::step, left::step]
     smooth = ndimage.gaussian_filter(smooth, 1, mode="nearest")

@@ -919,7 +919,7 @@ def test_masks_of_another_margin_are_not_taken_for_new_ones(tmp_path: Path, fold
     assert "1 measured before" in done.stdout, done.stderr
 
 
-def test_planes_are_not_resumed_and_their_masks_are_none_of_the_images(tmp_path: Path) -> None:
+def test_planes_are_resumed_and_their_masks_are_none_of_the_images(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     planes = np.random.default_rng(0).integers(0, 4000, (3, 64, 64)).astype(np.uint16)
     how = {"metadata": {"axes": "ZYX"}, "photometric": "minisblack"}
@@ -929,8 +929,115 @@ def test_planes_are_not_resumed_and_their_masks_are_none_of_the_images(tmp_path:
     done = run(*made, cwd=tmp_path)
     assert (done.returncode, "3 images" in done.stdout) == (0, True), done.stderr
     assert "3 files left out as masks" in done.stderr
-    assert json.loads((tmp_path / "r.json").read_text())["part"] == {"planes": [[0, None]]}
-    assert "--resume goes without --axes" in run(*made, "--resume", cwd=tmp_path).stderr
+    before = json.loads((tmp_path / "r.json").read_text())
+    assert before["part"] == {"planes": [[0, None]]}
+    done = run(*made, "--resume", cwd=tmp_path)
+    assert "3 measured before" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["images"] == before["images"]
+    other = (*made[:2], "--planes=0:2", "--json=r.json", "--resume")
+    assert "measured with part" in run(*other, cwd=tmp_path).stderr
+    tifffile.imwrite(tmp_path / "in" / "s.tif", planes[:2], **how)
+    assert "measured before" not in run(*made, "--resume", cwd=tmp_path).stdout
+
+
+@pytest.fixture
+def slide(tmp_path: Path) -> Path:
+    """A pyramid: background, with texture on the left half, out of focus in its lower part."""
+    noise = np.random.default_rng(0).integers(0, 200, (1024, 512, 3)).astype(np.uint8)
+    soft = gaussian_filter(noise.astype(float), (4, 4, 0)).astype(np.uint8)
+    image = np.full((1024, 1024, 3), 240, np.uint8)
+    image[:, :512] = np.where(np.arange(1024)[:, None, None] < 512, noise, soft)
+    path = tmp_path / "slide.tif"
+    with tifffile.TiffWriter(path) as tiff:
+        how = {"tile": (128, 128), "compression": "zlib", "photometric": "rgb"}
+        resolution = {"resolution": (40_000, 40_000), "resolutionunit": "CENTIMETER"}
+        tiff.write(image, subifds=1, **how, **resolution)
+        tiff.write(image[::4, ::4], subfiletype=1, **how)
+    return path
+
+
+@pytest.mark.parametrize("fields", ["--fields=256", "--fields=64um"])
+def test_a_slide_is_checked_field_by_field(tmp_path: Path, slide: Path, fields: str) -> None:
+    made = (f"--input={slide}", "--method=lbp", fields, "--json=r.json", "--csv=r.csv")
+    gate = ("--region=content", "--min-in-focus=0.5")
+    done = run(*made, *gate, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "slide.tif: FAILED, " in done.stdout
+    assert "8 fields, 4 passed, 8 without content left out" in done.stdout
+    document = json.loads((tmp_path / "r.json").read_text())
+    assert {(row["top"], row["left"]): row["passed"] for row in document["images"]} == {
+        (y, x): y < 512 for y in (0, 256, 512, 768) for x in (0, 256)
+    }
+    [plane] = document["planes"]
+    assert plane["in_focus_fraction"] == pytest.approx(0.5, abs=0.1)
+    table = list(csv.DictReader((tmp_path / "r.csv").read_text().splitlines()))
+    assert (table[3]["plane"], table[3]["top"], table[3]["left"]) == ("slide.tif", "256", "256")
+
+    done = run(*made, *gate, "--min-fields=0.5", "--resume", cwd=tmp_path)
+    assert (done.returncode, "8 measured before" in done.stdout) == (0, True), done.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["passed"] is True
+    coarser = ("--level=1", "--method=lbp", "--fields=128", "--json=r.json")
+    assert run(f"--input={slide}", *coarser, cwd=tmp_path).returncode == 0
+    rows = json.loads((tmp_path / "r.json").read_text())["images"]
+    assert [(row["height"], row["width"]) for row in rows] == [(128, 128)] * 4
+
+
+@pytest.mark.parametrize("kind", ["strips.tif", "photo.png", "stack.npy", "z.zarr"])
+def test_fields_are_those_of_the_whole(
+    tmp_path: Path, kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = rng.integers(0, 4000, (2, 300, 500)).astype(np.uint16)
+    if kind == "photo.png":
+        image = image[:1] // 16
+        Image.fromarray(image[0].astype(np.uint8)).save(tmp_path / kind)
+    elif kind == "stack.npy":
+        np.save(tmp_path / kind, image)
+    elif kind == "z.zarr":
+        zarr.save_array(tmp_path / kind, image, zarr_format=2)
+    else:
+        how = {"metadata": {"axes": "CYX"}, "photometric": "minisblack", "compression": "zlib"}
+        tifffile.imwrite(tmp_path / kind, image, rowsperstrip=20, **how)
+    seen: dict[str, np.ndarray[Any, Any]] = {}
+    whole = check.focus_report
+
+    def look(sources: list[check.Source], *rest: Any) -> Any:
+        seen.update({source.name: np.asarray(source.read()) for source in sources if source.read})
+        return whole(sources, *rest)
+
+    monkeypatch.setattr(check, "focus_report", look)
+    flags = ("--range=0,4000",) if kind != "photo.png" else ()
+    done = run(f"--input={kind}", "--method=lbp", "--fields=170", *flags, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    for channel, plane in enumerate(image):
+        at = f"C={channel}," if kind == "strips.tif" else f"Z={channel}," * (len(image) > 1)
+        names = [f"{kind}[{at}y={y},x={x}]" for y in (0, 150) for x in (0, 167, 333)]
+        rows = [np.hstack([seen[name] for name in names[i : i + 3]]) for i in (0, 3)]
+        top = 255 if kind == "photo.png" else 4000
+        read = np.vstack(rows) / (255 if rows[0].dtype == np.uint8 else 1)
+        np.testing.assert_allclose(read, plane / top, atol=1e-6)
+    assert len(seen) == 6 * len(image)
+
+
+def test_what_is_wrong_with_fields_is_one_line(tmp_path: Path, slide: Path, folder: Path) -> None:
+    def refused(*flags: str, given: Path = slide) -> str:
+        done = run(f"--input={given}", "--method=lbp", *flags, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1 or "Usage" in done.stderr
+        return done.stderr
+
+    assert "--fields go without --stack" in refused("--fields=256", "--stack")
+    assert "goes with --fields" in refused("--min-fields=0.5")
+    assert "--mask-output goes without" in refused("--fields=256", "--mask-output=m")
+    assert "--region=image or content" in refused("--fields=256", f"--region={folder}")
+    assert "at least 64 px, got 20" in refused("--fields=20")
+    assert "names no pixel size" in refused("--fields=90um", given=folder / "sharp.png")
+    assert "which it is not" in refused("--fields=64", "--level=1", given=folder / "sharp.png")
+    blank = tmp_path / "blank.tif"
+    tifffile.imwrite(blank, np.full((300, 300), 9, np.uint8))
+    gated = ("--fields=100", "--region=content", "--min-in-focus=0.5", "--method=lbp")
+    done = run("--input=blank.tif", *gated, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "blank.tif: FAILED, no content, 0 fields, 0 passed, 9 without" in done.stdout
 
 
 def test_two_photographs_of_one_stem_have_no_mask_in_common(tmp_path: Path, folder: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from semanticblur_core.focus.check import FocusOptions, ImageFocus, focus_of_image
+from semanticblur_core.focus.check import Field, FocusOptions, ImageFocus, focus_of_image
+from semanticblur_core.focus.fields import picture as coarse_picture
 from semanticblur_core.focus.report import HtmlReport
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -269,3 +270,56 @@ def test_what_is_kept_can_be_shown_alone(tmp_path: Path, browser: str, picture: 
     path = tmp_path / "none.html"
     write_report(path, picture, fractions)
     assert not asked(browser, path, script)["choice"]
+
+
+def test_fields_are_drawn_over_their_plane(
+    tmp_path: Path, browser: str, picture: ImageFocus
+) -> None:
+    path = tmp_path / "report.html"
+    fractions = {(0, 0): 1.0, (0, 120): 0.5, (90, 0): 0.0}
+    assert picture.scores is not None
+    with HtmlReport(path) as page:
+        for (top, left), share in fractions.items():
+            scores = replace(picture.scores, in_focus_fraction=share)
+            field = replace(
+                picture,
+                name=f"s.tif[y={top},x={left}]",
+                scores=scores,
+                passed=share > 0.6,
+                field_of_view=Field("s.tif", top, left),
+            )
+            page.add(field)
+            page.add(replace(field, source="other/s.tif"))
+        view = np.full((90, 120), 0.5, np.float32)
+        plane = {
+            **{"name": "s.tif", "source": picture.source, "height": 180, "width": 240},
+            **{"n_fields": 3, "n_fields_passed": 1, "n_fields_without_content": 1},
+            **{"in_focus_fraction": 0.5, "passed": False, "picture": coarse_picture(view)},
+        }
+        page.summary = {"gated": True, "planes": [plane]}
+    answer = asked(
+        browser,
+        path,
+        """
+        const boxes = [...document.querySelectorAll("#planes .field")];
+        answer.boxes = boxes.map((b) => ["x", "y", "width", "fill-opacity"].map(
+          (name) => Number(b.getAttribute(name))).concat([b.classList.contains("failed")]));
+        answer.caption = text("#planes figcaption");
+        answer.said = boxes[1].querySelector("title").textContent;
+        boxes[0].dispatchEvent(new Event("click"));
+        answer.chosen = document.querySelectorAll(".field.chosen").length;
+        answer.tint = [getComputedStyle(boxes[2]).fillOpacity];
+        element("overlays").click();
+        answer.tint.push(getComputedStyle(boxes[2]).fillOpacity);
+        """,
+    )
+    assert answer["boxes"] == [
+        [0, 0, 120, 0, False],
+        [120, 0, 120, pytest.approx(0.325), True],
+        [0, 90, 120, pytest.approx(0.65), True],
+    ]
+    assert answer["caption"].startswith(
+        "s.tif: failed, 50.0 % in focus, 1 of 3 fields passed, 1 without content left out"
+    )
+    assert answer["said"] == "s.tif[y=0,x=120]: 50.0 % in focus"
+    assert (answer["chosen"], answer["tint"]) == (1, ["0.65", "0"])

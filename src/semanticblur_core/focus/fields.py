@@ -1,0 +1,240 @@
+"""Planes of any size, cut into fields of view that are checked as images of their own.
+
+A slide of gigapixels is never read whole: fields come one by one, and where its content lies is
+told from a coarse view.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io as streams
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from semanticblur_core.errors import ImageError
+from semanticblur_core.focus.check import Field, ImageFocus, Source
+from semanticblur_core.focus.classical import as_grey
+from semanticblur_core.focus.scores import content_mask, tile_means
+from semanticblur_core.inference.planes import PlaneView
+
+Bools = NDArray[np.bool_]
+Limits = Sequence[tuple[float, float]] | None
+
+# Smaller fields show the network too little.
+SMALLEST_FIELD_PX = 64
+# Longer side of a coarse view, at least that of half as many pixels.
+COARSE_SIDE_PX = 1024
+# What is read at a time for it.
+_BAND_PIXELS = 2**24
+
+
+@dataclass(frozen=True)
+class CutPlane:
+    """A plane that is cut into fields.
+
+    Attributes
+    ----------
+    name, path
+        Of the plane, and the file that it is of.
+    height, width
+        In pixels.
+    sources
+        Its fields.
+    n_empty
+        Fields that are left out, for they hold no content.
+    view
+        Coarse picture ``(h, w)`` or ``(h, w, 3)`` float32 in 0..1, where one was made.
+    """
+
+    name: str
+    path: Path
+    height: int
+    width: int
+    sources: list[Source]
+    n_empty: int = 0
+    view: NDArray[np.float32] | None = None
+
+
+def cuts(length: int, side_px: float) -> list[tuple[int, int]]:
+    """First and end of the fewest equal parts that are no longer than a side, but for rounding.
+
+    Raises
+    ------
+    ImageError
+        If the side is below 64 px.
+    """
+    if not SMALLEST_FIELD_PX <= side_px < math.inf:
+        raise ImageError(f"fields: expected at least {SMALLEST_FIELD_PX} px, got {side_px:.4g}")
+    ends = np.linspace(0, length, math.ceil(length / side_px) + 1).round().astype(int).tolist()
+    return list(itertools.pairwise(ends))
+
+
+def coarse_view(view: PlaneView, limits: Limits) -> NDArray[np.float32]:
+    """Means of equal squares of a plane, ``(h, w)`` or ``(h, w, 3)`` float32 in 0..1.
+
+    It is read from top to bottom, once, some rows at a time.
+    """
+    height, width = view.shape
+    step = max(1, max(height, width) // COARSE_SIDE_PX)
+    n_rows = step * max(1, _BAND_PIXELS // (step * width))
+    bands = []
+    for top in range(0, height, n_rows):
+        band = view.read_unit(slice(top, min(top + n_rows, height)), limits=limits)
+        scale = np.float32(1 / 255 if band.dtype == np.uint8 else 1)
+        colours = band.reshape(*band.shape[:2], -1)
+        means = [tile_means(colours[..., i], step) * scale for i in range(colours.shape[2])]
+        bands.append(means[0] if band.ndim == 2 else np.stack(means, axis=-1))
+    return np.concatenate(bands)
+
+
+def content_of(view: NDArray[np.float32]) -> Bools:
+    """Where a coarse view shows content, see `semanticblur_core.focus.scores.content_mask`."""
+    grey = as_grey(view)
+    return content_mask(np.where(np.isfinite(grey), grey, 0), side_px=COARSE_SIDE_PX)
+
+
+def cut(
+    name: str,
+    path: Path,
+    shape: tuple[int, int],
+    side_px: float,
+    read: Callable[[slice, slice], NDArray[Any]],
+    *,
+    content: Bools | None = None,
+    view: NDArray[np.float32] | None = None,
+    **of_source: Any,
+) -> CutPlane:
+    """A plane as fields of about a side, each a source of `semanticblur_core.focus_report`.
+
+    Parameters
+    ----------
+    name, path, shape
+        Of the plane; a field is ``name[y=2048,x=0]``, by its first row and column.
+    side_px
+        No side of a field is longer; all are as nearly equal as they can be.
+    read
+        Gives the pixels of some rows and columns.
+    content
+        Coarse mask of the plane: it is the region of each field, and fields without any are left
+        out.
+    view
+        As in `CutPlane`.
+    of_source
+        Further values of each `Source`.
+
+    Raises
+    ------
+    ImageError
+        If the side is below 64 px.
+    """
+    sources: list[Source] = []
+    n_empty = 0
+    places = itertools.product(*(cuts(length, side_px) for length in shape))
+    for (top, bottom), (left, right) in places:
+        region = None
+        if content is not None:
+            rows = _coarse_indices(top, bottom, shape[0], content.shape[0])
+            columns = _coarse_indices(left, right, shape[1], content.shape[1])
+            if not content[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].any():
+                n_empty += 1
+                continue
+            region = functools.partial(_part, content, rows, columns)
+        sources.append(
+            Source(
+                _field_name(name, top, left),
+                path,
+                functools.partial(read, slice(top, bottom), slice(left, right)),
+                field_of_view=Field(name, top, left),
+                region=region,
+                **of_source,
+            )
+        )
+    return CutPlane(name, path, *shape, sources, n_empty, view)
+
+
+def picture(view: NDArray[np.float32]) -> str:
+    """A coarse view as JPEG, base64."""
+    pixels = np.rint(np.nan_to_num(view).clip(0, 1) * 255).astype(np.uint8)
+    stream = streams.BytesIO()
+    Image.fromarray(pixels).save(stream, format="JPEG", quality=80)
+    return base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def plane_rows(
+    planes: Iterable[CutPlane], images: Iterable[ImageFocus], *, min_fields: float, gated: bool
+) -> list[dict[str, Any]]:
+    """Plain JSON values of each plane as a whole, from its fields.
+
+    Parameters
+    ----------
+    planes
+        What was cut.
+    images
+        Fields, of any of them.
+    min_fields
+        A plane passes where at least this share of its fields does.
+    gated
+        Whether there are gates; otherwise what can be read passes.
+    """
+    fields: dict[tuple[str, str], list[ImageFocus]] = {}
+    for image in images:
+        if image.field_of_view is not None:
+            fields.setdefault((image.source, image.field_of_view.plane), []).append(image)
+    return [
+        _plane_row(plane, fields.get((str(plane.path), plane.name), []), min_fields, gated)
+        for plane in planes
+    ]
+
+
+def _plane_row(
+    plane: CutPlane, fields: list[ImageFocus], min_fields: float, gated: bool
+) -> dict[str, Any]:
+    n_fields = len(plane.sources)
+    # By the pixels that each score is of; those without any have none.
+    weights, shares, blurs = [], [], []
+    for image in fields:
+        scores = image.scores
+        if scores is not None and math.isfinite(scores.mean_blur):
+            weights.append(scores.region_fraction * image.height * image.width)
+            shares.append(scores.in_focus_fraction)
+            blurs.append(scores.mean_blur)
+    n_passed = sum(image.passed for image in fields)
+    n_read = sum(image.scores is not None for image in fields)
+    # Of no content nothing is known, and so no gate is kept.
+    passed = n_read == n_fields and (n_passed >= min_fields * n_fields > 0 or not gated)
+    return {
+        "name": plane.name,
+        "source": str(plane.path),
+        "height": plane.height,
+        "width": plane.width,
+        "n_fields": n_fields,
+        "n_fields_without_content": plane.n_empty,
+        "n_fields_passed": n_passed,
+        "n_fields_unreadable": sum(image.error is not None for image in fields),
+        "in_focus_fraction": float(np.average(shares, weights=weights)) if weights else None,
+        "mean_blur": float(np.average(blurs, weights=weights)) if weights else None,
+        "passed": passed,
+    }
+
+
+def _field_name(plane: str, top: int, left: int) -> str:
+    inside = f"y={top},x={left}]"
+    return f"{plane[:-1]},{inside}" if plane.endswith("]") else f"{plane}[{inside}"
+
+
+def _coarse_indices(first: int, end: int, length: int, n: int) -> NDArray[np.intp]:
+    """Of the rows first..end of ``length``, the rows of a coarse mask of ``n``."""
+    return ((np.arange(first, end) + 0.5) * (n / length)).astype(np.intp)
+
+
+def _part(content: Bools, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> Bools:
+    return content[rows[:, None], columns[None]]

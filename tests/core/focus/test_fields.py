@@ -1,0 +1,150 @@
+"""Planes cut into fields of view: where they lie, what counts of them, verdicts of the whole."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from semanticblur_core.errors import ImageError
+from semanticblur_core.focus import fields
+from semanticblur_core.focus.calibration import Gate
+from semanticblur_core.focus.check import FocusOptions, ImageFocus, focus_report
+from semanticblur_core.focus.fields import (
+    COARSE_SIDE_PX,
+    coarse_view,
+    content_of,
+    cut,
+    cuts,
+    plane_rows,
+)
+from semanticblur_core.inference.planes import Planes
+
+
+@pytest.mark.parametrize(("length", "side"), [(1000, 300), (999, 1000), (64, 64), (2049, 512.5)])
+def test_parts_are_the_fewest_and_nearly_equal(length: int, side: float) -> None:
+    parts = cuts(length, side)
+    lengths = [end - first for first, end in parts]
+    assert len(parts) == math.ceil(length / side)
+    assert (parts[0][0], parts[-1][1], sum(lengths)) == (0, length, length)
+    assert max(lengths) - min(lengths) <= 1
+    assert max(lengths) <= math.ceil(side)
+
+
+@pytest.mark.parametrize("side", [0.0, 63.0, math.inf, math.nan])
+def test_a_side_that_is_none_is_refused(side: float) -> None:
+    with pytest.raises(ImageError, match="at least 64 px"):
+        cuts(1000, side)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("axes", ["YX", "YXS"])
+def test_a_coarse_view_is_of_means(
+    dtype: Any, axes: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fields, "_BAND_PIXELS", 50_000)  # several bands, a last one that is smaller
+    shape = (1500, 2 * COARSE_SIDE_PX, 3)[: len(axes)]
+    top = np.iinfo(dtype).max
+    image = rng.integers(0, top, shape, dtype, endpoint=True)
+    planes = Planes(image, axes)
+    limits = None if dtype == np.uint8 else planes.as_limits((0, top))
+    view = coarse_view(planes.view(()), limits)
+    wanted = image.reshape(750, 2, COARSE_SIDE_PX, 2, -1).mean((1, 3)).squeeze() / top
+    np.testing.assert_allclose(view, wanted, atol=1e-6)
+
+
+@pytest.fixture
+def slide(rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Texture in a quarter of an even background."""
+    image = np.full((1024, 1024), 230, np.uint8)
+    image[:512, :512] = rng.integers(0, 120, (512, 512))
+    return image
+
+
+def _cut(image: np.ndarray[Any, Any], side: float, *, by_content: bool) -> fields.CutPlane:
+    view = coarse_view(Planes(image, "YX").view(()), None)
+    return cut(
+        "s.tif[C=1]",
+        Path("s.tif"),
+        (1024, 1024),
+        side,
+        lambda rows, columns: image[rows, columns],
+        content=content_of(view) if by_content else None,
+    )
+
+
+def test_empty_fields_are_left_out_and_content_is_that_of_the_plane(
+    slide: np.ndarray[Any, Any],
+) -> None:
+    plane = _cut(slide, 256, by_content=True)
+    assert [source.name for source in plane.sources] == [
+        f"s.tif[C=1,y={y},x={x}]" for y in (0, 256) for x in (0, 256)
+    ]
+    assert plane.n_empty == 12
+    # Of a field that is full of it, all is content: alone it would have no background.
+    images = [update.image for update in focus_report(plane.sources, None)]
+    assert [image.scores.region_fraction for image in images if image.scores] == [1] * 4
+    assert len(_cut(slide, 256, by_content=False).sources) == 16
+
+
+def test_a_field_that_holds_some_content_counts_by_it(slide: np.ndarray[Any, Any]) -> None:
+    [source] = _cut(slide, 1024, by_content=True).sources
+    assert source.region is not None
+    assert source.region().mean() == pytest.approx(0.25, abs=0.02)
+
+
+def _measured(plane: fields.CutPlane, shares: list[float]) -> list[ImageFocus]:
+    """Fields with these shares in focus, judged at one half."""
+
+    class Blurred:
+        name = "blurred"
+
+        def detect(self, image: Any, **_: Any) -> Any:
+            blur = np.zeros(image.shape[:2], np.float32)
+            blur[: round(len(blur) * (1 - shares.pop(0)))] = 1
+            return blur
+
+        def iter_planes(self, *_: Any, **__: Any) -> Any:
+            raise NotImplementedError
+
+    options = FocusOptions(gates=(Gate("in_focus_fraction", 0.5),))
+    return [update.image for update in focus_report(plane.sources, Blurred(), options)]
+
+
+@pytest.mark.parametrize(("min_fields", "passed"), [(1.0, False), (0.75, True), (0.8, False)])
+def test_a_plane_passes_with_so_many_of_its_fields(
+    slide: np.ndarray[Any, Any], min_fields: float, passed: bool
+) -> None:
+    plane = _cut(slide, 256, by_content=True)
+    images = _measured(plane, [1, 1, 0.75, 0.25])
+    [row] = plane_rows([plane], images, min_fields=min_fields, gated=True)
+    assert (row["n_fields"], row["n_fields_passed"], row["passed"]) == (4, 3, passed)
+    assert row["in_focus_fraction"] == pytest.approx(0.75)
+    assert row["mean_blur"] == pytest.approx(0.25)
+
+
+def test_fields_weigh_by_what_counts_of_them(slide: np.ndarray[Any, Any]) -> None:
+    slide[512:576, :256] = slide[:64, :256]  # a field of which a quarter is content
+    plane = _cut(slide, 256, by_content=True)
+    images = _measured(plane, [1, 1, 1, 1, 0])
+    [row] = plane_rows([plane], images, min_fields=1, gated=True)
+    assert row["in_focus_fraction"] == pytest.approx(4 / 4.25, abs=0.02)
+
+
+def test_what_is_unreadable_or_missing_passes_nothing(slide: np.ndarray[Any, Any]) -> None:
+    plane = _cut(slide, 256, by_content=True)
+    images = _measured(plane, [1, 1, 1, 1])
+    damaged = [*images[:3], replace(images[3], scores=None, error="damaged", passed=False)]
+    for some, n_unreadable in ((damaged, 1), (images[:3], 0)):
+        for gated in (True, False):
+            [row] = plane_rows([plane], some, min_fields=0.5, gated=gated)
+            assert (row["passed"], row["n_fields_unreadable"]) == (False, n_unreadable)
+
+
+def test_a_plane_without_content_keeps_no_gate() -> None:
+    plane = _cut(np.full((1024, 1024), 200, np.uint8), 256, by_content=True)
+    assert (plane.sources, plane.n_empty) == ([], 16)
+    [row] = plane_rows([plane], [], min_fields=0, gated=True)
+    assert (row["passed"], row["in_focus_fraction"]) == (False, None)
