@@ -225,6 +225,8 @@ def command(
 
     if scheduler is not None and workers > 1:
         raise click.UsageError("--workers is of this machine; --scheduler has workers of its own")
+    if resume and overwrite:
+        raise click.UsageError("--resume keeps results that are there, --overwrite makes them anew")
     if table_path is not None:
         require_table_format(table_path)
     refuse_network_flags(

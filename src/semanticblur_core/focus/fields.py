@@ -24,7 +24,8 @@ from semanticblur_core.errors import ImageError
 from semanticblur_core.focus.check import Field, ImageFocus, Source
 from semanticblur_core.focus.classical import as_grey
 from semanticblur_core.focus.scores import content_mask, tile_means
-from semanticblur_core.inference.planes import PlaneView
+from semanticblur_core.focus.session import unit_range
+from semanticblur_core.inference.planes import Channels, Planes, PlaneView
 
 Bools = NDArray[np.bool_]
 Limits = Sequence[tuple[float, float]] | None
@@ -159,6 +160,63 @@ def cut(
             )
         )
     return CutPlane(name, path, *shape, sources, n_empty, view)
+
+
+def cut_array(
+    array: Any,
+    axes: str,
+    side_px: float,
+    *,
+    name: str = "image",
+    at: Sequence[int] = (),
+    channels: Channels = "each",
+    value_range: tuple[float, float] | None = None,
+    by_content: bool = False,
+) -> CutPlane:
+    """One plane of an array, cut into fields for `semanticblur_core.focus_report`.
+
+    Parameters
+    ----------
+    array, axes, channels
+        See `semanticblur_core.inference.planes.Planes`; a lazy array is read field by field.
+    side_px
+        No side of a field is longer.
+    name
+        Of the plane.
+    at
+        Index of the plane along the other axes.
+    value_range
+        Intensities that count as black and white; by default 0 and 255 of 8 bits, else the 0.1 and
+        99.9 percentiles of the array.
+    by_content
+        Leave out fields without content, and count that of the others alone: the plane is read
+        once more, to see where it lies.
+
+    Raises
+    ------
+    ImageError
+        If axes do not fit, or the side is below 64 px.
+
+    Examples
+    --------
+    >>> plane = cut_array(np.zeros((3000, 2000), np.uint8), "YX", 1024)
+    >>> [source.name for source in plane.sources][-1]
+    'image[y=2000,x=1000]'
+    """
+    planes = Planes(array, axes, channels)
+    view = planes.view(tuple(at))
+    limits = planes.estimate_range() if value_range is None else planes.as_limits(value_range)
+    content = content_of(coarse_view(view, limits)) if by_content else None
+    return cut(
+        name,
+        Path(name),
+        view.shape,
+        side_px,
+        lambda rows, columns: view.read_unit(rows, columns, limits=limits),
+        content=content,
+        index=tuple(at),
+        value_range=unit_range(planes, limits),
+    )
 
 
 def picture(view: NDArray[np.float32]) -> str:

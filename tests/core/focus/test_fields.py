@@ -12,11 +12,13 @@ from semanticblur_core.errors import ImageError
 from semanticblur_core.focus import fields
 from semanticblur_core.focus.calibration import Gate
 from semanticblur_core.focus.check import FocusOptions, ImageFocus, focus_report
+from semanticblur_core.focus.classical import as_grey
 from semanticblur_core.focus.fields import (
     COARSE_SIDE_PX,
     coarse_view,
     content_of,
     cut,
+    cut_array,
     cuts,
     plane_rows,
 )
@@ -148,3 +150,21 @@ def test_a_plane_without_content_keeps_no_gate() -> None:
     assert (plane.sources, plane.n_empty) == ([], 16)
     [row] = plane_rows([plane], [], min_fields=0, gated=True)
     assert (row["passed"], row["in_focus_fraction"]) == (False, None)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_an_array_is_cut_on_one_scale(dtype: Any, rng: np.random.Generator) -> None:
+    array = rng.integers(0, 200, (2, 300, 200)).astype(dtype)
+    array[1, :150] //= 2  # a field that is darker stays so
+    plane = cut_array(array, "ZYX", 150, at=(1,), value_range=(0, 200))
+    upper, lower = (
+        np.mean(
+            [as_grey(source.read()).mean() for source in plane.sources[i : i + 2] if source.read]
+        )
+        for i in (0, 2)
+    )
+    assert upper == pytest.approx(lower / 2, rel=0.05)
+    images = [update.image for update in focus_report(plane.sources, None)]
+    assert [image.error for image in images] == [None] * 4
+    darker, other = (image.scores.tenengrad for image in images[::2] if image.scores)
+    assert darker == pytest.approx(other / 4, rel=0.1)
