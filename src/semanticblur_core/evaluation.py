@@ -15,7 +15,7 @@ from PIL import Image
 
 from semanticblur_core import io, measures
 from semanticblur_core.config import require_choice
-from semanticblur_core.data.datasets import Pair, group_by_stem, list_images
+from semanticblur_core.data.datasets import Pair, group_by_stem, list_images, stem_of
 from semanticblur_core.errors import DataError, SemanticBlurError
 from semanticblur_core.inference.upsampling import upsample_nearest
 from semanticblur_core.metrics import BlurScorer, ImageScore, Protocol
@@ -97,6 +97,13 @@ class Evaluator:
         The positive class; ``sharp`` inverts map and mask.
     analysis
         What was done to images or maps, for the protocol's description.
+
+    Attributes
+    ----------
+    n_resized
+        Maps that were brought to their mask's size.
+    largest
+        Largest value of any map, 0..1.
     """
 
     def __init__(
@@ -120,10 +127,12 @@ class Evaluator:
         bins = np.zeros(measures.N_CALIBRATION_BINS)
         self._calibration = measures.CalibrationCounts(bins, bins, bins)
         self.n_resized = 0
+        self.largest = 0.0
 
     def measure(self, blur: NDArray[np.float32], mask: NDArray[np.bool_], name: str) -> _Measured:
         """Every measure of one image, changing nothing; safe to call from threads."""
         scorer = BlurScorer(self._scorer.protocol)
+        largest = float(blur.max(initial=0))
         if self.positive == "sharp":
             blur, mask = 1 - blur, ~mask
         score = scorer.add(blur, mask, name=name)
@@ -142,7 +151,8 @@ class Evaluator:
             "boundary_f": measures.boundary_f(blur > self._scorer.protocol.threshold, mask),
         }
         curves = {"precision": precision, "recall": recall, "f": f, "e": e}
-        return _Measured(score, wider, curves, measures.calibration_counts(blur, mask))
+        calibration = measures.calibration_counts(blur, mask)
+        return _Measured(score, wider, curves, calibration, largest)
 
     def add(self, measured: _Measured) -> ImageScore:
         """Take in one image's measures."""
@@ -221,6 +231,7 @@ class _Measured:
     wider: dict[str, float]
     curves: dict[str, measures.Floats]
     calibration: measures.CalibrationCounts
+    largest: float
 
 
 def match(
@@ -288,9 +299,9 @@ def _group_maps(paths: Sequence[Path], masks: Container[str]) -> dict[str, list[
     Of several formats of one such map the most exact counts. Overlays beside maps are passed over.
     """
     grouped: dict[str, list[Path]] = {}
-    stems = {path.stem for path in paths}
+    stems = {stem_of(path) for path in paths}
     for path in paths:
-        name = path.stem
+        name = stem = stem_of(path)
         if name in masks:
             pass
         elif name.endswith("_blur"):
@@ -300,7 +311,7 @@ def _group_maps(paths: Sequence[Path], masks: Container[str]) -> dict[str, list[
         elif name.endswith("_overlay") and f"{name.removesuffix('_overlay')}_blur" in stems:
             continue
         others = grouped.setdefault(name, [])
-        if name != path.stem and others and others[0].stem == path.stem:
+        if name != stem and others and stem_of(others[0]) == stem:
             others[:] = [min(path, others[0], key=_is_rounded)]
         else:
             others.append(path)
@@ -385,6 +396,11 @@ def _evaluate(
             blur = 1 - blur
         resized = blur.shape != mask.shape
         if resized:
+            if blur.shape == mask.shape[::-1]:
+                raise DataError(
+                    f"{pair.image}: map of {_size(blur)} px for a mask of {_size(mask)} px: rows "
+                    "and columns are interchanged"
+                )
             if map_resize == "error":
                 raise DataError(
                     f"{pair.image}: map of {_size(blur)} px for a mask of {_size(mask)} px"
@@ -408,6 +424,7 @@ def _evaluate(
                 yield EvalUpdate(pair.name, n_done, len(pairs), problem=problem)
                 continue
             evaluator.n_resized += resized
+            evaluator.largest = max(evaluator.largest, measured.largest)
             yield EvalUpdate(
                 pair.name, n_done, len(pairs), score=evaluator.add(measured), note=note
             )

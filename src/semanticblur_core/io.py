@@ -37,6 +37,10 @@ _BESIDE_A_SLIDE = {
 }
 # What others' maps may be off 0..1 by: the last bits of a sum or a sigmoid in float32.
 ROUNDING = 1e-6
+# A JPEG that is black all over has values up to about this; a mask has not only so few values.
+_JPEG_NOISE = 30
+_FEW_VALUES = 4
+_NEARLY_WHITE = 225
 
 
 def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
@@ -151,8 +155,9 @@ def read_mask(path: str | Path) -> NDArray[np.bool_]:
     Raises
     ------
     DataError
-        If it is not grey, or none of its values is white and not all are 0: such as 0 and 1, or the
-        labels 1 = sharp and 2 = blurred.
+        If it is not grey, or its values are those of labels rather than of a mask: none of them is
+        white and not all are 0, or they are few and others than black and white (0, 1 and 255;
+        0, 128 and 255).
     """
     array = read_image(path)
     if array.ndim == 3:
@@ -163,9 +168,21 @@ def read_mask(path: str | Path) -> NDArray[np.bool_]:
         return array
     if array.dtype != np.uint8:
         raise DataError(f"{path}: expected an 8-bit or 1-bit mask, got {array.dtype}")
-    if 0 < array.max() <= 127:
+    counts = np.bincount(array.ravel(), minlength=256)
+    values = np.flatnonzero(counts).tolist()
+    is_jpeg = Path(path).suffix.lower() in (".jpg", ".jpeg")
+    if is_jpeg and values[-1] <= _JPEG_NOISE:  # wholly sharp
+        return np.zeros(array.shape, np.bool_)
+    # Edges that were smoothed have many values in between, each of few pixels.
+    between = counts[1:_NEARLY_WHITE].max()
+    if values[-1] > 127 and len(values) <= _FEW_VALUES and between >= 0.005 * array.size:
         raise DataError(
-            f"{path}: its largest value is {array.max()}, but a mask is 0 = sharp and 255 = "
+            f"{path}: its values are {', '.join(map(str, values))}, but a mask is 0 = sharp and "
+            "255 = blurred alone; what is not to count is left unlabelled in an annotation store"
+        )
+    if 0 < values[-1] <= 127:
+        raise DataError(
+            f"{path}: its largest value is {values[-1]}, but a mask is 0 = sharp and 255 = "
             "blurred; a mask of 0 and 1 is to be multiplied by 255, labels are read from a store"
         )
     return array > 127

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from semanticblur_core.errors import DataError
+
 SSIM_WINDOW_PX = 11
 SSIM_SIGMA_PX = 1.5
 _C1 = 0.01**2
@@ -41,6 +43,7 @@ def label_counts(target: Tensor, labelled: Tensor | None = None) -> LabelCounts:
         n_windows = n * max(0, height - margin) * max(0, width - margin)
         # Written on the device: a copy of a number would wait for a GPU.
         return LabelCounts(target.new_full((), target.numel()), target.new_full((), n_windows))
+    labelled = labelled.bool()
     return LabelCounts(labelled.sum().float(), _whole_windows(labelled).sum().float())
 
 
@@ -62,7 +65,7 @@ def blur_loss(
         ``(N, 1, H, W)`` bool or of any number type, in 0..1, 1 = blurred; its values where not
         labelled do not matter.
     labelled
-        ``(N, 1, H, W)`` bool, False = ignore. None counts every pixel.
+        ``(N, 1, H, W)`` bool, or numbers of which 0 = ignore. None counts every pixel.
     ssim_weight
         lambda of equation 16; 0 leaves the SSIM term out.
     counts
@@ -74,9 +77,34 @@ def blur_loss(
     BlurLoss
         0 where nothing is labelled (with a gradient of 0, so that ``backward`` works); the SSIM
         term also where no window of 11 x 11 is labelled throughout, as in smaller images.
+
+    Raises
+    ------
+    DataError
+        If targets that count leave 0..1; floats on a GPU, which would wait, are not looked at.
     """
+    if target.dtype != torch.bool and (
+        target.device.type == "cpu" or not target.is_floating_point()
+    ):
+        counted = target if labelled is None else torch.where(labelled.bool(), target, 0)
+        _require_unit_range(counted)
+    return unchecked_blur_loss(
+        logits, target, labelled=labelled, ssim_weight=ssim_weight, counts=counts
+    )
+
+
+def unchecked_blur_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    labelled: Tensor | None = None,
+    ssim_weight: float = 0.1,
+    counts: LabelCounts | None = None,
+) -> BlurLoss:
+    """As `blur_loss`, of targets that are known to lie in 0..1."""
     logits, target = logits.float(), target.float()
     if labelled is not None:
+        labelled = labelled.bool()
         target = torch.where(labelled, target, torch.zeros_like(target))
     bce_map = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     pixels, windows = (None, None) if counts is None else counts
@@ -117,8 +145,19 @@ def _ssim_loss(
     if min(probability.shape[-2:]) < SSIM_WINDOW_PX:
         return 0 * probability.sum()  # with a gradient of 0
     ssim = _ssim_map(probability, target)
-    whole = None if labelled is None else _whole_windows(labelled)
+    whole = None if labelled is None else _whole_windows(labelled.bool())
     return _masked_mean(1 - ssim, whole, n_windows)
+
+
+def _require_unit_range(target: Tensor) -> None:
+    if target.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = (float(value) for value in torch.aminmax(target))
+    if not 0 <= low <= high <= 1:
+        raise DataError(
+            f"target: expected 0..1, 1 = blurred, got {low:g}..{high:g}; a mask of 0 and 255 is "
+            "to be divided by 255"
+        )
 
 
 def _whole_windows(labelled: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from semanticblur_core.io import ROUNDING
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -145,9 +147,12 @@ class BlurScorer:
         Raises
         ------
         ValueError
-            If shapes differ, the map leaves 0..1 or is not finite, or the mask is not bool.
+            If shapes differ, the map leaves 0..1 by more than rounding or is not finite, or the
+            mask is not bool.
         """
         _require_same_shape(tuple(blur.shape), tuple(mask.shape), name)
+        if not (isinstance(blur, np.ndarray) and isinstance(mask, np.ndarray)):
+            raise ValueError(f"{name!r}: expected arrays; add_tensor takes tensors")
         if mask.dtype != np.bool_:
             raise ValueError(f"mask {name!r}: expected bool, got {mask.dtype}")
         _require_unit_range(float(blur.min()), float(blur.max()), name)
@@ -239,15 +244,17 @@ class BlurScorer:
 
 
 def _require_same_shape(blur: tuple[int, ...], mask: tuple[int, ...], name: str) -> None:
-    if blur != mask or len(mask) != 2:
+    if len(mask) != 2:
+        raise ValueError(f"{name!r}: expected one mask (H, W), got one of shape {mask}")
+    if blur != mask:
         raise ValueError(f"{name!r}: expected a map of the mask's shape {mask}, got {blur}")
     if 0 in mask:
         raise ValueError(f"{name!r}: the mask is empty, shape {mask}")
 
 
 def _require_unit_range(low: float, high: float, name: str) -> None:
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"{name!r}: expected a map in 0..1, got {low:g}..{high:g}")
+    if not -ROUNDING <= low <= high <= 1 + ROUNDING:
+        raise ValueError(f"{name!r}: expected a map in 0..1, got {low:.7g}..{high:.7g}")
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import run as run_command
 from PIL import Image
 
 from semanticblur_core import published
@@ -246,3 +247,27 @@ def test_scoring_maps_loads_no_torch() -> None:
     code = "import sys, semanticblur_core.evaluation; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_maps_that_lie_on_their_side_are_not_scored(folders: tuple[Path, Path]) -> None:
+    maps, masks = folders
+    Image.open(maps / "b.bmp").transpose(Image.Transpose.TRANSPOSE).save(maps / "b.bmp")
+    evaluator, updates = run(maps, masks)
+    assert "rows and columns are interchanged" in (updates[1].problem or "")
+    assert evaluator.result().n_images == 3
+
+
+def test_maps_that_call_nothing_blurred_are_told_of(folders: tuple[Path, Path]) -> None:
+    maps, masks = folders
+
+    def said(factor: int) -> str:
+        for name in "abcd":
+            white = np.asarray(Image.open(masks / f"{name}.png")).astype(np.uint16)
+            Image.fromarray(white * np.uint16(factor)).save(maps / f"{name}.png")
+            (maps / f"{name}.bmp").unlink(missing_ok=True)
+        done = run_command("eval", f"--maps={maps}", f"--masks={masks}")
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert "no map has a value above 0.0623 of 1, so nothing is called blurred" in said(16)
+    assert said(257) == ""

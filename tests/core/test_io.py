@@ -300,3 +300,32 @@ def test_reading_in_threads_leaves_warnings_alone(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         for _ in pool.map(io.read_image, [tmp_path / "a.jpg"] * 40):
             assert list(warnings.filters) == before
+
+
+@pytest.mark.parametrize(
+    ("values", "is_mask"),
+    [((0, 1, 255), False), ((0, 128, 255), False), ((0, 255), True), ((0, 254, 255), True)],
+)
+def test_labels_are_not_taken_for_masks(
+    tmp_path: Path, values: tuple[int, ...], is_mask: bool
+) -> None:
+    mask = np.zeros((60, 60), np.uint8)
+    for i, value in enumerate(values):
+        mask[20 * i : 20 * i + 20] = value
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    if is_mask:
+        assert np.array_equal(io.read_mask(tmp_path / "m.png"), mask > 127)
+        return
+    with pytest.raises(DataError, match=f"its values are {', '.join(map(str, values))}, but"):
+        io.read_mask(tmp_path / "m.png")
+
+
+def test_masks_with_smoothed_edges_and_noise_of_jpeg_are_masks(tmp_path: Path) -> None:
+    disc = np.hypot(*(np.mgrid[:200, :200] - 100)) < 70
+    Image.fromarray(disc.astype(np.uint8) * 255).resize((100, 100)).save(tmp_path / "smooth.png")
+    Image.fromarray(disc.astype(np.uint8) * 255).save(tmp_path / "disc.jpg", quality=30)
+    sharp = np.random.default_rng(0).integers(0, 3, (64, 64)).astype(np.uint8)
+    Image.fromarray(sharp).save(tmp_path / "sharp.jpg", quality=95)
+    assert io.read_mask(tmp_path / "smooth.png").mean() == pytest.approx(0.385, abs=0.01)
+    assert np.mean(io.read_mask(tmp_path / "disc.jpg") != disc) < 0.01
+    assert not io.read_mask(tmp_path / "sharp.jpg").any()

@@ -6,6 +6,7 @@ import torch
 from skimage.metrics import structural_similarity
 from torch_operations import Operations
 
+from semanticblur_core.errors import DataError
 from semanticblur_core.losses import _window_matrix, blur_loss, label_counts, ssim_loss
 
 
@@ -127,3 +128,27 @@ def test_whatever_the_program_computes_in() -> None:
 
 
 _MASK_TYPES = (torch.bool, torch.uint8, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_masks_of_other_values_are_refused(dtype: torch.dtype) -> None:
+    logits = torch.zeros(1, 1, 16, 16)
+    mask = torch.zeros(1, 1, 16, 16, dtype=dtype)
+    mask[..., 8:] = 255
+    with pytest.raises(DataError, match=r"0\.\.255; a mask of 0 and 255 is to be divided"):
+        blur_loss(logits, mask)
+    assert blur_loss(logits, mask / 255).total > 0
+    # What is not labelled does not matter.
+    assert blur_loss(logits, mask, labelled=mask == 0).total > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_labels_of_any_type_are_those_of_bool(dtype: torch.dtype) -> None:
+    logits, target = torch.randn(1, 1, 24, 24), (torch.rand(1, 1, 24, 24) > 0.5).float()
+    labelled = torch.ones(1, 1, 24, 24, dtype=torch.bool)
+    labelled[..., :3, :3] = False
+    wanted = blur_loss(logits, target, labelled=labelled)
+    assert wanted.ssim > 0
+    assert blur_loss(logits, target, labelled=labelled.to(dtype)) == wanted
+    assert ssim_loss(logits.sigmoid(), target, labelled=labelled.to(dtype)) == wanted.ssim
+    assert label_counts(target, labelled.to(dtype)) == label_counts(target, labelled)

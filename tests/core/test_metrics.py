@@ -105,3 +105,14 @@ def test_the_torch_path_gives_the_same_numbers(data: st.DataObject, shape: tuple
 def test_wrong_tensors_are_refused(blur: torch.Tensor, mask: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BlurScorer().add_tensor(blur, mask)
+
+
+def test_what_is_wrong_is_told() -> None:
+    mask = np.ones((5, 5), np.bool_)
+    BlurScorer().add(np.full((5, 5), np.nextafter(np.float32(1), np.float32(2))), mask)
+    with pytest.raises(ValueError, match=r"0\.\.1, got 1\.0001\.\.1\.0001"):
+        BlurScorer().add(np.full((5, 5), 1.0001, np.float32), mask)
+    with pytest.raises(ValueError, match="add_tensor takes tensors"):
+        BlurScorer().add(torch.ones(5, 5), torch.ones(5, 5, dtype=torch.bool))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"expected one mask \(H, W\), got one of shape"):
+        BlurScorer().add(np.ones((2, 5, 5), np.float32), np.ones((2, 5, 5), np.bool_))

@@ -373,23 +373,23 @@ def refuse_clashes(
             raise click.UsageError(f"{flag}={path}: is the name of a result; give it another")
 
 
-def override(text: str, config: Any) -> tuple[str, Any]:
+def override(text: str, config: Any, flag: str = "--set") -> tuple[str, Any]:
     """Key and value of ``KEY=VALUE`` for a field of a configuration, of the field's type."""
     from semanticblur_core.errors import ConfigError
 
     key, separator, value = text.partition("=")
     known = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     if not separator or key not in known:
-        raise ConfigError(f"--set={text}: expected KEY=VALUE with KEY one of {', '.join(known)}")
+        raise ConfigError(f"{flag}={text}: expected KEY=VALUE with KEY one of {', '.join(known)}")
     if isinstance(known[key], bool):
         if value.lower() not in ("true", "false"):
-            raise ConfigError(f"--set={text}: expected true or false")
+            raise ConfigError(f"{flag}={text}: expected true or false")
         return key, value.lower() == "true"
     try:
         return key, type(known[key])(value)
     except ValueError:
         kind = type(known[key]).__name__
-        raise ConfigError(f"--set={text}: expected a value of type {kind}") from None
+        raise ConfigError(f"{flag}={text}: expected a value of type {kind}") from None
 
 
 def read_labelled(

@@ -14,13 +14,21 @@ class Stop:
     """Ctrl+C, and what ends a batch job or a container (SIGTERM): both stop in order.
 
     While a result is told of, they wait, so that no report lacks it.
+
+    Parameters
+    ----------
+    at_steps
+        The first of them is only noted in `is_asked_for`, for a loop that looks at each step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, at_steps: bool = False) -> None:
         self._is_busy = self.is_asked_for = False
+        self._at_steps = at_steps
 
     def __call__(self, *_: object) -> None:
-        if not self._is_busy:
+        if self._at_steps and not self.is_asked_for:
+            self.is_asked_for = True
+        elif not self._is_busy:
             raise KeyboardInterrupt
         self.is_asked_for = True
 

@@ -13,6 +13,7 @@ import click
 
 from semanticblur_core.cli._options import (
     PathType,
+    SizeType,
     device_option,
     flip_option,
     mask_polarity_option,
@@ -37,7 +38,7 @@ _polarity = click.Choice(["blur", "sharp"])
 
 
 _OF_ONNX = ("onnx_input", "onnx_output_kind", "onnx_output")
-_OF_TORCH = ("device", "precision", "flip")
+_OF_TORCH = ("device", "precision", "flip", "size")
 # What has no effect beside --data.
 _OF_FOLDERS = (
     *("images", "maps", "masks", "split", "map_polarity", "mask_polarity", "map_resize"),
@@ -77,6 +78,13 @@ _OF_FOLDERS = (
 )
 @method_option
 @click.option("--model", help="Model, for --images.  [default: default]")
+@click.option(
+    "--size",
+    type=SizeType(),
+    default=320,
+    show_default=True,
+    help="Side that images are squashed to (320: the field's protocol), or native, as in detect.",
+)
 @click.option(
     "--onnx-input",
     type=click.Choice(["imagenet", "unit", "255"]),
@@ -123,6 +131,7 @@ def command(
     positive: Any,
     method: str,
     model: str | None,
+    size: Any,
     onnx_input: Any,
     onnx_output_kind: Any,
     onnx_output: str | None,
@@ -141,15 +150,15 @@ def command(
     protocol. Exit code 2 if anything could not be scored; the rest is scored all the same.
     """
     from semanticblur_core import disk, io
-    from semanticblur_core.data.datasets import list_images, read_split
+    from semanticblur_core.data.datasets import list_images, note_subfolders, read_split, stem_of
     from semanticblur_core.evaluation import Evaluator, evaluate, match, resize_map
 
-    refuse_network_flags(method, "model", "device", "precision", "flip")
+    refuse_network_flags(method, "model", "device", "precision", "flip", "size")
     if method != "network" and images is None:
         raise click.UsageError("--method goes with --images")
     if data is not None:
         refuse_flags("is not of --data, which has one protocol and one table", *_OF_FOLDERS)
-        _eval_store(data, model or "default", device, precision, flip, json_file)
+        _eval_store(data, model or "default", size, device, precision, flip, json_file)
         return
     if (images is None) == (maps is None):
         raise click.UsageError("give --images or --maps, or --data")
@@ -173,6 +182,8 @@ def command(
         refuse_flags("of a foreign --model=FILE.onnx only", *_OF_ONNX)
     if images is not None and (photos or (not is_onnx and (map_polarity or map_resize))):
         raise click.UsageError("--map-polarity, --map-resize and --photos go with --maps")
+    if maps is not None and size != 320:
+        raise click.UsageError("--size goes with --images and --data")
     if maps is not None and model:
         raise click.UsageError("--model goes with --images")
     map_polarity = map_polarity or "blur"
@@ -181,11 +192,14 @@ def command(
     assert sources is not None
     names = read_split(split) if split else None
     pairs, problems = match(sources, masks, names, maps=maps is not None)
+    if below := note_subfolders(sources):
+        click.echo(f"semanticblur-core: {below}", err=True)
     refuse_clashes(
         {"--json": json_file, "--csv": csv_file},
         (path for pair in pairs for path in (pair.image, pair.mask)),
     )
     predict: Predict | None = None
+    digest: str | None = None
     described = str(maps)
     analysis = f"maps as given, white = {map_polarity}, other sizes: {map_resize}"
     if images is not None and model is not None and is_onnx:
@@ -217,7 +231,9 @@ def command(
         predict, described = predict_classical, f"method {method}"
         analysis = f"images at their own size, {classical.reason}"
     elif images is not None:
-        predict, analysis, described = _predictor(model or "default", device, precision, flip)
+        predict, analysis, described, digest = _predictor(
+            model or "default", size, device, precision, flip
+        )
     analysis += f"; masks: white = {mask_polarity}"
     evaluator = Evaluator(protocol, positive=positive, analysis=analysis)
     for problem in problems:
@@ -244,10 +260,17 @@ def command(
         click.echo("semanticblur-core: nothing could be scored", err=True)
         raise SystemExit(2)
     result = evaluator.result()
+    if evaluator.largest <= 0.5:
+        click.echo(
+            f"semanticblur-core: no map has a value above {evaluator.largest:.3g} of 1, so nothing "
+            "is called blurred; integers are divided by the largest value of their type",
+            err=True,
+        )
     _print_table(result, evaluator.describe(), described)
     if compare:
         _print_comparison(result, compare.partition(":")[2] or "cuhk", described)
     report = result.to_dict() | {"method": described, "n_failed": n_failed, "split": split}
+    report |= {"model_sha256": digest} if digest else {}
     if json_file:
         disk.write_text(json_file, json.dumps(report, indent=1) + "\n")
     if csv_file:
@@ -261,7 +284,7 @@ def command(
             return 1 - found if map_polarity == "sharp" else found
 
         shown = images or photos
-        found = {path.stem: path for path in list_images(shown)} if shown else {}
+        found = {stem_of(path): path for path in list_images(shown)} if shown else {}
         write_plots(
             plots,
             result,
@@ -276,7 +299,13 @@ def command(
 
 
 def _eval_store(
-    data: Path, model: str, device: str, precision: str, flip: bool, json_file: Path | None
+    data: Path,
+    model: str,
+    size: Any,
+    device: str,
+    precision: str,
+    flip: bool,
+    json_file: Path | None,
 ) -> None:
     """Score a model on the labelled pixels of an annotation store."""
     from semanticblur_core import disk
@@ -294,7 +323,7 @@ def _eval_store(
     own = [path for item in items for path in (item.image, item.labels)]
     refuse_clashes({"--json": json_file}, [data / "dataset.json", *own])
     detector = Detector(model, device=device, precision=precision, flip=flip, backend="torch")
-    how = f"squashed to 320 x 320, maps brought back {detector.upsampling}"
+    how = f"{_sized(size)}, maps brought back {detector.upsampling}"
     where = f"{detector.precision} on {detector.device}"
     protocol = replace(PROTOCOL, analysis=f"{PROTOCOL.analysis}; images {how}; {where}")
     scorer = BlurScorer(protocol)
@@ -304,7 +333,9 @@ def _eval_store(
         for item in progress.track(items, description="Scoring"):
             try:
                 images = store.read(item)
-                maps = [detector.detect(i.image, value_range=i.value_range) for i in images]
+                maps = [
+                    detector.detect(i.image, size=size, value_range=i.value_range) for i in images
+                ]
             except ONE_FAILED as error:
                 reason = str(error) or "out of memory"
                 is_named = reason.startswith(str(data))
@@ -326,29 +357,37 @@ def _eval_store(
     if json_file:
         rows = [score.to_dict() for score in scorer.images]
         report = scores.to_dict() | {"method": f"model {model}", "per_image": rows}
-        report |= {"n_failed": len(problems)}
+        report |= {"n_failed": len(problems), "model_sha256": detector.sha256}
         disk.write_text(json_file, json.dumps(report, indent=1) + "\n")
     if problems:
         raise SystemExit(2)
 
 
-def _predictor(model: str, device: str, precision: str, flip: bool) -> tuple[Predict, str, str]:
+def _sized(size: Any) -> str:
+    return "in tiles at their own size" if size == "native" else f"squashed to {size} x {size}"
+
+
+def _predictor(
+    model: str, size: Any, device: str, precision: str, flip: bool
+) -> tuple[Predict, str, str, str | None]:
     """Function from a pair to its map, under the protocol of the field."""
     from semanticblur_core import weights
     from semanticblur_core.inference.backends import is_exported
     from semanticblur_core.inference.detector import Detector
-    from semanticblur_core.training.loop import VALIDATION_PROTOCOL
 
     exported = is_exported(model)
     backend: Literal["auto", "torch"] = "auto" if exported else "torch"
     detector = Detector(model, device=device, precision=precision, flip=flip, backend=backend)
 
     def predict(pair: Pair) -> NDArray[np.float32]:
-        return detector.detect(_read_as_large_as_mask(pair), upsampling="nearest-exact")
+        image = _read_as_large_as_mask(pair)
+        return detector.detect(image, size=size, upsampling="nearest-exact")
 
     name = f"model {model}" + ("" if exported else f" ({weights.resolve(model).name})")
-    analysis = f"{VALIDATION_PROTOCOL.analysis}; {detector.precision} on {detector.device}"
-    return predict, analysis + ("; averaged with the mirrored image's" if flip else ""), name
+    analysis = f"images {_sized(size)}, maps brought back by nearest-exact"
+    analysis += f"; {detector.precision} on {detector.device}"
+    analysis += "; averaged with the mirrored image's" if flip else ""
+    return predict, analysis, name, detector.sha256
 
 
 def _read_as_large_as_mask(pair: Pair) -> NDArray[Any]:

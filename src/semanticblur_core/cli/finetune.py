@@ -18,6 +18,7 @@ from semanticblur_core.cli._options import (
     read_labelled,
     say,
 )
+from semanticblur_core.cli._stop import Stop
 
 if TYPE_CHECKING:
     from semanticblur_core.data.labels import LabelledImage
@@ -100,6 +101,8 @@ def command(
 
     Part of the labels is held out and scored before and after. Exit code 1 if the new model is not
     better there, or forgot photographs; it is written all the same, and never made the default.
+    Ctrl+C and SIGTERM end the training and keep the best so far (exit code 130); again, they keep
+    nothing.
     """
     from semanticblur_core import weights
     from semanticblur_core.cli._options import override
@@ -139,7 +142,8 @@ def command(
     click.echo(f"{len(labelled)} images, {share_text} of their pixels labelled")
     click.echo(f"budget {budget}: {json.dumps(config.to_dict())}")
     update = None
-    with progress_bar() as progress:
+    stop = Stop(at_steps=True)
+    with progress_bar() as progress, stop.heeded():
         task = progress.add_task("Preparing", total=None)
         for update in finetune(
             labelled,
@@ -149,6 +153,7 @@ def command(
             size=size,
             device=device,
             precision=precision,
+            should_stop=lambda: stop.is_asked_for,
         ):
             text = {"preparing": "Preparing", "done": "Done"}.get(update.phase, "")
             progress.update(
@@ -170,6 +175,9 @@ def command(
     _print(update.result)
     if json_file:
         disk.write_text(json_file, json.dumps(update.result.to_dict(), indent=1) + "\n")
+    if stop.is_asked_for:
+        click.echo("semanticblur-core: stopped; the best so far is kept", err=True)
+        raise SystemExit(130)
     if not update.result.is_better:
         raise SystemExit(1)
 

@@ -583,7 +583,9 @@ def _region(text: str, sources: list[Source]) -> Any:
 
 
 def _stem(source: Source) -> str:
-    return Path(source.name).stem
+    from semanticblur_core.data.datasets import stem_of
+
+    return stem_of(Path(source.name))
 
 
 def _place(source: Source) -> tuple[Path, str]:

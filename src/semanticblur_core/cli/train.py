@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from semanticblur_core.cli._options import (
 from semanticblur_core.cli._options import (
     say as say_above,
 )
+from semanticblur_core.cli._stop import Stop
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +72,13 @@ LICENCE = (
     multiple=True,
     metavar="KEY=VALUE",
     help="Change a value of the recipe, for example --set=epochs=5; several times.",
+)
+@click.option(
+    "--network",
+    "network_overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change the network, for example --network=backbone=resnet34; several times.",
 )
 @click.option(
     "--val-split",
@@ -122,6 +131,7 @@ def command(
     output: Path,
     recipe: str,
     overrides: tuple[str, ...],
+    network_overrides: tuple[str, ...],
     val_split: str,
     sharp: Path | None,
     sharp_masks: Path | None,
@@ -138,21 +148,27 @@ def command(
     """Train a network on images and masks.
 
     Prints a line an epoch; OUTPUT gets best.safetensors (the epoch of lowest validation MAE),
-    last.ckpt (to --resume from), history.csv and, with matplotlib, curves.png. Under `torchrun`
-    several GPUs or machines share each batch.
+    last.ckpt (to --resume from), history.csv and, with matplotlib, curves.png. Ctrl+C and SIGTERM
+    stop after the step that is on, whose state is kept; again, at once. Under `torchrun` several
+    GPUs or machines share each batch.
     """
     from semanticblur_core import disk
-    from semanticblur_core.config import TrainConfig
-    from semanticblur_core.errors import ConfigError, TrainingError
+    from semanticblur_core.config import ModelConfig, TrainConfig
+    from semanticblur_core.data.datasets import note_subfolders
+    from semanticblur_core.errors import ConfigError
     from semanticblur_core.training.recipes import recipe as find_recipe
 
     config = find_recipe(recipe)
     values = dict(override(text, config) for text in overrides)
     config = TrainConfig.from_dict(config.to_dict() | values)
+    changes = [override(text, ModelConfig(), "--network") for text in network_overrides]
+    architecture = ModelConfig.from_dict(dict(changes))
+    if changes and (init or resume):
+        raise ConfigError("--network: goes with a new network, not with --init and --resume")
+    if backbone_weights and architecture.backbone != "resnet50":
+        raise ConfigError(f"--backbone-weights: of a ResNet-50, not of {architecture.backbone}")
     if sum(map(bool, (init, backbone_weights, resume))) > 1:
         raise ConfigError("--init, --backbone-weights and --resume: give one of them")
-    if not resume and (output / "last.ckpt").exists():
-        raise TrainingError(f"{output}: holds a run already; --resume goes on with it")
     if sharp_masks and not sharp:
         raise ConfigError("--sharp-masks: goes with --sharp")
     for flag, given, count in (
@@ -161,25 +177,40 @@ def command(
     ):
         if given and not count:
             raise ConfigError(f"{flag}: recipe {recipe} makes none of it")
+    for folder in (images, masks):
+        if folder and (below := note_subfolders(folder)):
+            click.echo(f"semanticblur-core: {below}", err=True)
     training, held_out = read_data(data, images, masks, mask_polarity, val_split)
 
     import torch
 
     from semanticblur_core import __version__, weights
-    from semanticblur_core.config import ModelConfig
     from semanticblur_core.data.defocus import SharpImages
     from semanticblur_core.device import choose_device, keep_freed_memory
     from semanticblur_core.metrics import Scores
     from semanticblur_core.network import SemanticBlur
-    from semanticblur_core.training.checkpoint import load_checkpoint, precision_of
+    from semanticblur_core.training.checkpoint import (
+        load_checkpoint,
+        precision_of,
+        require_space,
+    )
     from semanticblur_core.training.logs import RunLog
-    from semanticblur_core.training.loop import VALIDATION_PROTOCOL, is_first_process, train
+    from semanticblur_core.training.loop import (
+        HISTORY,
+        LAST_CHECKPOINT,
+        VALIDATION_PROTOCOL,
+        is_first_process,
+        refuse_earlier_run,
+        train,
+    )
 
     keep_freed_memory()
+    if not resume:
+        refuse_earlier_run(output, LAST_CHECKPOINT, BEST, HISTORY)
     say = click.echo if is_first_process() else _say_nothing
     if is_first_process():
         disk.require_writable(output / BEST)
-    state = load_checkpoint(output / "last.ckpt") if resume else None
+    state = load_checkpoint(output / LAST_CHECKPOINT) if resume else None
     if state is not None and precision == "auto":
         precision = precision_of(state)
     chosen = choose_device(device, precision)
@@ -191,7 +222,7 @@ def command(
     elif state is not None:
         model = SemanticBlur(ModelConfig.from_dict(state["identity"]["architecture"]))
     else:
-        model = SemanticBlur()
+        model = SemanticBlur(architecture)
     if backbone_weights:
         n_set = _load_backbone(model, backbone_weights)
         start = {"from": backbone_weights.name, "n_parameters_set": n_set}
@@ -202,6 +233,8 @@ def command(
     say(f"scores: {VALIDATION_PROTOCOL.describe()}")
     say(f"{len(training)} images to train on, {len(held_out)} to validate; {chosen.reason}")
 
+    if is_first_process():
+        require_space(output, sum(each.numel() for each in model.parameters()))
     sources: dict[str, SharpImages] = {}
     if config.synthetic_photographs and sharp:
         sources["photograph"] = SharpImages(_training_part([sharp]), masks=sharp_masks)
@@ -227,6 +260,8 @@ def command(
             "epoch": epoch,
             "n_training_images": len(training),
             "data": _name_of_data(data or images),
+            "data_sha256": {"training": training.digest, "validation": held_out.digest},
+            **({"white_in_masks": mask_polarity} if data is None else {}),
             "validation_split": validated_on,
             "n_sharp_images": {kind: len(source) for kind, source in sources.items()},
             "device": str(chosen.device),
@@ -256,9 +291,19 @@ def command(
     started = time.monotonic()
     first_step = None
     update = None
-    with progress_bar() as progress:
+    stop = Stop(at_steps=True)
+    with progress_bar() as progress, closing(updates), stop.heeded():
         task = progress.add_task("Training", total=None)
         for update in updates:
+            if stop.is_asked_for:
+                updates.close()
+                say_above(
+                    progress,
+                    f"semanticblur-core: stopped at step {update.step} of {update.total_steps}; "
+                    "--resume goes on",
+                    err=True,
+                )
+                raise KeyboardInterrupt
             if not is_first_process():
                 continue
             first_step = update.step - 1 if first_step is None else first_step
@@ -359,7 +404,10 @@ def read_imagenet(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise WeightsError(f"{path}: not weights of a ResNet-50: {reason}") from error
+        raise WeightsError(
+            f"{path}: not weights of a ResNet-50 as safetensors: {reason}; of torchvision's .pth, "
+            "safetensors.torch.save_file(torch.load(PTH, weights_only=True), FILE) makes it one"
+        ) from error
 
 
 def _load_backbone(model: Any, path: Path) -> int:

@@ -15,7 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from semanticblur_core import io
-from semanticblur_core.data.datasets import group_by_stem, list_images
+from semanticblur_core.data.datasets import (
+    group_by_stem,
+    list_images,
+    note_subfolders,
+    stem_of,
+)
 from semanticblur_core.errors import DataError, SemanticBlurError
 
 KNOWN_SETS: dict[int, str] = {
@@ -81,7 +86,7 @@ def find_folders(root: Path) -> tuple[Path, Path]:
     stems: dict[Path, set[str]] = {}
     for folder in (root, *sorted(path for path in root.rglob("*") if path.is_dir())):
         try:
-            stems[folder] = {path.stem for path in list_images(folder)}
+            stems[folder] = {stem_of(path) for path in list_images(folder)}
         except DataError:
             continue
     shared = {(a, b): len(stems[a] & stems[b]) for a, b in combinations(stems, 2)}
@@ -93,7 +98,9 @@ def find_folders(root: Path) -> tuple[Path, Path]:
         listed = "; ".join(f"{a.name} and {b.name}" for a, b in best)
         raise DataError(f"{root}: several folders hold images of the same names ({listed})")
     first, second = best[0]
-    is_mask = [_looks_like_masks(folder) for folder in (first, second)]
+    is_mask = [_is_named_as_masks(folder) for folder in (first, second)]
+    if is_mask[0] == is_mask[1]:
+        is_mask = [_looks_like_masks(folder) for folder in (first, second)]
     if is_mask == [True, False]:
         return second, first
     if is_mask == [False, True]:
@@ -101,10 +108,12 @@ def find_folders(root: Path) -> tuple[Path, Path]:
     raise DataError(f"{first}, {second}: cannot tell which of them holds the masks")
 
 
-def _looks_like_masks(folder: Path) -> bool:
+def _is_named_as_masks(folder: Path) -> bool:
     words = folder.name.lower().replace("-", "_").split("_")
-    if folder.name.lower() in _MASK_WORDS or any(word in _MASK_WORDS for word in words):
-        return True
+    return folder.name.lower() in _MASK_WORDS or any(word in _MASK_WORDS for word in words)
+
+
+def _looks_like_masks(folder: Path) -> bool:
     files = list_images(folder)
     for path in files[:: max(1, len(files) // _N_PROBED)]:
         try:
@@ -113,10 +122,16 @@ def _looks_like_masks(folder: Path) -> bool:
             continue
         grey = array.ndim == 2 or bool((array == array[..., :1]).all())
         # JPEG masks ring around their edges: nearly all pixels near black or white will do.
-        middle = np.count_nonzero((array > 30) & (array < 225)) if array.dtype == np.uint8 else 0
-        if not grey or middle > 0.1 * array.size:
+        if not grey or array.dtype not in (np.uint8, np.bool_) or _share_between(array) > 0.1:
             return False
     return True
+
+
+def _share_between(array: NDArray[Any]) -> float:
+    """Share of grey pixels that are neither near black nor near white."""
+    if array.dtype != np.uint8:
+        return 0.0
+    return float(np.count_nonzero((array > 30) & (array < 225)) / array.size)
 
 
 def check_data(
@@ -146,12 +161,14 @@ def check_data(
                 report.problems.append(f"{paths[0].parent}: {names} share a name stem")
             if stem not in theirs:
                 report.problems.append(f"{paths[0]}: no file of the same name in {other}")
+    report.problems += [line for folder in (images, masks) if (line := note_subfolders(folder))]
     stems = sorted(set(by_stem[0]) & set(by_stem[1]))
     looks: dict[str, list[str]] = {}
     for n_done, stem in enumerate(stems, start=1):
         try:
             path = by_stem[0][stem][0]
             image, mask = io.read_image(path), io.read_mask(by_stem[1][stem][0])
+            between = _share_between(io.read_image(by_stem[1][stem][0]))
             look = _look(image, str(path))
         except SemanticBlurError as error:
             report.problems.append(str(error))
@@ -160,6 +177,11 @@ def check_data(
                 report.problems.append(
                     f"{by_stem[1][stem][0]}: mask of {mask.shape[1]} x {mask.shape[0]} px for an "
                     f"image of {image.shape[1]} x {image.shape[0]} px"
+                )
+            if between > 0.1:
+                report.problems.append(
+                    f"{by_stem[1][stem][0]}: {between:.0%} of its pixels are neither near black "
+                    "nor near white; above 127 counts as white"
                 )
             blurred = float(mask.mean())
             blurred = blurred if mask_polarity == "blur" else 1 - blurred

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import unicodedata
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,20 +73,40 @@ def list_images(folder: str | Path, *, also: Sequence[str] = ()) -> list[Path]:
     return found
 
 
+def stem_of(path: Path) -> str:
+    """Name stem by which files are partners: in one form of Unicode, for Macs use another."""
+    return unicodedata.normalize("NFC", path.stem)
+
+
+def note_subfolders(folder: str | Path) -> str | None:
+    """A line that tells of images below a folder, where `list_images` does not look, if any."""
+    folder = Path(folder)
+    below = [
+        path
+        for path in folder.glob("*/**/*")
+        if path.suffix.lower() in io.IMAGE_SUFFIXES and not path.name.startswith(".")
+    ]
+    if not below:
+        return None
+    n = f"{len(below)} image{'s' * (len(below) != 1)}"
+    return f"{folder}: {n} in folders below it not read, first {min(below).relative_to(folder)}"
+
+
 def group_by_stem(paths: Sequence[Path]) -> dict[str, list[Path]]:
     """Files of each name stem, in their order."""
     grouped: dict[str, list[Path]] = {}
     for path in paths:
-        grouped.setdefault(path.stem, []).append(path)
+        grouped.setdefault(stem_of(path), []).append(path)
     return grouped
 
 
 def _by_stem(folder: str | Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in list_images(folder):
-        if path.stem in found:
-            raise DataError(f"{path}: {found[path.stem].name} has the same name stem")
-        found[path.stem] = path
+        stem = stem_of(path)
+        if stem in found:
+            raise DataError(f"{path}: {found[stem].name} has the same name stem")
+        found[stem] = path
     return found
 
 
@@ -106,7 +127,8 @@ def read_split(name: str) -> list[str]:
         text = source.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"split {name}: not a readable text file: {error}") from error
-    names = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    lines = (unicodedata.normalize("NFC", line.strip()) for line in text.splitlines())
+    names = list(dict.fromkeys(line for line in lines if line))
     if not names:
         raise DataError(f"split {name}: the list is empty")
     return names
@@ -123,7 +145,11 @@ def select(pairs: Sequence[Pair], names: Sequence[str]) -> list[Pair]:
     by_name = {pair.name: pair for pair in pairs}
     missing = [name for name in names if name not in by_name]
     if missing:
-        raise DataError(f"{len(missing)} of {len(names)} names are missing, first {missing[0]}")
+        is_file = Path(missing[0]).stem in by_name
+        raise DataError(
+            f"{len(missing)} of {len(names)} names are missing, first {missing[0]}"
+            + ("; names are without extensions" if is_file else "")
+        )
     return [by_name[name] for name in names]
 
 
@@ -215,6 +241,9 @@ class DecodedPairs:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Image ``(3, H, W)`` uint8 and mask ``(1, H, W)`` uint8, 255 = blurred.
+
+        For a network and a loss of one's own: `semanticblur_core.data.transforms.normalise` gives
+        what the network takes, ``mask > 127`` what `semanticblur_core.blur_loss` does.
 
         Of an image that is labelled in part, ``(2, H, W)``: the second channel is 255 = labelled.
         """

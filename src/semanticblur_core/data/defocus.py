@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from semanticblur_core import io
 from semanticblur_core.config import SHARP_SHARE
-from semanticblur_core.data.datasets import list_images
+from semanticblur_core.data.datasets import list_images, stem_of
 from semanticblur_core.data.transforms import resize_bytes
 from semanticblur_core.errors import DataError
 
@@ -244,14 +244,14 @@ class SharpImages:
         self.paths = list(images)
         self._images: list[Tensor] = []
         self._masks: dict[int, Tensor] = {}
-        by_stem = {p.stem: p for p in list_images(masks)} if masks is not None else {}
+        by_stem = {stem_of(p): p for p in list_images(masks)} if masks is not None else {}
         for i, path in enumerate(self.paths):
             rgb = io.read_rgb8(path)
             self._images.append(torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1))))
-            if path.stem in by_stem:
-                mask = io.read_mask(by_stem[path.stem])
+            if (stem := stem_of(path)) in by_stem:
+                mask = io.read_mask(by_stem[stem])
                 if mask.shape != rgb.shape[:2]:
-                    raise DataError(f"{by_stem[path.stem]}: not of the size of {path}")
+                    raise DataError(f"{by_stem[stem]}: not of the size of {path}")
                 self._masks[i] = torch.from_numpy(mask[None].astype(np.uint8) * 255)
         self.with_mask = sorted(self._masks)
 

@@ -330,6 +330,8 @@ class Lock:
         Made if it is not there.
     name
         Of the file in it that is locked.
+    what
+        Is done to it by whoever holds the lock, for messages.
 
     Raises
     ------
@@ -339,7 +341,9 @@ class Lock:
         If the file cannot be made.
     """
 
-    def __init__(self, folder: Path, name: str = "lock") -> None:
+    def __init__(
+        self, folder: Path, name: str = "lock", *, what: str = "is being annotated"
+    ) -> None:
         path = folder / name
         while True:
             try:
@@ -349,7 +353,7 @@ class Lock:
                 raise DataError(f"{path}: cannot be written: {error.strerror}") from error
             try:
                 if not _lock_file(descriptor):
-                    raise LockedError(f"{folder.name}: is being annotated by {_holder(path)}")
+                    raise LockedError(f"{folder.name}: {what} by {_holder(path)}")
                 # Whoever held it before may have deleted the file between opening and locking.
                 if _is_same_file(descriptor, path):
                     break

@@ -123,7 +123,12 @@ class AnnotationStore:
         # Of two of a name the first, as in `image_of`.
         images = {_composed(path.stem): path for path in reversed(files)}
         found = []
-        for path in _label_files(self.folder):
+        label_files = _label_files(self.folder)
+        for problem in self._problems_of_splits(index, label_files):
+            if on_problem is None:
+                raise DataError(problem)
+            on_problem(problem)
+        for path in label_files:
             name = _composed(path.stem)
             try:
                 values = self._values_of(index, name)
@@ -151,6 +156,21 @@ class AnnotationStore:
                 )
             )
         return found
+
+    def _problems_of_splits(
+        self, index: dict[str, Any], label_files: Sequence[Path]
+    ) -> Iterator[str]:
+        """Marks of items that are not there: what was to be held out would be trained on."""
+        labelled = {_composed(path.stem) for path in label_files}
+        for name, values in index["items"].items():
+            if name in labelled or not (isinstance(values, dict) and values.get("split")):
+                continue
+            without = Path(name).stem in labelled
+            hint = "; names are without extensions" if without else ""
+            yield (
+                f"{self.folder / 'dataset.json'}: {name} is marked {values['split']}, but there "
+                f"are no labels of that name{hint or '; rename it or take it out'}"
+            )
 
     def write(
         self,
@@ -478,7 +498,7 @@ def is_store(folder: Path) -> bool:
         return True
     for path in _label_files(folder)[:_N_LOOKED_AT]:
         with suppress(SemanticBlurError):
-            pixels = read_array(path)
+            pixels = _read_codes(path)
             if pixels.dtype == np.bool_ or {255} <= set(np.unique(pixels).tolist()) <= {0, 255}:
                 return False
             read_labels(path)
@@ -524,7 +544,7 @@ def read_labels(path: Path) -> NDArray[np.uint8]:
     DataError
         If it is not of that kind.
     """
-    array = read_array(path)
+    array = _read_codes(path)
     if array.dtype != np.uint8 or array.ndim < 2 or array.size == 0 or array.max() > BLURRED:
         raise DataError(
             f"{path}: expected 8-bit labels 0 = unlabelled, 1 = sharp, 2 = blurred, got "
@@ -532,6 +552,15 @@ def read_labels(path: Path) -> NDArray[np.uint8]:
             "255 go with --masks"
         )
     return array
+
+
+def _read_codes(path: Path) -> NDArray[Any]:
+    """Values of a file of labels; of a PNG with a palette the indices, whatever their colours."""
+    if path.suffix.lower() == ".png":
+        with suppress(OSError, ValueError), Image.open(path) as opened:  # told of below
+            if opened.mode == "P":
+                return np.asarray(opened)
+    return read_array(path)
 
 
 def labels_of_mask(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:

@@ -30,6 +30,7 @@ from semanticblur_core.training.loop import (
 
 RESULT = "result.json"
 BEST = "best.json"
+BEST_WEIGHTS = "best.safetensors"
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def ablate(
     config
         Recipe of all variants, but for what the table varies.
     output
-        Folder with a run's folder a variant.
+        Folder with a run's folder a variant, in which the weights of its best epoch are.
     device
         What to compute on.
     imagenet
@@ -187,7 +188,7 @@ def ablate(
                     varied,
                     run_dir=run_dir,
                     device=device,
-                    save_best=_keeper(run_dir),
+                    save_best=_keeper(run_dir, varied, variant, start),
                     start={"from": start},
                     resume=(run_dir / LAST_CHECKPOINT).exists(),
                 ):
@@ -211,8 +212,15 @@ def ablate(
         yield AblationUpdate(variant.name, index, len(variants), row=row)
 
 
-def _keeper(run_dir: Path) -> SaveBest:
-    def keep(_: SemanticBlur, scores: Scores, epoch: int) -> None:
+def _keeper(run_dir: Path, config: TrainConfig, variant: Variant, start: str) -> SaveBest:
+    def keep(model: SemanticBlur, scores: Scores, epoch: int) -> None:
+        weights.save(
+            run_dir / BEST_WEIGHTS,
+            model,
+            provenance={"variant": variant.name, "recipe": config.to_dict(), "start": start},
+            metrics=scores.to_dict(),
+            licence="whatever the data's owners allow",
+        )
         values = {"epoch": epoch, "scores": scores.to_dict()}
         disk.write_text(run_dir / BEST, json.dumps(values) + "\n")
 

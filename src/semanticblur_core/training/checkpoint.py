@@ -13,6 +13,8 @@ from semanticblur_core.errors import TrainingError
 
 FORMAT_VERSION = 1
 _LITTLE_BYTES = 2**20
+# Bytes of a state for each of its parameters: it, its average, two moments of Adam.
+_BYTES_PER_PARAMETER = 16
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -25,6 +27,24 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             if shutil.disk_usage(path.parent).free < _LITTLE_BYTES:
                 reason = "no space left on the disk"
             raise TrainingError(f"{path}: cannot be written: {reason}") from error
+
+
+def require_space(folder: Path, n_parameters: int) -> None:
+    """Refuse before a run what would end it: two states beside each other, and weights.
+
+    Raises
+    ------
+    TrainingError
+        If there is too little room.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    free, needed = shutil.disk_usage(folder).free, 2 * _BYTES_PER_PARAMETER * n_parameters
+    if free < needed:
+        raise TrainingError(
+            f"{folder}: {free / 2**20:,.0f} MiB free, and the states of a run take up to "
+            f"{needed / 2**20:,.0f} MiB; make room or give another folder"
+        )
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

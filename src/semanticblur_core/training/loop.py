@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,19 @@ from semanticblur_core import disk
 from semanticblur_core.config import TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs
 from semanticblur_core.data.defocus import SharpImages
+from semanticblur_core.data.journal import Lock
 from semanticblur_core.data.transforms import normalise
 from semanticblur_core.device import DeviceChoice, is_out_of_memory
 from semanticblur_core.errors import ConfigError, TrainingError
 from semanticblur_core.inference.detector import Detector
-from semanticblur_core.losses import LabelCounts, blur_loss, label_counts
+from semanticblur_core.losses import LabelCounts, label_counts, unchecked_blur_loss
 from semanticblur_core.metrics import BlurScorer, Protocol, Scores
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.training.checkpoint import load_checkpoint, save_checkpoint
 from semanticblur_core.training.loader import Batch, make_batches, synthetic_sources
 
 LAST_CHECKPOINT = "last.ckpt"
+_LOCK_NAME = ".lock"
 HISTORY = "history.csv"
 VALIDATION_PROTOCOL = Protocol(
     analysis="images squashed to 320 x 320, maps brought back by nearest-exact"
@@ -78,7 +80,7 @@ def train(
     checkpoint_every_steps: int | None = None,
     compile_model: bool = False,
 ) -> Generator[TrainUpdate]:
-    """Train a network; close the generator to stop.
+    """Train a network; close the generator to stop, which writes the state to resume from.
 
     Parameters
     ----------
@@ -89,7 +91,7 @@ def train(
     config
         Recipe.
     run_dir
-        Folder of ``last.ckpt`` (full state) and ``history.csv``.
+        Folder of ``last.ckpt`` (full state) and ``history.csv``, of one run at a time.
     device
         What to compute on; bfloat16 and float16 mean mixed precision. In a process that
         ``torchrun`` started it is one of several: each batch is shared among them, the loss is
@@ -114,7 +116,8 @@ def train(
     ConfigError
         At once, if an argument is of another type.
     TrainingError
-        If sharp images that the recipe asks for are missing, the loss or the gradient stops being
+        If the folder holds a run that is not to be resumed, or another process trains in it; if
+        sharp images that the recipe asks for are missing, the loss or the gradient stops being
         finite, the checkpoint does not fit the settings or the data, a file cannot be written,
         there are fewer images than one batch, or memory does not suffice for a single image.
     """
@@ -136,13 +139,16 @@ def train(
         if len(mask) == 2 and not mask[1].any():
             raise TrainingError(f"validation: nothing of {name} is labelled; leave it out")
     count_steps(training, config)
+    run_dir = Path(run_dir)
+    if not resume:
+        refuse_earlier_run(run_dir, LAST_CHECKPOINT, HISTORY)
     synthetic = synthetic_sources(config, sharp or {})
     updates = _train(
         model,
         training,
         validation,
         config,
-        run_dir=Path(run_dir),
+        run_dir=run_dir,
         device=device,
         save_best=save_best,
         synthetic=synthetic,
@@ -152,7 +158,7 @@ def train(
         checkpoint_every_steps=checkpoint_every_steps,
         compile_model=compile_model,
     )
-    return _with_own_random_numbers(updates)
+    return _with_own_random_numbers(_alone(updates, run_dir))
 
 
 def _with_own_random_numbers(updates: Generator[TrainUpdate]) -> Generator[TrainUpdate]:
@@ -170,7 +176,39 @@ def _with_own_random_numbers(updates: Generator[TrainUpdate]) -> Generator[Train
                 torch.set_rng_state(programs)
             if update is None:
                 return
-            yield update
+            try:
+                yield update
+            except GeneratorExit:  # the state is written with the run's own
+                programs = torch.get_rng_state()
+                torch.set_rng_state(own)
+                try:
+                    updates.close()
+                finally:
+                    torch.set_rng_state(programs)
+                raise
+
+
+def refuse_earlier_run(run_dir: Path, *names: str) -> None:
+    """Refuse a folder that holds one of these files.
+
+    Raises
+    ------
+    TrainingError
+        If it does.
+    """
+    for name in names:
+        if (run_dir / name).exists():
+            how = "--resume goes on with it" if name == LAST_CHECKPOINT else "without its state"
+            raise TrainingError(f"{run_dir / name}: of an earlier run, {how}; give another folder")
+
+
+def _alone(updates: Generator[TrainUpdate], run_dir: Path) -> Generator[TrainUpdate]:
+    """The updates, while no other process trains in the folder."""
+    with ExitStack() as resources:
+        if is_first_process():
+            lock = Lock(run_dir, _LOCK_NAME, what="is being trained in")
+            resources.callback(lock.close, delete=True)
+        yield from resources.enter_context(closing(updates))
 
 
 def _train(
@@ -282,7 +320,11 @@ def _train(
                 if due or (checkpoint_every_steps and (i + 1) % checkpoint_every_steps == 0):
                     write_state(epoch, i + 1)
                     written = time.perf_counter()
-                yield update
+                try:
+                    yield update
+                except GeneratorExit:
+                    write_state(epoch, i + 1)
+                    raise
         assert update is not None
         candidate = averaged if averaged is not None else model
         scores = None
@@ -408,7 +450,7 @@ def backward(
                 labelled = None if labelled is None else labelled.to(fabric.device)
                 waits = n_processes > 1 and k + 1 < n_parts
                 with fabric.no_backward_sync(wrapped) if waits else nullcontext():
-                    loss = blur_loss(
+                    loss = unchecked_blur_loss(
                         wrapped(normalise(images)),
                         targets,
                         labelled=labelled,
@@ -558,6 +600,7 @@ def _restore(
         raise TrainingError(
             f"{path}: was made with other settings ({', '.join(differing)}); resume with the "
             "same ones, or start a run in another folder"
+            + ("; images are those, their masks, polarity and split" * ("images" in differing))
         )
     model.load_state_dict(state["model"])
     if averaged is not None:

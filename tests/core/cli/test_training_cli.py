@@ -2,7 +2,10 @@
 
 import csv
 import json
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +17,10 @@ from semanticblur_core.config import TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs, find_pairs
 from semanticblur_core.data.store import AnnotationStore
 from semanticblur_core.device import DeviceChoice
+from semanticblur_core.inference.detector import Detector
 from semanticblur_core.network import SemanticBlur
+from semanticblur_core.training import finetune as finetuning
+from semanticblur_core.training import loop
 from semanticblur_core.training.loop import train
 
 
@@ -220,3 +226,97 @@ def test_a_run_that_python_began_is_resumed(
     )
     assert done.returncode == 0, done.stderr
     assert "start: Python" in done.stdout
+
+
+def _tiny(pair_folders: tuple[Path, Path], tmp_path: Path) -> tuple[str, ...]:
+    (tmp_path / "val.txt").write_text("photo0\n")
+    return (
+        *("train", f"--images={pair_folders[0]}", f"--masks={pair_folders[1]}"),
+        *(f"--val-split={tmp_path / 'val.txt'}", f"--output={tmp_path / 'run'}", "--device=cpu"),
+        *("--precision=float32", "--set=epochs=2", "--set=batch_size=2", "--set=image_size_px=48"),
+        "--network=backbone=resnet34",
+    )
+
+
+def test_a_stop_keeps_the_state_and_weights_say_what_they_saw(
+    pair_folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = _tiny(pair_folders, tmp_path)
+    whole = loop.train
+
+    def ended(*arguments: Any, **named: Any) -> Iterator[Any]:
+        updates = whole(*arguments, **named)
+        for update in updates:
+            if update.step == 4:
+                signal.raise_signal(signal.SIGTERM)
+            try:
+                yield update
+            except GeneratorExit:
+                updates.close()
+                raise
+
+    monkeypatch.setattr(loop, "train", ended)
+    done = run(*tiny, "--mask-polarity=sharp")
+    monkeypatch.undo()
+    assert done.returncode == 130
+    assert "stopped at step 4 of 6; --resume goes on" in done.stderr
+    again = run(*tiny, "--mask-polarity=sharp")
+    assert (again.returncode, "of an earlier run" in again.stderr) == (2, True)
+    resumed = run(
+        *(flag for flag in tiny if "network" not in flag), "--resume", "--mask-polarity=sharp"
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    info = weights.read_info(tmp_path / "run" / "best.safetensors")
+    assert info.architecture.backbone == "resnet34"
+    assert info.provenance["white_in_masks"] == "sharp"
+    assert len(info.provenance["data_sha256"]["validation"]) == 64
+    for name in ("last.ckpt", "history.csv"):
+        (tmp_path / "run" / name).unlink()
+    done = run(*tiny)
+    assert (done.returncode, "best.safetensors: of an earlier run" in done.stderr) == (2, True)
+    other = run(*tiny, "--network=backbone=alexnet")
+    assert (other.returncode, "expected one of vgg16" in other.stderr) == (2, True)
+
+
+def test_a_stop_of_finetuning_keeps_the_best_so_far(
+    store: AnnotationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = finetuning.finetune
+
+    def ended(*arguments: Any, **named: Any) -> Iterator[Any]:
+        for update in whole(*arguments, **named):
+            if update.step == 1 and update.phase == "training":
+                signal.raise_signal(signal.SIGINT)
+            yield update
+
+    monkeypatch.setattr(finetuning, "finetune", ended)
+    arguments = ["finetune", f"--data={store.folder}", f"--output={tmp_path / 'm.safetensors'}"]
+    arguments += ["--size=64", "--device=cpu", "--set=n_steps=50"]
+    for name in ("n_views", "n_replay", "replay_size", "batch_size"):
+        arguments.append(f"--set={name}=1")
+    done = run(*arguments)
+    assert (done.returncode, "the best so far is kept" in done.stderr) == (130, True), done.stderr
+    assert weights.read_info(tmp_path / "m.safetensors").provenance
+
+
+@pytest.mark.parametrize("size", ["64", "native"])
+def test_a_model_is_scored_at_the_size_asked_for(
+    pair_folders: tuple[Path, Path], random_weights: Path, tmp_path: Path, size: str
+) -> None:
+    made = (
+        *("eval", f"--images={pair_folders[0]}", f"--masks={pair_folders[1]}", "--device=cpu"),
+        *(f"--model={random_weights}", f"--json={tmp_path / 'e.json'}", f"--size={size}"),
+    )
+    done = run(*made)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert report["model_sha256"] == weights.read_info(random_weights).sha256
+    named = "squashed to 64 x 64" if size == "64" else "in tiles at their own size"
+    assert f"images {named}, maps" in report["protocol"]["analysis"]
+    detector = Detector(str(random_weights), device="cpu", precision="float32")
+    image = io.read_rgb8(pair_folders[0] / "photo0.png")
+    blur = detector.detect(
+        image, size=int(size) if size == "64" else "native", upsampling="nearest-exact"
+    )
+    mae = np.abs(blur - io.read_mask(pair_folders[1] / "photo0.png")).mean()
+    assert report["per_image"][0]["mae"] == pytest.approx(mae, abs=1e-5)

@@ -76,3 +76,27 @@ def test_the_training_split_of_cuhk_is_recognised(data_dir: Path) -> None:
     report = check(root / "images", root / "masks")
     assert report.known_set == "CUHK, the training split (white = blurred)"
     assert report.problems == []
+
+
+def test_deep_images_beside_a_folder_of_masks(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for folder in ("photos", "drawn"):
+        (tmp_path / folder).mkdir()
+    Image.fromarray(rng.integers(0, 60_000, (40, 40)).astype(np.uint16)).save(
+        tmp_path / "photos" / "a.png"
+    )
+    Image.fromarray(np.eye(40) > 0).save(tmp_path / "drawn" / "a.png")
+    assert find_folders(tmp_path) == (tmp_path / "photos", tmp_path / "drawn")
+
+
+def test_what_is_no_clear_mask_is_told_of(pair_folders: tuple[Path, Path]) -> None:
+    images, masks = pair_folders
+    grey = np.linspace(0, 255, 72 * 96).reshape(72, 96).astype(np.uint8)
+    Image.fromarray(grey).save(masks / "photo1.png")
+    (images / "more").mkdir()
+    Image.fromarray(grey).save(images / "more" / "x.png")
+    *_, (_, _, report) = check_data(images, masks)
+    assert report.n_pairs == 8
+    one, other = report.problems
+    assert "1 image in folders below it not read" in one
+    assert f"{masks / 'photo1.png'}: 76% of its pixels are neither near black" in other

@@ -1,5 +1,6 @@
 """Pairs, splits and augmentation."""
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from semanticblur_core.config import TrainConfig
 from semanticblur_core.data.datasets import (
     find_pairs,
     list_images,
+    note_subfolders,
     read_pair,
     read_split,
     select,
@@ -122,3 +124,25 @@ def test_of_masks_some_of_which_are_partial_the_others_are_labelled_everywhere()
     _, targets = augment([(image, whole), (image, partial)], config, rngs)
     expected = torch.stack([torch.cat([whole, whole * 0 + 255]), partial]) / 255
     assert torch.equal(targets, expected)
+
+
+def test_names_are_partners_in_either_form_of_unicode(pair_folders: tuple[Path, Path]) -> None:
+    images, masks = pair_folders
+    (images / "photo0.png").rename(images / unicodedata.normalize("NFC", "été.png"))
+    (masks / "photo0.png").rename(masks / unicodedata.normalize("NFD", "été.png"))
+    pairs = find_pairs(images, masks)
+    split = images.parent / "val.txt"
+    split.write_text(unicodedata.normalize("NFD", "été"), encoding="utf-8")
+    assert [pair.name for pair in select(pairs, read_split(str(split)))] == ["été"]
+    with pytest.raises(DataError, match=r"1 of 1 names are missing.*without extensions"):
+        select(pairs, ["photo1.png"])
+
+
+def test_images_below_a_folder_are_told_of(pair_folders: tuple[Path, Path]) -> None:
+    images, _ = pair_folders
+    assert note_subfolders(images) is None
+    (images / "more").mkdir()
+    (images / "photo7.png").rename(images / "more" / "photo7.png")
+    assert f"{images}: 1 image in folders below it not read, first more" in (
+        note_subfolders(images) or ""
+    )

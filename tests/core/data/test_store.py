@@ -537,3 +537,31 @@ def test_a_wrong_value_in_labels_is_told_of_and_makes_no_masks_of_them(tmp_path:
     masks = np.stack([np.zeros((8, 9), np.uint8), np.full((8, 9), 255, np.uint8)] * 3)
     tifffile.imwrite(tmp_path / "labels" / "b0.tif", masks, photometric="minisblack")
     assert not is_store(tmp_path)
+
+
+def test_marks_of_what_is_not_there_are_told(tmp_path: Path) -> None:
+    store = AnnotationStore(tmp_path, create=True)
+    store.write("a", strokes(), image=photo())
+    edit_index(tmp_path, "a.png", {"split": "val"})
+    with pytest.raises(DataError, match=r"a\.png is marked val.*without extensions"):
+        store.items()
+    problems: list[str] = []
+    assert [item.name for item in store.items(problems.append)] == ["a"]
+    assert len(problems) == 1
+    edit_index(tmp_path, "a.png", {"source": "somewhere"})
+    assert len(store.items()) == 1
+
+
+@pytest.mark.parametrize("colours", [[0, 0, 0, 255, 0, 0, 0, 255, 0], [0, 0, 0, 9, 9, 9, 8, 8, 8]])
+def test_labels_with_a_palette_are_its_indices(tmp_path: Path, colours: list[int]) -> None:
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    labels = strokes(2)
+    labels[10:12] = 1
+    image = Image.fromarray(labels, mode="P")
+    image.putpalette(colours)
+    image.save(tmp_path / "labels" / "a.png")
+    Image.fromarray(photo()).save(tmp_path / "images" / "a.png")
+    assert is_store(tmp_path)
+    [item] = read_store(tmp_path)
+    assert np.array_equal(item.labels, labels)

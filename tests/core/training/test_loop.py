@@ -1,10 +1,12 @@
 """Training: learns, resumes to the same weights, stops clearly."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,12 @@ from semanticblur_core.data.defocus import SharpImages
 from semanticblur_core.data.labels import LabelledImage
 from semanticblur_core.data.transforms import cutmix, normalise
 from semanticblur_core.device import DeviceChoice
-from semanticblur_core.errors import ConfigError, TrainingError
+from semanticblur_core.errors import ConfigError, DataError, TrainingError
+from semanticblur_core.losses import blur_loss
 from semanticblur_core.metrics import Scores
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.training import loader, loop
-from semanticblur_core.training.checkpoint import load_checkpoint
+from semanticblur_core.training.checkpoint import load_checkpoint, require_space
 from semanticblur_core.training.loader import make_batches
 from semanticblur_core.training.logs import draw_curves
 from semanticblur_core.training.loop import (
@@ -295,6 +298,7 @@ def test_out_of_memory_halves_the_batch_and_accumulates(
     assert len(updates) == 4
     assert all(np.isfinite(update.loss) for update in updates)
     _Small.most = 0
+    run.run_dir = tmp_path / "another"
     try:
         with pytest.raises(TrainingError, match="out of memory with 1 images at once"):
             run.updates()
@@ -660,7 +664,7 @@ def test_the_loss_is_read_once_a_batch(pairs: DecodedPairs, n_parts: int) -> Non
     model.eval()  # for BatchNorm's statistics would be those of a part
     [batch, *_] = make_batches(pairs, [], CONFIG, 0)
     with torch.no_grad():
-        expected = loop.blur_loss(model(normalise(batch[0])), batch[1]).total
+        expected = blur_loss(model(normalise(batch[0])), batch[1]).total
     with Operations() as operations:
         value, _ = backward(fabric, wrapped, optimizer, batch, CONFIG, n_parts)
     assert value == pytest.approx(float(expected), rel=1e-5)
@@ -737,3 +741,56 @@ def test_threads_that_feed_a_gpu_compute_alone() -> None:
             assert prepare is None
     finally:
         torch.set_num_threads(n_threads)
+
+
+def test_a_folder_holds_one_run(pairs: DecodedPairs, tmp_path: Path) -> None:
+    Run(pairs, tmp_path / "run").updates(epochs=1)
+    before = (tmp_path / "run" / "last.ckpt").read_bytes()
+    with pytest.raises(TrainingError, match=r"last\.ckpt: of an earlier run, --resume goes on"):
+        Run(pairs, tmp_path / "run").updates()
+    assert (tmp_path / "run" / "last.ckpt").read_bytes() == before
+    (tmp_path / "run" / "last.ckpt").unlink()
+    with pytest.raises(TrainingError, match=r"history\.csv: of an earlier run, without its state"):
+        Run(pairs, tmp_path / "run").updates()
+
+
+def test_two_runs_do_not_train_in_one_folder(pairs: DecodedPairs, tmp_path: Path) -> None:
+    def started() -> Generator[TrainUpdate]:
+        run = Run(pairs, tmp_path / "run")
+        return train(
+            *(run.model, pairs, run.validation, CONFIG),
+            run_dir=run.run_dir, device=CPU, save_best=run.keep,
+        )  # fmt: skip
+
+    with closing(started()) as first:
+        next(first)
+        with pytest.raises(DataError, match="run: is being trained in by process"):
+            next(started())
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"last.ckpt"}
+
+
+def test_a_run_that_is_closed_at_any_step_is_resumed(pairs: DecodedPairs, tmp_path: Path) -> None:
+    whole = Run(pairs, tmp_path / "whole")
+    whole.updates()
+    parts = Run(pairs, tmp_path / "parts")
+    updates = train(
+        *(parts.model, pairs, parts.validation, CONFIG),
+        run_dir=parts.run_dir, device=CPU, save_best=parts.keep,
+    )  # fmt: skip
+    assert next(updates).step == 1
+    torch.rand(3)  # the program's own
+    updates.close()
+    rest = Run(pairs, tmp_path / "parts").updates(resume=True)
+    assert [update.step for update in rest] == [2, 3, 4]
+    ends = [load_checkpoint(tmp_path / name / "last.ckpt") for name in ("whole", "parts")]
+    for key, tensor in ends[0]["averaged"].items():
+        assert torch.equal(tensor, ends[1]["averaged"][key]), key
+
+
+def test_room_for_the_states_is_looked_for_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=700 * 2**20))
+    require_space(tmp_path / "not" / "there", 20_000_000)
+    with pytest.raises(TrainingError, match="700 MiB free, and the states of a run take up to 763"):
+        require_space(tmp_path / "not" / "there", 25_000_000)
