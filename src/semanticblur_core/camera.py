@@ -27,6 +27,7 @@ _INSTALL = "pip install 'napari-semanticblur[camera]', or export it as JPEG or T
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 # Of the longer side of the raw image; a preview below it would hide what is slightly soft.
 _LEAST_PREVIEW = 0.5
+_MOST_DEFLATED = 1032
 _pillow_limit = threading.Lock()
 # Of metadata and the like in files that it reads all the same, not of bombs. For good: to do so for
 # a while is not safe in threads. At the end, so that every other filter of the process goes first.
@@ -48,19 +49,24 @@ def open_pillow(source: Path | io.BytesIO) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def refuse_lying_jpeg(path: Path, image: Image.Image, n_bytes: int) -> None:
-    """Refuse a JPEG of more blocks than fit in so many bytes; libjpeg would make them grey.
+def refuse_lying_picture(path: Path, image: Image.Image, n_bytes: int) -> None:
+    """Refuse a JPEG or PNG of more pixels than fit in so many bytes: readers would make them up.
 
     Raises
     ------
     ImageError
         If it is so.
     """
-    if image.format != "JPEG" or "progressive" in image.info:
+    if image.format == "PNG":
+        # Deflate takes a byte for at most 1032.
+        bits = {"1": 1, "L": 1, "P": 1, "LA": 16, "RGB": 24, "RGBA": 32}.get(image.mode, 16)
+        is_lying = image.width * image.height * bits / 8 > _MOST_DEFLATED * n_bytes
+    elif image.format == "JPEG" and "progressive" not in image.info:
+        # Baseline JPEG spends at least two bits on each block of 8 x 8 pixels.
+        is_lying = (image.width // 8) * (image.height // 8) * 2 > n_bytes * 8
+    else:
         return
-    # Baseline JPEG spends at least two bits on each block of 8 x 8 pixels.
-    n_blocks = (image.width // 8) * (image.height // 8)
-    if n_blocks * 2 > n_bytes * 8:
+    if is_lying:
         raise ImageError(
             f"{path}: truncated: {image.width} x {image.height} pixels do not fit in its "
             f"{n_bytes} bytes"
@@ -130,7 +136,7 @@ def _preview(raw: Any, path: Path, max_pixels: int) -> Image.Image | None:
         # Of the other kinds, bitmaps, none is large.
         with open_pillow(io.BytesIO(found.data)) as opened:
             disk.refuse_bomb(path, opened.width * opened.height, max_pixels)
-            refuse_lying_jpeg(path, opened, len(found.data))
+            refuse_lying_picture(path, opened, len(found.data))
             return ImageOps.exif_transpose(opened).convert("RGB")
     except Exception:  # LibRaw and Pillow raise many kinds
         return None

@@ -228,6 +228,10 @@ class TrainConfig(_Config):
             value = getattr(self, name)
             if not low <= value < 2**63:
                 raise ConfigError(f"{name}: expected a whole number of at least {low}, got {value}")
+        if self.image_size_px > MAX_SIZE_PX:
+            raise ConfigError(
+                f"image_size_px: expected at most {MAX_SIZE_PX}, got {self.image_size_px}"
+            )
         if self.accumulate > self.batch_size:
             raise ConfigError(
                 f"accumulate: expected at most batch_size {self.batch_size}, got {self.accumulate}"

@@ -15,7 +15,7 @@ from pathlib import Path
 from semanticblur_core.errors import ImageError
 
 # In place of a home folder where there is none: nothing is found in it, and nothing can be written.
-_NO_HOME = Path(os.devnull)
+_NO_HOME = Path(os.devnull, "no-home")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -154,7 +154,7 @@ def leave_behind(temporary: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = False, new: bool = False) -> Iterator[Path]:
     """A temporary name beside ``path`` that takes its place when the block succeeds.
 
     Parameters
@@ -165,9 +165,13 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     durable
         Wait until the content is on the disk before it takes its place, so that not even a power
         cut leaves an empty file.
+    new
+        Replace nothing.
 
     Raises
     ------
+    TakenError
+        If nothing is to be replaced, and there is a file.
     ImageError
         If the file cannot be written, with the system's reason.
     """
@@ -196,14 +200,44 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         if os.name == "posix":  # elsewhere what is read-only cannot be replaced
             with suppress(OSError):  # there is none yet
                 shutil.copymode(target, temporary)
-        temporary.replace(target)
+        if new:
+            put_new(temporary, target)
+        else:
+            temporary.replace(target)
         if durable:
             sync_folder(target.parent)
+    except TakenError:
+        raise
     except OSError as error:
         raise unwritable(path, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+class TakenError(FileExistsError):
+    """There is a file of the name that was to be new."""
+
+
+def put_new(temporary: Path, target: Path) -> None:
+    """Give a file a name that no other has; of several programs that try, one does.
+
+    Raises
+    ------
+    TakenError
+        If there is a file of that name.
+    OSError
+        If it cannot be written.
+    """
+    try:
+        target.hardlink_to(temporary)
+    except OSError as error:
+        if target.exists() or isinstance(error, FileExistsError):
+            raise TakenError(f"{target}: exists already") from None
+        # A disk without such links.
+        temporary.rename(target)
+    else:
+        temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -247,6 +281,7 @@ def require_file(path: Path) -> None:
     """
     if not path.is_file():
         what = "a link to a file that is not there" if path.is_symlink() else "no such file"
+        what = "a folder, a pipe or a device, and no file" if path.exists() else what
         raise ImageError(f"{path}: {what}")
     if path.stat().st_size == 0:
         raise ImageError(f"{path}: the file is empty (0 bytes)")

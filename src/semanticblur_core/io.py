@@ -41,6 +41,8 @@ ROUNDING = 1e-6
 _JPEG_NOISE = 30
 _FEW_VALUES = 4
 _NEARLY_WHITE = 225
+# OME-TIFF may state more planes than it holds, for they may lie in other files; not so many more.
+_MOST_PLANES = 1_000_000
 
 
 def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
@@ -393,7 +395,7 @@ def _read_pillow(path: Path, max_pixels: int) -> NDArray[Any]:
     try:
         with camera.open_pillow(path) as opened:
             disk.refuse_bomb(path, opened.width * opened.height, max_pixels)
-            camera.refuse_lying_jpeg(path, opened, path.stat().st_size)
+            camera.refuse_lying_picture(path, opened, path.stat().st_size)
             return _pillow_array(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
         if path.suffix.lower() in VIDEO_SUFFIXES:
@@ -506,6 +508,11 @@ def open_tiff(path: Path) -> Iterator[Any]:
             if len(following) < form.offsetsize:
                 break
             [offset] = struct.unpack(form.offsetformat, following)
+        if (n_stated := _ome_planes(tiff)) > max(_MOST_PLANES, 10 * len(seen)):
+            # tifffile would list them all.
+            raise ImageError(
+                f"{path}: damaged: states {n_stated} planes and holds {len(seen)} images"
+            )
         yield tiff
 
 

@@ -24,6 +24,8 @@ BLOCK_PX = 512
 LARGE_PLANE_PIXELS = 16_000_000
 COARSEST_SIDE_PX = 2048
 FEWEST_COLUMNS = 16
+_MOST_CRUMBS = 2**20
+_CRUMB_VALUES = 1024
 # By the number of axes, where a file does not name them.
 _USUAL_AXES = {2: "YX", 3: "ZYX", 4: "TZYX", 5: "TCZYX"}
 
@@ -595,6 +597,7 @@ def _open_zarr(path: Path, level: int) -> tuple[Any, str, Scale, int]:
     opened: Any = zarr.open(path, mode="r")
     if isinstance(opened, zarr.Array):
         _refuse_level(path, level)
+        _refuse_crumbs(path, opened)
         axes, scale = _described_above(path) or ("", Scale())
         if len(axes) == opened.ndim:
             return opened, axes, scale, 1
@@ -614,8 +617,20 @@ def _open_zarr(path: Path, level: int) -> tuple[Any, str, Scale, int]:
     if not 0 <= level < len(datasets):
         raise ImageError(f"{path}: expected a level of 0 to {len(datasets) - 1}, got {level}")
     array = opened[datasets[level]["path"]]
+    _refuse_crumbs(path, array)
     axes, scale = of_ngff(scales[0], datasets[level], attributes.get("omero"))
     return array, axes or _guess_axes(array.shape), scale, len(datasets)
+
+
+def _refuse_crumbs(path: Path, array: Any) -> None:
+    """Refuse so many chunks of so few values that reading them would take hours."""
+    lengths = zip(array.shape, array.chunks, strict=True)
+    n_chunks = math.prod(math.ceil(n / max(1, chunk)) for n, chunk in lengths)
+    if n_chunks > _MOST_CRUMBS and math.prod(array.chunks) < _CRUMB_VALUES:
+        raise ImageError(
+            f"{path}: {n_chunks:,} chunks of {array.chunks}, too many to be read; store it in "
+            "larger ones"
+        )
 
 
 def _described_above(path: Path) -> tuple[str, Scale] | None:

@@ -222,19 +222,27 @@ def read_info(path: str | Path) -> WeightsInfo:
                 f"{path}: weights of format version {version}; this release reads "
                 f"{FORMAT_VERSION}, so another release of napari-semanticblur is needed"
             )
+        sha256 = str(values["sha256"])
+        if not is_sha256(sha256):  # it names files
+            raise ValueError("its sha256 is none")
         return WeightsInfo(
             path=path,
             architecture=ModelConfig.from_dict(values["architecture"]),
             provenance=dict(values["provenance"]),
             metrics=dict(values["metrics"]),
             licence=str(values["licence"]),
-            sha256=str(values["sha256"]),
+            sha256=sha256,
             size_bytes=path.stat().st_size,
         )
     except (
         KeyError, TypeError, ValueError, AttributeError, RecursionError, ConfigError
     ) as error:  # fmt: skip
         raise WeightsError(f"{path}: damaged metadata: {error}") from error
+
+
+def is_sha256(text: str) -> bool:
+    """Whether it is a sha256 in hexadecimal."""
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
 def load(name: str | Path) -> tuple[SemanticBlur, WeightsInfo]:
@@ -258,7 +266,7 @@ def _build(info: WeightsInfo, tensors: dict[str, Tensor]) -> SemanticBlur:
     try:
         with torch.device("meta"):
             model = SemanticBlur(info.architecture)
-    except (RuntimeError, ValueError) as error:  # sizes that no memory holds
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:  # no memory holds it
         raise WeightsError(
             f"{info.path}: damaged metadata: {str(error).splitlines()[0]}"
         ) from error
@@ -298,6 +306,7 @@ def save(
     metrics: dict[str, Any],
     licence: str,
     half: bool = True,
+    new: bool = False,
 ) -> None:
     """Write a network's weights.
 
@@ -312,9 +321,13 @@ def save(
     half
         Store convolutions and linear layers as float16; vectors (batch normalisation, biases,
         fusion weights) always stay float32, because running variances leave float16's range.
+    new
+        Replace nothing.
 
     Raises
     ------
+    disk.TakenError
+        If the file is not to be replaced, and is there.
     WeightsError
         If a tensor is not finite or leaves float16's range, or what is said of it is no JSON.
     ImageError
@@ -350,7 +363,7 @@ def save(
         raise WeightsError(
             f"{path}: provenance, metrics or licence cannot be written as JSON: {error}"
         ) from error
-    with disk.replacing(path, durable=True) as temporary:
+    with disk.replacing(path, durable=True, new=new) as temporary:
         # Not save_file: it makes a file that nobody else may read.
         temporary.write_bytes(serialised(tensors, metadata={METADATA_KEY: text}))
 
@@ -363,15 +376,34 @@ def verify(name: str | Path) -> WeightsInfo:
     WeightsError
         If they differ, or as in `load`.
     """
+    info = read_verified(name)
+    _build(info, _read_tensors(info))
+    return info
+
+
+def read_verified(name: str | Path) -> WeightsInfo:
+    """Metadata of a model whose tensors are those of its sha256; loads no torch.
+
+    Raises
+    ------
+    WeightsError
+        If they are not, or as in `read_info`.
+    """
     info = read_info(resolve(name))
-    tensors = _read_tensors(info)
-    found = digest(tensors)
+    sha = hashlib.sha256()
+    with _open(info.path, framework="np") as handle:
+        try:
+            for key in sorted(handle.keys()):
+                array = handle.get_tensor(key)
+                _add_to_digest(sha, key, f"torch.{array.dtype}", array.shape, array.tobytes())
+        except (TypeError, ValueError, AttributeError) as error:  # of a type that numpy lacks
+            raise WeightsError(f"{info.path}: not tensors of this package: {error}") from error
+    found = sha.hexdigest()
     if found != info.sha256:
         raise WeightsError(
             f"{info.path}: the tensors do not match their sha256 (expected {info.sha256[:12]}..., "
             f"got {found[:12]}...): the file was changed or damaged"
         )
-    _build(info, tensors)
     return info
 
 
@@ -382,9 +414,14 @@ def digest(tensors: dict[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key].contiguous()
-        sha.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        _add_to_digest(sha, key, str(tensor.dtype), tuple(tensor.shape), content)
     return sha.hexdigest()
+
+
+def _add_to_digest(sha: Any, key: str, dtype: str, shape: tuple[int, ...], content: bytes) -> None:
+    sha.update(f"{key}|{dtype}|{shape}|".encode())
+    sha.update(content)
 
 
 def _is_counter(key: str) -> bool:

@@ -108,3 +108,20 @@ def test_a_file_that_is_replaced_stays_as_private_as_it_was(tmp_path: Path) -> N
     path.chmod(0o600)
     disk.write_text(path, "new")
     assert (path.read_text(), path.stat().st_mode & 0o777) == ("new", 0o600)
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_of_two_that_take_a_new_name_one_gets_it(
+    tmp_path: Path, has_links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failed(*_: object) -> None:
+        raise OSError("no such links here")
+
+    if not has_links:
+        monkeypatch.setattr(Path, "hardlink_to", failed)
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(name)
+    disk.put_new(tmp_path / "one", tmp_path / "m")
+    with pytest.raises(disk.TakenError):
+        disk.put_new(tmp_path / "two", tmp_path / "m")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"m": "one", "two": "two"}

@@ -1,6 +1,8 @@
 """Files that people have: kinds, depths, orientations, compressions, and broken ones."""
 
+import struct
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -329,3 +331,26 @@ def test_masks_with_smoothed_edges_and_noise_of_jpeg_are_masks(tmp_path: Path) -
     assert io.read_mask(tmp_path / "smooth.png").mean() == pytest.approx(0.385, abs=0.01)
     assert np.mean(io.read_mask(tmp_path / "disc.jpg") != disc) < 0.01
     assert not io.read_mask(tmp_path / "sharp.jpg").any()
+
+
+def test_a_png_that_promises_more_than_it_can_hold_is_refused(tmp_path: Path) -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(20_001)))
+        + chunk(b"IEND", b"")
+    )
+    with pytest.raises(ImageError, match="20000 x 20000 pixels do not fit in its"):
+        io.read_image(tmp_path / "bomb.png")
+    for mode in ("1", "L", "RGB", "I;16"):  # as small as they can be
+        Image.new(mode, (3000, 3000)).save(tmp_path / "black.png", optimize=True)
+        assert not io.read_image(tmp_path / "black.png").any()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any, Literal
@@ -772,3 +773,24 @@ def test_the_one_channel_has_a_name_too(tmp_path: Path) -> None:
         assert stack.channel("dapi") == "each"
         with pytest.raises(ImageError, match="'GFP': there is none"):
             stack.channel("GFP")
+
+
+def test_what_would_take_for_ever_is_refused_at_once(tmp_path: Path) -> None:
+    zarr.create_array(
+        tmp_path / "z.zarr", shape=(20_000, 20_000), chunks=(1, 1), dtype="uint8", zarr_format=2
+    )
+    with (
+        pytest.raises(ImageError, match="400,000,000 chunks of"),
+        stacks.open_stack(tmp_path / "z.zarr"),
+    ):
+        pass
+    plane = np.zeros((64, 64), np.uint8)
+    tifffile.imwrite(tmp_path / "s.ome.tif", plane, metadata={"axes": "YX"})
+    with tifffile.TiffFile(tmp_path / "s.ome.tif") as tiff:
+        xml = (tiff.ome_metadata or "").replace('SizeZ="1"', 'SizeZ="100000000"')
+    path = tmp_path / "s.tif"
+    tifffile.imwrite(path, plane, description=xml, metadata=None)
+    start = time.monotonic()
+    with pytest.raises(ImageError, match="states 100000000 planes"), stacks.open_stack(path):
+        pass
+    assert time.monotonic() - start < 5

@@ -10,9 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from semanticblur_core import Detector, weights
+from semanticblur_core import Detector, disk, weights
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import WeightsError
+from semanticblur_core.inference import choice
 from semanticblur_core.network import SemanticBlur
 
 
@@ -221,3 +222,48 @@ def test_names_that_differ_by_capitals_alone_are_refused(
     (tmp_path / "models" / "Cells@1.safetensors").touch()  # both are there already
     if len(weights.own_models()) == 2:
         assert weights.next_version("Cells").name == "Cells@2.safetensors"
+
+
+def _renamed(path: Path, target: Path, sha256: str) -> Path:
+    """A copy that says of itself to be other weights."""
+    with safe_open(path, framework="pt") as handle:
+        values = json.loads(handle.metadata()[weights.METADATA_KEY])
+    text = json.dumps(values | {"sha256": sha256})
+    save_file(load_file(path), target, metadata={weights.METADATA_KEY: text})
+    return target
+
+
+def test_digests_are_the_same_without_torch(random_weights: Path) -> None:
+    info = weights.read_verified(random_weights)
+    assert info.sha256 == weights.digest(load_file(random_weights))
+
+
+@pytest.mark.parametrize("sha256", ["../../pwn", "*", "A" * 64, "0" * 63, "0" * 64 + "\n"])
+def test_what_names_files_is_a_digest(random_weights: Path, tmp_path: Path, sha256: str) -> None:
+    path = _renamed(random_weights, tmp_path / "m.safetensors", sha256)
+    with pytest.raises(WeightsError, match="damaged metadata: its sha256 is none"):
+        weights.read_info(path)
+
+
+def test_weights_do_not_pass_for_others(
+    random_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEMANTICBLUR_HOME", str(tmp_path))
+    other = weights.read_info(weights.resolve("default")).sha256
+    path = _renamed(random_weights, tmp_path / "m.safetensors", other)
+    exported = choice.exported_file(other)
+    exported.parent.mkdir(parents=True)
+    exported.write_bytes(b"of the default")
+    with pytest.raises(WeightsError, match="do not match their sha256"):
+        choice.ensure_exported(str(path))
+    assert choice.ensure_exported("default") == exported
+
+
+def test_nothing_is_replaced_by_what_is_to_be_new(random_weights: Path, tmp_path: Path) -> None:
+    model, _ = weights.load(random_weights)
+    path = tmp_path / "m@1.safetensors"
+    weights.save(path, model, provenance={}, metrics={}, licence="x", new=True)
+    before = path.read_bytes()
+    with pytest.raises(disk.TakenError):
+        weights.save(path, model, provenance={"a": 1}, metrics={}, licence="x", new=True)
+    assert (path.read_bytes(), len(list(tmp_path.iterdir()))) == (before, 1)

@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from semanticblur_core import __version__
+from semanticblur_core.cli._echo import echo
 from semanticblur_core.errors import SemanticBlurError, quieten_readers
 
 _COMMANDS = {
@@ -87,7 +88,7 @@ class _Echo(logging.Handler):
     """What the library tells of long work, on the error stream."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"semanticblur-core: {record.getMessage()}", err=True)
+        echo(f"semanticblur-core: {record.getMessage()}", err=True)
 
 
 def _is_torch_out_of_memory(error: Exception) -> bool:
@@ -116,23 +117,23 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except click.Abort:
-        click.echo("semanticblur-core: stopped", err=True)
+        echo("semanticblur-core: stopped", err=True)
         sys.exit(130)
     except SemanticBlurError as error:
-        click.echo(f"semanticblur-core: {error}", err=True)
+        echo(f"semanticblur-core: {error}", err=True)
         sys.exit(2)
     except MemoryError:
-        click.echo("semanticblur-core: out of memory; a smaller size takes less", err=True)
+        echo("semanticblur-core: out of memory; a smaller size takes less", err=True)
         sys.exit(2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        click.echo(f"semanticblur-core: {where}{error.strerror or error}", err=True)
+        echo(f"semanticblur-core: {where}{error.strerror or error}", err=True)
         sys.exit(2)
     except Exception as error:  # of a kind nobody foresaw; 1 would say that a gate failed
         if _is_torch_out_of_memory(error):
-            click.echo("semanticblur-core: out of memory; a smaller size takes less", err=True)
+            echo("semanticblur-core: out of memory; a smaller size takes less", err=True)
             sys.exit(2)
         traceback.print_exc()
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        click.echo(f"semanticblur-core: unexpected {reason}", err=True)
+        echo(f"semanticblur-core: unexpected {reason}", err=True)
         sys.exit(2)

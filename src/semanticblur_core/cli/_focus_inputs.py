@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from semanticblur_core.cli._echo import echo
 from semanticblur_core.cli._options import progress_bar
 
 if TYPE_CHECKING:
@@ -309,7 +310,7 @@ def find_sources(
     ):
         if left_out:
             n_files = f"{len(left_out)} file{'s' * (len(left_out) != 1)}"
-            click.echo(
+            echo(
                 f"semanticblur-core: {n_files} left out as {what}, first {left_out[0]}; named as "
                 "inputs they are measured",
                 err=True,
@@ -317,7 +318,7 @@ def find_sources(
     if found and (problems is None or not sources):
         raise ImageError(found[0])
     for line in found:
-        click.echo(f"semanticblur-core: {line}", err=True)
+        echo(f"semanticblur-core: {line}", err=True)
     if problems is not None:
         problems += found
     return list(sources.values())

@@ -10,9 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from semanticblur_core import disk
+from semanticblur_core.cli._echo import echo
 from semanticblur_core.cli._options import progress_bar, say, warn_of_squashing
 from semanticblur_core.cli._stop import Stop
 
@@ -103,7 +102,7 @@ class Results:
                 self._write(json_file, csv_file)
                 if not self._finished and self._n_new:
                     resumed = "; --resume goes on" if json_file and not self._opened else ""
-                    click.echo(f"semanticblur-core: {self._how_far()}{resumed}", err=True)
+                    echo(f"semanticblur-core: {self._how_far()}{resumed}", err=True)
         for part in parts:
             disk.remove_if_stale(part)
 
@@ -173,7 +172,7 @@ class Results:
             else:
                 self._add(judge(image, self._options.gates), html, is_new=False)
         if self._earlier.n_lacking:
-            click.echo(
+            echo(
                 f"semanticblur-core: {self._earlier.n_lacking} measured again: without a picture "
                 "in the report that is there, or a mask in that folder",
                 err=True,
@@ -258,19 +257,17 @@ class Results:
             if image.scores is not None:
                 word = f"{'passed' if image.passed else 'FAILED'}, " if self._gated else ""
                 why = f" ({'; '.join(image.failed_gates)})" if image.failed_gates else ""
-                click.echo(f"{self._name(image)}: {word}{_described(image.scores)}{why}")
+                echo(f"{self._name(image)}: {word}{_described(image.scores)}{why}")
         if self._keep_best:
             kept = [self._name(image) for image in self._kept()]
             few = " (no others passed)" if self._gated and len(kept) < self._keep_best else ""
-            click.echo(f"kept: {', '.join(kept) or 'none'}{few}")
+            echo(f"kept: {', '.join(kept) or 'none'}{few}")
         for one in self._stack_rows().get("stacks", []):
             at = "".join(f" at {axis}={i}" for axis, i in one["at"].items())
             best = one["best_plane"]
-            click.echo(
-                f"best plane{at}: {best['name']} (index {best['index']}, peak {one['peak']:.2f})"
-            )
+            echo(f"best plane{at}: {best['name']} (index {best['index']}, peak {one['peak']:.2f})")
         for row in self._plane_rows():
-            click.echo(_described_plane(row, self._gated))
+            echo(_described_plane(row, self._gated))
         n_read = len(self.images) - self.n_failed
         kind = "field" if self._cut_planes else "plane" if self._opened else "image"
         text = f"{n_read} {kind}{'s' * (n_read != 1)}"
@@ -281,7 +278,7 @@ class Results:
             judged = self._judged()
             kind = "best planes" if self._opened else f"{kind}s"
             text += f"; {sum(image.passed for image in judged)} of {len(judged)} {kind} passed"
-        click.echo(text)
+        echo(text)
 
     def _ordered(self) -> list[ImageFocus]:
         from semanticblur_core.focus.report import ranked
@@ -295,9 +292,9 @@ class Results:
         from semanticblur_core.focus.report import ranked
 
         if self._sort:
-            click.echo(f"the first {_PRINTED} by {self._sort}:")
+            echo(f"the first {_PRINTED} by {self._sort}:")
             return self._ordered()[:_PRINTED]
-        click.echo(f"the {_PRINTED} worst:")
+        echo(f"the {_PRINTED} worst:")
         return ranked(self._readable, "in_focus_fraction")[:_PRINTED]
 
     def _kept(self) -> list[ImageFocus]:
@@ -400,7 +397,7 @@ def write_composite(
     place = collected.walked_axes.index(along)
     readable = [source for source in opened.sources if source.index in collected.planes]
     if n_lost := len(opened.sources) - len(readable):
-        click.echo(
+        echo(
             f"semanticblur-core: composed without what cannot be read ({n_lost} of "
             f"{len(opened.sources)} planes)",
             err=True,
@@ -423,4 +420,4 @@ def write_composite(
         io.write_image(composite, last.composite, scale=opened.scale)
     if depth and last.depth is not None:
         io.write_image(depth, last.depth, scale=opened.scale)
-    click.echo(f"all in focus -> {', '.join(str(path) for path in (composite, depth) if path)}")
+    echo(f"all in focus -> {', '.join(str(path) for path in (composite, depth) if path)}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from semanticblur_core.cli._echo import echo, readable
 from semanticblur_core.config import MAX_SIZE_PX, MIN_SIZE_PX
 
 if TYPE_CHECKING:
@@ -318,10 +319,10 @@ def say(progress: Progress, text: str, *, err: bool = False) -> None:
     """Print a line while a bar is shown: above it where both are on one terminal."""
     if progress.console.is_terminal and (err or sys.stdout.isatty()):
         # Names of files may hold bytes that are no text.
-        text = text.encode("utf-8", "replace").decode()
+        text = readable(text.encode("utf-8", "replace").decode())
         progress.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
     else:
-        click.echo(text, err=err)
+        echo(text, err=err)
 
 
 def warn_of_squashing(progress: Progress, name: str, width: int, height: int) -> None:

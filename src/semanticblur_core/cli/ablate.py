@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from semanticblur_core.cli._echo import echo
 from semanticblur_core.cli._options import (
     PathType,
     device_option,
@@ -115,8 +116,8 @@ def command(
                 say(progress, f"{update.name}: MAE {update.row.mae:.4f}")
     n_steps = config.epochs * count_steps(training, config)
     budget = _budget(config, len(training), n_steps, len(held_out))
-    click.echo(f"\ntable {table}; {budget}")
-    click.echo(f"protocol of ours: {VALIDATION_PROTOCOL.describe()}")
+    echo(f"\ntable {table}; {budget}")
+    echo(f"protocol of ours: {VALIDATION_PROTOCOL.describe()}")
     _print(rows, PUBLISHED_ON[table], val_split)
     report = {
         "table": table,
@@ -151,11 +152,11 @@ def _budget(config: TrainConfig, n_training: int, n_steps: int, n_held_out: int)
 
 def _print(rows: list[AblationRow], published_on: str, val_split: str) -> None:
     ours = f"ours, {val_split}"
-    click.echo(f"  {'':<26}{ours:^24}{'published, ' + published_on:^24}")
+    echo(f"  {'':<26}{ours:^24}{'published, ' + published_on:^24}")
     header = f"{'MAE':>8}{'F-beta':>8}{'IoU':>8}"
-    click.echo(f"  {'':<26}{header}{header}{'M param.':>10}  start")
+    echo(f"  {'':<26}{header}{header}{'M param.':>10}  start")
     for row in rows:
         numbers = "".join(f"{value:8.3f}" for value in (row.mae, row.f_beta, row.iou))
         theirs = "".join(f"{value:8.3f}" for value in row.published)
-        click.echo(f"  {row.name:<26}{numbers}{theirs}{row.n_parameters / 1e6:10.2f}  {row.start}")
-    click.echo("  not comparable by column: other photographs, another budget; compare the rows")
+        echo(f"  {row.name:<26}{numbers}{theirs}{row.n_parameters / 1e6:10.2f}  {row.start}")
+    echo("  not comparable by column: other photographs, another budget; compare the rows")

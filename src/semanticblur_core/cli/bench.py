@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from semanticblur_core.cli._echo import echo
 from semanticblur_core.cli._options import (
     ListType,
     PathType,
@@ -83,7 +84,7 @@ def bench_model(
     )
     result = _run(measuring)
     for timing in result["timings"]:
-        click.echo(
+        echo(
             f"{timing['precision']}: network {timing['network_ms']:.0f} ms, bare ResNet-50 "
             f"{timing['backbone_ms']:.0f} ms, ratio {timing['ratio']:.2f} (medians of "
             f"{timing['n_rounds']} rounds in turn, {size_px} x {size_px} px, batch {batch_size}, "
@@ -95,7 +96,7 @@ def bench_model(
             f"{timing['limit_tflops']:.3g}"
         )
     counts = result["n_parameters"]
-    click.echo(
+    echo(
         f"parameters: {counts['total'] / 1e6:.2f} M in all, {counts['backbone'] / 1e6:.2f} M "
         f"backbone, {counts['channel_attention'] / 1e6:.3f} M channel attention"
     )
@@ -138,10 +139,10 @@ def bench_backends(
     measuring = choice.measure_backends(model, device=device, size_px=size_px, n_rounds=n_rounds)
     for speed in measuring:
         if isinstance(speed, SemanticBlurError):
-            click.echo(f"{speed}")
+            echo(f"{speed}")
             continue
         alone.append(dataclasses.asdict(speed))
-        click.echo(
+        echo(
             f"{speed.backend}: {speed.startup_s:.1f} s to the first map, "
             f"{speed.seconds_per_image * 1e3:.0f} ms for each more ({speed.precision}, "
             f"{speed.device})"
@@ -149,12 +150,12 @@ def bench_backends(
     result = _run(
         benchmarks_inference.bench_backends(size_px=size_px, n_rounds=n_rounds, model=model)
     )
-    click.echo(
+    echo(
         f"In turn with the bare ResNet-50 in bfloat16, {result['n_threads']} threads, "
         f"medians of {n_rounds} rounds:"
     )
     for name, values in result["backends"].items():
-        click.echo(
+        echo(
             f"  {name}: {values['error']}"
             if "error" in values
             else f"  {name}: {values['ms']:.0f} ms in {values['precision']}, backbone "
@@ -165,15 +166,15 @@ def bench_backends(
     picks = {}
     scatter = max((speed["scatter"] for speed in alone), default=0.0)
     if scatter > choice.MOST_SCATTER:
-        click.echo(f"Not remembered: times scattered by {scatter:.0%}; run it on an idle machine")
+        echo(f"Not remembered: times scattered by {scatter:.0%}; run it on an idle machine")
     elif size_px == choice.REMEMBERED_SIZE_PX:
         info = weights.read_info(weights.resolve(model))
         for n in (1, 10, 100, 1000, 10000):
             picks[n] = choice.pick_backend(info, n, device=device)[0]
         picked = ", ".join(f"{backend} for {n}" for n, backend in picks.items())
-        click.echo(f"Detector takes {picked} images")
+        echo(f"Detector takes {picked} images")
     else:
-        click.echo(f"Not remembered: Detector goes by times at {choice.REMEMBERED_SIZE_PX} px")
+        echo(f"Not remembered: Detector goes by times at {choice.REMEMBERED_SIZE_PX} px")
     if json_path is not None:
         document = {**result, "alone": alone, "picks": picks}
         disk.write_text(json_path, json.dumps(document, indent=1) + "\n")
@@ -206,14 +207,14 @@ def bench_image(
             megapixels=megapixels, n_rounds=n_rounds, detector=detector, size=size
         )
     )
-    click.echo(
+    echo(
         f"{megapixels:g} megapixels, size {size}, {detector.backend} in {detector.precision} on "
         f"{detector.device}, medians of {n_rounds} rounds:"
     )
     for name, seconds in result["seconds"].items():
-        click.echo(f"  {name}: {seconds:.2f} s")
+        echo(f"  {name}: {seconds:.2f} s")
     if result["peak_memory_mib"]:
-        click.echo(f"  at most {result['peak_memory_mib']:.0f} MiB of memory")
+        echo(f"  at most {result['peak_memory_mib']:.0f} MiB of memory")
     if json_path is not None:
         disk.write_text(json_path, json.dumps(result, indent=1) + "\n")
 
@@ -233,7 +234,7 @@ def bench_batch(
 
     detector = Detector(model, device=device, backend=backend, n_images=n_images)
     result = _run(benchmarks_inference.bench_batch(n_images=n_images, detector=detector))
-    click.echo(
+    echo(
         f"{n_images} photographs of 1 megapixel: {result['images_per_s']:.2f} images/s "
         f"({detector.backend} in {detector.precision} on {detector.device})"
     )
@@ -290,7 +291,7 @@ def bench_train(
     )
     result = _run(measuring)
     speed = result["images_per_s"]
-    click.echo(
+    echo(
         f"recipe {recipe}, {result['precision']} on {result['device']}, {result['n_threads']} "
         f"threads, medians of {n_rounds} rounds in turn:\n"
         f"  loader alone {speed['loader']:.1f} images/s, {result['loader_over_model']:.1f} times "

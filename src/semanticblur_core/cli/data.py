@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from semanticblur_core.cli._echo import echo
 from semanticblur_core.cli._options import (
     PathType,
     mask_polarity_option,
@@ -70,25 +71,25 @@ def check(
             n_done, n_total, report = state
             progress.update(task, completed=n_done, total=n_total)
     assert report is not None
-    click.echo(f"images: {images}\nmasks: {masks}")
+    echo(f"images: {images}\nmasks: {masks}")
     known = report.known_set or "none that is known here by its number"
-    click.echo(f"pairs: {report.n_pairs}; known set: {known}")
+    echo(f"pairs: {report.n_pairs}; known set: {known}")
     common = ", ".join(f"{size} ({count})" for size, count in report.sizes.most_common(_N_LISTED))
-    click.echo(f"sizes: {common}{', ...' if len(report.sizes) > _N_LISTED else ''}")
-    click.echo(f"polarity in force: white = {mask_polarity}")
+    echo(f"sizes: {common}{', ...' if len(report.sizes) > _N_LISTED else ''}")
+    echo(f"polarity in force: white = {mask_polarity}")
     if report.blurred_fraction:
         shares = list(report.blurred_fraction.values())
-        click.echo(
+        echo(
             f"blurred: mean {statistics.mean(shares):.1%}, from {min(shares):.1%} to "
             f"{max(shares):.1%}; {len(report.one_class)} masks of one class"
         )
-    click.echo(f"duplicates: {len(report.duplicates)} groups of images that look the same")
+    echo(f"duplicates: {len(report.duplicates)} groups of images that look the same")
     for group in report.duplicates[:_N_LISTED]:
-        click.echo(f"  {', '.join(group)}")
+        echo(f"  {', '.join(group)}")
     if json_file:
         disk.write_text(json_file, json.dumps(report.to_dict(), indent=1) + "\n")
     for problem in report.problems:
-        click.echo(f"semanticblur-core: {problem}", err=True)
+        echo(f"semanticblur-core: {problem}", err=True)
     if report.problems:
         raise SystemExit(2)
 
@@ -99,11 +100,11 @@ def _check_store(folder: Path, json_file: Path | None) -> None:
 
     refuse_clashes({"--json": json_file}, folder.rglob("*"))
     rows, problems = check_store(folder)
-    click.echo(f"annotation store: {folder}\nlabelled images: {len(rows)}")
+    echo(f"annotation store: {folder}\nlabelled images: {len(rows)}")
     for row in rows:
         size = " x ".join(map(str, row["shape"]))
         split = f", {row['split']}" if row["split"] else ""
-        click.echo(
+        echo(
             f"  {row['name']}: {size} px, sharp {row['sharp']:.2%}, blurred "
             f"{row['blurred']:.2%}{split}"
         )
@@ -111,6 +112,6 @@ def _check_store(folder: Path, json_file: Path | None) -> None:
         report = {"store": str(folder), "items": rows, "problems": problems}
         disk.write_text(json_file, json.dumps(report, indent=1) + "\n")
     for problem in problems:
-        click.echo(f"semanticblur-core: {problem}", err=True)
+        echo(f"semanticblur-core: {problem}", err=True)
     if problems:
         raise SystemExit(2)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from semanticblur_core.cli._echo import echo
 from semanticblur_core.cli._options import (
     ChannelsType,
     ListType,
@@ -273,16 +274,16 @@ def command(
                 f"{flag}={path}: exists already; --resume goes on with it, --overwrite replaces it"
             )
     for problem in problems:
-        click.echo(f"semanticblur-core: {problem}", err=True)
+        echo(f"semanticblur-core: {problem}", err=True)
     if left_out:
-        click.echo(
+        echo(
             f"{len(left_out)} file{'s' * (len(left_out) != 1)} left out, named as masks or maps "
             f"of others, first {left_out[0]}; named as inputs they are detected"
         )
 
     if scheduler is None and workers > len(jobs):
         n = max(1, len(jobs))
-        click.echo(f"{n} file{'s' * (n != 1)}: {n} worker{'s' * (n != 1)}, one does whole files")
+        echo(f"{n} file{'s' * (n != 1)}: {n} worker{'s' * (n != 1)}, one does whole files")
         workers = n
     if scheduler is not None and Path(model).is_file():
         model = str(Path(model).absolute())  # workers are in folders of their own
@@ -371,7 +372,7 @@ def command(
             _tell_of_unknown(table.n_unknown, table_path)
     if len(jobs) > 1:
         kept = f", {n_skipped} of them before" if n_skipped else ""
-        click.echo(f"{len(jobs) - n_failed} of {len(jobs)} images done{kept} ({detector.reason})")
+        echo(f"{len(jobs) - n_failed} of {len(jobs)} images done{kept} ({detector.reason})")
     if n_failed or problems:
         raise SystemExit(2)
 
@@ -385,7 +386,7 @@ def _open_cluster(
         return DetectionCluster(make, n_workers=workers)
     cluster = DetectionCluster(make, scheduler=scheduler)
     n_threads = cluster.count_threads()
-    click.echo(
+    echo(
         f"{n_threads} worker threads at {scheduler}"
         if n_threads
         else f"no worker at {scheduler} yet, waiting for one"
@@ -520,14 +521,14 @@ def _of_stacks(options: DetectOptions) -> dict[str, Any]:
 
 
 def _tell_of_unknown(n_files: int, place: Path) -> None:
-    click.echo(
+    echo(
         f"{n_files} of the files done before have no numbers in {place}: the run that made them "
         "was ended before it told of them; --overwrite measures anew"
     )
 
 
 def _tell_of_other_settings(n_files: int, kept_in: Path | None) -> None:
-    click.echo(
+    echo(
         f"{n_files} of the files done before were made with other settings, which {kept_in} keeps "
         "beside each"
     )
@@ -570,5 +571,5 @@ def _read_images(path: Path) -> dict[str, dict[str, Any]]:
         images = document["images"]
         common = {name: document.get(name) for name in ("model_sha256", "protocol")}
         return {place(image["input"]): common | image for image in images if "outputs" in image}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from semanticblur_core.cli._echo import echo
 from semanticblur_core.cli._options import (
     PathType,
     SizeType,
@@ -193,7 +194,7 @@ def command(
     names = read_split(split) if split else None
     pairs, problems = match(sources, masks, names, maps=maps is not None)
     if below := note_subfolders(sources):
-        click.echo(f"semanticblur-core: {below}", err=True)
+        echo(f"semanticblur-core: {below}", err=True)
     refuse_clashes(
         {"--json": json_file, "--csv": csv_file},
         (path for pair in pairs for path in (pair.image, pair.mask)),
@@ -237,7 +238,7 @@ def command(
     analysis += f"; masks: white = {mask_polarity}"
     evaluator = Evaluator(protocol, positive=positive, analysis=analysis)
     for problem in problems:
-        click.echo(f"semanticblur-core: {problem}", err=True)
+        echo(f"semanticblur-core: {problem}", err=True)
     n_failed = len(problems)
     updates = evaluate(
         pairs,
@@ -257,11 +258,11 @@ def command(
             if update.note:
                 say(progress, f"semanticblur-core: {update.note}", err=True)
     if n_failed == len(problems) + len(pairs):
-        click.echo("semanticblur-core: nothing could be scored", err=True)
+        echo("semanticblur-core: nothing could be scored", err=True)
         raise SystemExit(2)
     result = evaluator.result()
     if evaluator.largest <= 0.5:
-        click.echo(
+        echo(
             f"semanticblur-core: no map has a value above {evaluator.largest:.3g} of 1, so nothing "
             "is called blurred; integers are divided by the largest value of their type",
             err=True,
@@ -293,7 +294,7 @@ def command(
             mask_is_blur=mask_polarity == "blur",
             images=found,
         )
-        click.echo(f"plots in {plots}")
+        echo(f"plots in {plots}")
     if n_failed:
         raise SystemExit(2)
 
@@ -328,7 +329,7 @@ def _eval_store(
     protocol = replace(PROTOCOL, analysis=f"{PROTOCOL.analysis}; images {how}; {where}")
     scorer = BlurScorer(protocol)
     for problem in problems:
-        click.echo(f"semanticblur-core: {problem}", err=True)
+        echo(f"semanticblur-core: {problem}", err=True)
     with progress_bar() as progress:
         for item in progress.track(items, description="Scoring"):
             try:
@@ -350,10 +351,10 @@ def _eval_store(
         found = "nothing could be scored" if problems else "nothing in it is labelled yet"
         raise DataError(f"{data}: {found}")
     scores = scorer.result()
-    click.echo(f"model {model}: {scores.n_images} images of {data}")
-    click.echo(f"protocol: {protocol.describe()}")
+    echo(f"model {model}: {scores.n_images} images of {data}")
+    echo(f"protocol: {protocol.describe()}")
     for name, value in (("MAE", scores.mae), ("F-beta", scores.f_beta), ("IoU", scores.iou)):
-        click.echo(f"  {name:<28}{value:.4f}")
+        echo(f"  {name:<28}{value:.4f}")
     if json_file:
         rows = [score.to_dict() for score in scorer.images]
         report = scores.to_dict() | {"method": f"model {model}", "per_image": rows}
@@ -405,14 +406,14 @@ def _read_as_large_as_mask(pair: Pair) -> NDArray[Any]:
 
 
 def _print_table(result: Evaluation, protocol: str, method: str) -> None:
-    click.echo(f"{method}: {result.n_images} images")
-    click.echo(f"protocol: {protocol}")
+    echo(f"{method}: {result.n_images} images")
+    echo(f"protocol: {protocol}")
     if result.protocol["resized"]:
-        click.echo(f"{result.protocol['resized']} maps were brought to their mask's size")
+        echo(f"{result.protocol['resized']} maps were brought to their mask's size")
     rows = {"MAE": result.mae, "F-beta": result.f_beta, "IoU": result.iou}
     rows |= {name.replace("_", " "): value for name, value in result.wider.items()}
     for name, value in rows.items():
-        click.echo(f"  {name:<28}{value:.4f}")
+        echo(f"  {name:<28}{value:.4f}")
 
 
 def _print_comparison(result: Evaluation, data_set: str, method: str) -> None:
@@ -434,12 +435,12 @@ def _print_comparison(result: Evaluation, data_set: str, method: str) -> None:
         origin += f" (NOT comparable: protocol {name}, {positive} positive)"
     table.append(line("this result", mine, origin))
     missing = [name for name, values in rows(data_set) if values is None]
-    click.echo(f"\n  {data_set.upper() + ', by MAE':<28}{'MAE':>8}{'F-beta':>8}{'IoU':>8}")
+    echo(f"\n  {data_set.upper() + ', by MAE':<28}{'MAE':>8}{'F-beta':>8}{'IoU':>8}")
     for _, text in sorted(table):
-        click.echo(text)
+        echo(text)
     if missing:
-        click.echo(f"  no figures published: {', '.join(missing)}")
-    click.echo("  quoted: from the papers, each under its own protocol")
+        echo(f"  no figures published: {', '.join(missing)}")
+    echo("  quoted: from the papers, each under its own protocol")
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from semanticblur_core.cli._echo import echo
 from semanticblur_core.cli._options import PathType
 
 
@@ -45,13 +46,11 @@ def command(model: str, form: str, output: Path, overwrite: bool) -> None:
     if output.exists() and not (overwrite and form == "onnx"):
         hint = "; --overwrite replaces it" if form == "onnx" else "; name a new folder"
         raise SemanticBlurError(f"{output}: exists already{hint}")
-    click.echo(f"Exporting model {model}, about half a minute ...")
+    echo(f"Exporting model {model}, about half a minute ...")
     if form == "onnx":
         difference = export.export_onnx(model, output)
         size = f"{output.stat().st_size / 1e6:.0f} MB, "
     else:
         difference = export.export_bioimageio(model, output)
         size = ""
-    click.echo(
-        f"{output}: {size}opset {export.OPSET}, largest difference from torch {difference:.1g}"
-    )
+    echo(f"{output}: {size}opset {export.OPSET}, largest difference from torch {difference:.1g}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from semanticblur_core.cli._echo import echo
 from semanticblur_core.cli._options import (
     PathType,
     SizeType,
@@ -139,8 +140,8 @@ def command(
         return
     share = sum(int((image.labels > 0).sum()) for image in labelled)
     share_text = f"{share / sum(image.labels.size for image in labelled):.1%}"
-    click.echo(f"{len(labelled)} images, {share_text} of their pixels labelled")
-    click.echo(f"budget {budget}: {json.dumps(config.to_dict())}")
+    echo(f"{len(labelled)} images, {share_text} of their pixels labelled")
+    echo(f"budget {budget}: {json.dumps(config.to_dict())}")
     update = None
     stop = Stop(at_steps=True)
     with progress_bar() as progress, stop.heeded():
@@ -176,7 +177,7 @@ def command(
     if json_file:
         disk.write_text(json_file, json.dumps(update.result.to_dict(), indent=1) + "\n")
     if stop.is_asked_for:
-        click.echo("semanticblur-core: stopped; the best so far is kept", err=True)
+        echo("semanticblur-core: stopped; the best so far is kept", err=True)
         raise SystemExit(130)
     if not update.result.is_better:
         raise SystemExit(1)
@@ -197,17 +198,17 @@ def _report(folder: Path, labelled: list[LabelledImage], **settings: Any) -> Non
 
 def _print(result: FinetuneResult) -> None:
     held_out = result.held_out or "NONE: too few strokes, so these are the ones trained on"
-    click.echo(f"held out: {held_out}\nprotocol: {result.after.protocol.describe()}")
-    click.echo(f"  {'':<24}{'before':>8}{'after':>8}")
+    echo(f"held out: {held_out}\nprotocol: {result.after.protocol.describe()}")
+    echo(f"  {'':<24}{'before':>8}{'after':>8}")
     for name, key in (("MAE", "mae"), ("F-beta", "f_beta"), ("IoU", "iou")):
         before, after = (getattr(scores, key) for scores in (result.before, result.after))
-        click.echo(f"  {name:<24}{before:8.4f}{after:8.4f}")
-    click.echo(
+        echo(f"  {name:<24}{before:8.4f}{after:8.4f}")
+    echo(
         f"  {'MAE, generated photos':<24}{result.forgetting_before:8.4f}"
         f"{result.forgetting_after:8.4f}"
     )
     if not result.has_improved:
-        click.echo("NOT better than before on these labels, by 0.002 or more; keep the base model")
+        echo("NOT better than before on these labels, by 0.002 or more; keep the base model")
     elif result.has_forgotten:
-        click.echo("photographs were FORGOTTEN in part; use it for images like yours only")
-    click.echo(f"{result.path}: use it as --model={shlex.quote(result.model or str(result.path))}")
+        echo("photographs were FORGOTTEN in part; use it for images like yours only")
+    echo(f"{result.path}: use it as --model={shlex.quote(result.model or str(result.path))}")

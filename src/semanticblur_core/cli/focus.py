@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from semanticblur_core.cli._echo import echo
 from semanticblur_core.cli._focus_inputs import Part, find_sources, open_stack
 from semanticblur_core.cli._focus_results import Results, write_composite
 from semanticblur_core.cli._options import (
@@ -292,7 +293,7 @@ def calibrate_command(
     found = calibration.calibrate(*examples, protocol=protocol, score=score)
     replaces = ", in place of an earlier one" if path.exists() else ""
     calibration.save(found, path)
-    click.echo(
+    echo(
         f"{found.gate.describe()}, from {found.n_good} good and {found.n_bad} bad examples: AUC "
         f"{found.auc:.3f}, {found.accuracy:.1%} right when each is left out in turn -> "
         f"{path}{replaces}"

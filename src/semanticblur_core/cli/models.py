@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from semanticblur_core import weights
+from semanticblur_core.cli._echo import echo
 from semanticblur_core.metrics import Protocol
 
 
@@ -23,15 +24,15 @@ def list_models() -> None:
     for name in weights.PACKAGED:
         info = weights.read_info(weights.resolve(name))
         metrics = info.metrics
-        click.echo(
+        echo(
             f"{name}: {info.architecture.backbone}, {info.size_bytes / 1e6:.1f} MB, MAE "
             f"{metrics['mae']:.3f}, F {metrics['f_beta']:.3f}, IoU {metrics['iou']:.3f} on "
             f"{metrics['n_images']} images of {metrics.get('data', 'its validation set')}"
         )
-        click.echo(f"  ({Protocol(**metrics['protocol']).describe()})")
+        echo(f"  ({Protocol(**metrics['protocol']).describe()})")
     for name in weights.own_models():
         for path in weights.model_versions(name):
-            click.echo(f"{path.stem}: {_describe_own(path)}")
+            echo(f"{path.stem}: {_describe_own(path)}")
 
 
 def _describe_own(path: Path) -> str:
@@ -41,9 +42,12 @@ def _describe_own(path: Path) -> str:
         info = weights.read_info(path)
     except WeightsError as error:
         return f"UNREADABLE: {error}"
-    start = info.provenance.get("start", {}).get("from", "nothing known")
+    start = info.provenance.get("start")
+    start = start.get("from", "nothing known") if isinstance(start, dict) else "nothing known"
     mae = info.metrics.get("mae")
-    score = "" if mae is None else f", MAE {mae:.3f} on {info.metrics.get('data')}"
+    score = (
+        "" if not isinstance(mae, int | float) else f", MAE {mae:.3f} on {info.metrics.get('data')}"
+    )
     return f"{info.size_bytes / 1e6:.1f} MB, from {start}{score}"
 
 
@@ -53,7 +57,7 @@ def _describe_own(path: Path) -> str:
 def rename(name: str, new_name: str) -> None:
     """Rename a model of your own, all its versions."""
     weights.rename_model(name, new_name)
-    click.echo(f"{new_name}: was {name}")
+    echo(f"{new_name}: was {name}")
 
 
 @command.command()
@@ -61,14 +65,14 @@ def rename(name: str, new_name: str) -> None:
 def delete(name: str) -> None:
     """Delete a model of your own, or one version of it."""
     weights.delete_model(name)
-    click.echo(f"{name}: deleted")
+    echo(f"{name}: deleted")
 
 
 @command.command()
 @click.argument("name", metavar="NAME|FILE")
 def info(name: str) -> None:
     """Everything a file of weights, or an exported .onnx, says of itself, as JSON."""
-    click.echo(json.dumps(_told_by_export(name) or _told_by_weights(name), indent=1))
+    echo(json.dumps(_told_by_export(name) or _told_by_weights(name), indent=1))
 
 
 def _told_by_weights(name: str) -> dict[str, Any]:
@@ -99,4 +103,4 @@ def verify(names: tuple[str, ...]) -> None:
     """Check tensors against their sha256; all packaged models unless named."""
     for name in names or tuple(weights.PACKAGED):
         found = weights.verify(name)
-        click.echo(f"{name}: whole, sha256 {found.sha256}")
+        echo(f"{name}: whole, sha256 {found.sha256}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from semanticblur_core.cli._echo import echo
 from semanticblur_core.cli._options import (
     PathType,
     device_option,
@@ -179,7 +180,7 @@ def command(
             raise ConfigError(f"{flag}: recipe {recipe} makes none of it")
     for folder in (images, masks):
         if folder and (below := note_subfolders(folder)):
-            click.echo(f"semanticblur-core: {below}", err=True)
+            echo(f"semanticblur-core: {below}", err=True)
     training, held_out = read_data(data, images, masks, mask_polarity, val_split)
 
     import torch
@@ -207,7 +208,7 @@ def command(
     keep_freed_memory()
     if not resume:
         refuse_earlier_run(output, LAST_CHECKPOINT, BEST, HISTORY)
-    say = click.echo if is_first_process() else _say_nothing
+    say = echo if is_first_process() else _say_nothing
     if is_first_process():
         disk.require_writable(output / BEST)
     state = load_checkpoint(output / LAST_CHECKPOINT) if resume else None

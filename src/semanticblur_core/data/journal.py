@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import errno
 import json
+import operator
 import os
 import socket
+import stat
 import struct
 import sys
 import zlib
@@ -29,11 +31,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semanticblur_core import disk
+from semanticblur_core.data.labels import BLURRED
 from semanticblur_core.errors import DataError
 
 MAGIC = b"SBJ1"
 _FRAME = struct.Struct("<II")
 _SUFFIX = ".journal"
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
 @dataclass(frozen=True)
@@ -118,15 +122,29 @@ def read_journal(path: Path) -> Journal:
         # Zeros, which a power cut may leave, have the checksum of an empty payload.
         if not payload or len(payload) < length or zlib.crc32(payload) != checksum:
             return Journal(facts, changes, True)
-        line, _, packed = payload.partition(b"\n")
-        values = json.loads(line)
-        if not facts:
-            facts = values
-        else:
-            top, left, height, width = values["box"]
-            box = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, width)
-            changes.append(Change(tuple(values["plane"]), top, left, box, values["strokes"]))
+        try:
+            line, _, packed = payload.partition(b"\n")
+            values = json.loads(line)
+            if facts:
+                changes.append(_change(values, packed))
+            else:
+                tuple(map(operator.index, values["shape"]))
+                facts = values
+        except (ValueError, LookupError, TypeError, AttributeError, zlib.error) as error:
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            raise DataError(
+                f"{path}: a journal of another release, or changed: {reason}"
+            ) from error
         position = start + length
+
+
+def _change(values: dict[str, Any], packed: bytes) -> Change:
+    top, left, height, width = map(operator.index, values["box"])
+    plane = tuple(map(operator.index, values["plane"]))
+    box = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, width)
+    if min(top, left, *plane) < 0 or box.max(initial=0) > BLURRED:
+        raise ValueError("places below 0, or labels that are none")
+    return Change(plane, top, left, box, operator.index(values["strokes"]))
 
 
 class JournalWriter:
@@ -348,16 +366,19 @@ class Lock:
         while True:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                # Not what a link leads to, which would be written over.
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_FOLLOW, 0o666)
             except OSError as error:
                 raise DataError(f"{path}: cannot be written: {error.strerror}") from error
             try:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise DataError(f"{path}: no file; take it away")
                 if not _lock_file(descriptor):
                     raise LockedError(f"{folder.name}: {what} by {_holder(path)}")
                 # Whoever held it before may have deleted the file between opening and locking.
                 if _is_same_file(descriptor, path):
                     break
-            except LockedError:
+            except DataError:
                 os.close(descriptor)
                 raise
             os.close(descriptor)

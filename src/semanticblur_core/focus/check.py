@@ -507,7 +507,7 @@ def _guarded(work: Callable[[], _Prepared], before: _Prepared) -> _Prepared:
 
 
 def _reason(error: BaseException, name: str) -> str:
-    text = (str(error) or type(error).__name__).splitlines()[0]
+    text = " ".join((str(error) or type(error).__name__).splitlines())
     if not isinstance(error, (SemanticBlurError, MemoryError, OSError, RuntimeError, ValueError)):
         text = f"unexpected {type(error).__name__}: {text}"  # of a kind nobody foresaw
     return text if name in text else f"{name}: {text}"

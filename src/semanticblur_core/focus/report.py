@@ -22,8 +22,10 @@ from semanticblur_core import disk
 from semanticblur_core.focus.check import ImageFocus
 from semanticblur_core.focus.scores import HIGHER_IS_SHARPER
 from semanticblur_core.focus.stack import StackFocus
+from semanticblur_core.inference.inputs import OF_FORMULAS
 
 _TEMPLATE = "report.html"
+_NAMES = ("name", "source", "plane")
 _ROWS_HERE, _SUMMARY_HERE = "@ROWS@", "@SUMMARY@"
 
 
@@ -229,7 +231,9 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow(row | {"failed_gates": "; ".join(row.get("failed_gates", ()))})
+        # A spreadsheet would take such names for formulas.
+        names = {key: f"./{row[key]}" for key in _NAMES if row.get(key, "").startswith(OF_FORMULAS)}
+        writer.writerow(row | names | {"failed_gates": "; ".join(row.get("failed_gates", ()))})
     disk.write_text(path, text.getvalue())
 
 

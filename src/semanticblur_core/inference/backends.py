@@ -280,7 +280,10 @@ def _read_info(path: Path, text: str | None) -> ExportedInfo:
     try:
         values = json.loads(text)
         architecture = ModelConfig.from_dict(values["architecture"])
-        return ExportedInfo(architecture, str(values["sha256"]), values)
+        sha256 = str(values["sha256"])
+        if not weights.is_sha256(sha256):
+            raise ValueError("its sha256 is none")
+        return ExportedInfo(architecture, sha256, values)
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise WeightsError(f"{path}: damaged metadata: {error}") from error
 

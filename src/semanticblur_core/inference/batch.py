@@ -89,7 +89,7 @@ def _attempt(job: Job, action: Callable[[], _T]) -> _T | FileResult:
     except SemanticBlurError as error:
         return FileResult(job.source, error=str(error))
     except (MemoryError, OSError, RuntimeError) as error:  # torch's out of memory is the last
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = " ".join((str(error) or type(error).__name__).splitlines())
         return FileResult(job.source, error=f"{job.source}: {reason}")
     except Exception as error:  # of a kind nobody foresaw; the rest is done all the same
         reason = " ".join(f"{type(error).__name__}: {error}".split())

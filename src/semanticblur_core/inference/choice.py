@@ -175,7 +175,8 @@ def ensure_exported(model: str) -> Path:
     SemanticBlurError
         As `semanticblur_core.inference.export.export_onnx`.
     """
-    path = exported_file(weights.read_info(weights.resolve(model)).sha256)
+    # By what the tensors are, not by what the file says: it stands for all weights of that name.
+    path = exported_file(weights.read_verified(model).sha256)
     if not path.is_file():
         from semanticblur_core.inference.export import export_onnx
 

@@ -17,6 +17,8 @@ from semanticblur_core.errors import ImageError
 
 SAMPLES = {"cat": "chelsea", "coffee": "coffee", "astronaut": "astronaut"}
 _SAMPLE_PREFIX = "sample:"
+# What a formula begins with in a table that a spreadsheet opens.
+OF_FORMULAS = ("=", "+", "-", "@")
 
 
 def is_sample(source: str) -> bool:
@@ -168,8 +170,9 @@ def _sample_name(source: str) -> str:
 
 
 def _source(path: Path) -> str:
-    """As text that no sample is meant by."""
-    return f".{os.sep}{path}" if is_sample(str(path)) else str(path)
+    """As text that is taken for no sample, nor by a spreadsheet for a formula."""
+    text = str(path)
+    return f".{os.sep}{text}" if is_sample(text) or text.startswith(OF_FORMULAS) else text
 
 
 def _entries(
@@ -231,5 +234,5 @@ def _is_image(path: Path, arrays: bool) -> bool:
 
 
 def _is_file_or_lost(path: Path) -> bool:
-    """A file, or a link that leads to none, which the reader reports."""
-    return path.is_file() or not path.exists()
+    """A file, or what is none, such as a link that leads nowhere, which the reader reports."""
+    return not path.is_dir()

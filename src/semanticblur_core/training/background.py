@@ -149,7 +149,8 @@ class BackgroundFinetune:
             if self._cancelled:
                 return
             self._process = process = subprocess.Popen(
-                [sys.executable, "-m", "semanticblur_core", *arguments],
+                # -P: not the files of the folder that one happens to be in.
+                [sys.executable, "-P", "-m", "semanticblur_core", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -266,12 +267,15 @@ def _keep_best(folder: Path, name: str) -> str | None:
     best = folder / _BEST
     if not best.is_file():
         return None
-    target = weights.next_version(name)
-    try:
-        best.rename(target)
-    except OSError as error:
-        raise TrainingError(f"{target}: cannot be written: {error.strerror}") from error
-    return target.stem
+    while True:
+        target = weights.next_version(name)
+        try:
+            disk.put_new(best, target)
+        except disk.TakenError:  # another run took the version meanwhile
+            continue
+        except OSError as error:
+            raise TrainingError(f"{target}: cannot be written: {error.strerror}") from error
+        return target.stem
 
 
 class Channel:

@@ -13,6 +13,7 @@ from semanticblur_core.errors import TrainingError
 
 FORMAT_VERSION = 1
 _LITTLE_BYTES = 2**20
+_KEYS = {"identity", "model", "averaged", "optimizer", "epoch", "best_mae", "history"}
 # Bytes of a state for each of its parameters: it, its average, two moments of Adam.
 _BYTES_PER_PARAMETER = 16
 
@@ -62,8 +63,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if "weights" in reason.lower():  # torch's advice is not to be followed
+            reason = "it holds other than tensors, numbers and text"
         raise TrainingError(f"{path}: damaged, or not a checkpoint ({reason})") from error
-    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
+    is_state = isinstance(state, dict) and state.keys() >= _KEYS
+    if not is_state or state.get("format_version") != FORMAT_VERSION:
         raise TrainingError(f"{path}: not a training checkpoint of this release")
     return state
 

@@ -15,6 +15,7 @@ import itertools
 import math
 import shutil
 from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -337,7 +338,7 @@ def _finetune(
     forgetting_before = photographs.error_on(base_detector, checked)
     forgetting_first = _first(info, forgetting_before)
 
-    def save(path: str | Path, metrics: dict[str, Any]) -> None:
+    def save(path: str | Path, metrics: dict[str, Any], *, new: bool = False) -> None:
         start = {"from": info.path.name, "sha256": info.sha256, "provenance": info.provenance}
         provenance = {
             "software": f"napari-semanticblur {__version__}, torch {torch.__version__}",
@@ -350,7 +351,12 @@ def _finetune(
             "start": start,
         }
         weights.save(
-            path, tuner.model, provenance=provenance, metrics=metrics, licence=info.licence
+            path,
+            tuner.model,
+            provenance=provenance,
+            metrics=metrics,
+            licence=info.licence,
+            new=new,
         )
 
     update = None
@@ -386,13 +392,14 @@ def _finetune(
         n_steps=n_steps,
     )
     # The name is looked up again: another run may have taken the version meanwhile.
-    target = _target(output, or_beside=True)
-    if target is not None:
+    while (target := _target(output, or_beside=True)) is not None:
         name = target.stem if target.parent == weights.models_folder() else str(target)
         result = replace(result, path=target, model=name)
         data = split.how or "the labels that were trained on"
         report = {k: v for k, v in result.to_dict().items() if k not in ("path", "model", "after")}
-        save(target, after.to_dict() | {"data": data, "finetune": report})
+        with suppress(disk.TakenError):  # then another run took the name meanwhile
+            save(target, after.to_dict() | {"data": data, "finetune": report}, new=True)
+            break
     yield FinetuneUpdate("done", n_steps, n_steps, result=result)
 
 

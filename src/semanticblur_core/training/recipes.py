@@ -121,11 +121,14 @@ def _recipe_from_file(path: Path, above: tuple[Path, ...]) -> TrainConfig:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{path}: expected a mapping of settings, such as epochs: 20")
-    base = _find(str(values.pop("recipe", "paper")), (*above, path))
+    name = values.pop("recipe", "paper")
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}: recipe: expected a name, got a {type(name).__name__}")
+    base = _find(name, (*above, path))
     fields = base.to_dict()
     for key, value in values.items():
         expected = type(fields.get(key))
@@ -133,14 +136,19 @@ def _recipe_from_file(path: Path, above: tuple[Path, ...]) -> TrainConfig:
         if expected is float and isinstance(value, int | str) and not isinstance(value, bool):
             try:
                 values[key] = float(value)
-            except ValueError:
-                raise ConfigError(f"{path}: {key}: expected a number, got {value!r}") from None
+            except (ValueError, OverflowError):
+                raise ConfigError(f"{path}: {key}: expected a number, got {value!s:.80}") from None
         elif key in fields and type(value) is not expected:
-            raise ConfigError(f"{path}: {key}: expected {expected.__name__}, got {value!r}")
+            raise ConfigError(f"{path}: {key}: expected {expected.__name__}, got {_shown(value)}")
     try:
         return TrainConfig.from_dict(fields | values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _shown(value: object) -> str:
+    """For people; of lists and mappings, which may hold one another a million times, the kind."""
+    return f"a {type(value).__name__}" if isinstance(value, dict | list) else f"{value!r:.80}"
 
 
 BUDGETS: dict[str, FinetuneConfig] = {

@@ -1,9 +1,12 @@
 """The command line as a person meets it: help, exit codes, one-line errors, files and JSON."""
 
+import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -12,6 +15,7 @@ import torch
 from command_line import run
 from PIL import Image
 
+from semanticblur_core import weights
 from semanticblur_core.errors import ImageError
 from semanticblur_core.io import write_png
 
@@ -387,3 +391,43 @@ def test_lines_beside_a_bar_are_printed_as_they_are() -> None:
         progress.add_task("Detecting", total=1)
         say(progress, text, err=True)
     assert text + "\n" in terminal.getvalue()
+
+
+def test_names_do_nothing_to_a_terminal_nor_to_a_spreadsheet(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("bad\x1b[31m\r\u202egpj.jpg", "new\nline.jpg"):
+        (tmp_path / "in" / name).write_bytes(b"junk")
+    for name in ("=1+1.png", "@a.png", "-rf.png"):
+        Image.fromarray(np.eye(64, dtype=np.uint8) * 255).save(tmp_path / "in" / name)
+    done = run(*("focus", "--input=in", "--method=lbp", "--csv=f.csv"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "bad\\x1b[31m\\x0d\\u202egpj.jpg: " in done.stderr
+    assert "line.jpg: not an image" in done.stderr  # with the reason
+    rows = list(csv.DictReader((tmp_path / "f.csv").read_text().splitlines()))
+    assert {"./=1+1.png", "./@a.png", "./-rf.png"} <= {row["name"] for row in rows}
+    made = ("--input==1+1.png", "--method=lbp", "--output=o", "--table=t.csv")
+    assert run("detect", *made, cwd=tmp_path / "in").returncode == 0
+    [row] = csv.DictReader((tmp_path / "in" / "t.csv").read_text().splitlines())
+    assert row["input"] == "./=1+1.png"
+    again = run("detect", *made, "--resume", cwd=tmp_path / "in")
+    assert (again.returncode, "done before" in again.stdout) == (0, True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes in folders")
+def test_what_is_named_as_an_image_and_is_none_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    os.mkfifo(tmp_path / "in" / "pipe.jpg")
+    Image.fromarray(np.eye(64, dtype=np.uint8)).save(tmp_path / "in" / "a.png")
+    for command in (("detect", "--output=o"), ("focus",)):
+        done = run(*command, "--input=in", "--method=lbp", cwd=tmp_path)
+        assert done.returncode == 2
+        assert "pipe.jpg: a folder, a pipe or a device, and no file" in done.stderr
+
+
+def test_a_model_of_odd_metadata_hides_no_other(random_weights: Path, tmp_path: Path) -> None:
+    model, _ = weights.load(random_weights)
+    (tmp_path / "models").mkdir()
+    odd: dict[str, Any] = {"metrics": {"mae": "x"}, "provenance": {"start": "somewhere"}}
+    weights.save(tmp_path / "models" / "m@1.safetensors", model, licence="x", **odd)
+    done = run("models", "list", home=tmp_path)
+    assert (done.returncode, "m@1: " in done.stdout) == (0, True), done.stderr

@@ -1,9 +1,14 @@
 """Journals survive being cut short, damaged, and written by two at a time."""
 
+import json
+import os
+import struct
 import subprocess
 import sys
 import tracemalloc
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -272,3 +277,49 @@ def test_leftovers_are_found_but_not_those_in_use(tmp_path: Path, rng: np.random
     leftover.discard()
     assert [found.folder.name for found in find_leftovers(tmp_path)[0]] == ["b"]
     assert find_leftovers(tmp_path / "none") == ([], [])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="other links")
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_lock_writes_over_nothing_that_a_link_leads_to(tmp_path: Path, kind: str) -> None:
+    victim = tmp_path / "victim.txt"
+    victim.write_text("precious")
+    (tmp_path / "a").mkdir()
+    if kind == "link":
+        (tmp_path / "a" / "lock").symlink_to(victim)
+    else:
+        os.mkfifo(tmp_path / "a" / "lock")
+    with pytest.raises(DataError):
+        Lock(tmp_path / "a")
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{}], "KeyError 'shape'"),
+        ([{"shape": "x"}], "TypeError"),
+        ([{"shape": [2, 30, 40]}, {}], "KeyError 'box'"),
+        ([{"shape": [2, 30, 40]}, {"box": [-4, 0, 2, 2], "plane": [0], "strokes": 1}], "below 0"),
+        ([{"shape": [2, 30, 40]}, {"box": [0, 0, 2, 2], "plane": [-1], "strokes": 1}], "below 0"),
+        (
+            [{"shape": [2, 30, 40]}, {"box": [0, 0, 2, 2], "plane": [0], "strokes": "x"}],
+            "TypeError",
+        ),
+        ([{"shape": [2, 30, 40]}, {"box": [0, 0, 3, 2], "plane": [0], "strokes": 1}], "reshape"),
+    ],
+)
+def test_what_a_journal_cannot_mean_is_one_line(
+    tmp_path: Path, records: list[dict[str, Any]], message: str
+) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    packed = zlib.compress(np.ones((2, 2), np.uint8).tobytes())
+    payloads = [json.dumps(values).encode() + b"\n" + packed for values in records]
+    frames = [struct.pack("<II", len(p), zlib.crc32(p)) + p for p in payloads]
+    (folder / "000001.journal").write_bytes(journal.MAGIC + b"".join(frames))
+    found, problems = find_leftovers(tmp_path)
+    assert found == []
+    assert len(problems) == 1
+    assert "of another release, or changed" in problems[0]
+    assert message in problems[0]

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from semanticblur_core.config import ModelConfig
 from semanticblur_core.data.store import AnnotationStore
 from semanticblur_core.errors import TrainingError, WeightsError
 from semanticblur_core.network import SemanticBlur
+from semanticblur_core.training import background
 from semanticblur_core.training.background import (
     BackgroundFinetune,
     FinetuneCommand,
@@ -243,3 +245,34 @@ def test_a_pause_before_the_process_is_there_holds(command: FinetuneCommand) -> 
     run.cancel()
     run.forget()
     thread.join()
+
+
+def test_files_of_the_folder_that_one_is_in_are_not_run(
+    command: FinetuneCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "photos"
+    here.mkdir()
+    for name in ("semanticblur_core", "random", "yaml"):
+        (here / f"{name}.py").write_text("from pathlib import Path; Path('ran').touch(); 1 / 0")
+    monkeypatch.chdir(here)
+    with pytest.raises(TrainingError, match="holds neither"):
+        list(BackgroundFinetune(replace(command, data=tmp_path / "nowhere")).updates())
+    assert not (here / "ran").exists()
+
+
+def test_versions_of_a_name_are_taken_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEMANTICBLUR_HOME", str(tmp_path))
+    weights.models_folder().mkdir(parents=True)
+    told = [
+        weights.next_version("m"),
+        *(weights.models_folder() / f"m@{i}.safetensors" for i in (1, 2)),
+    ]
+    told[0].write_text("another's")
+    monkeypatch.setattr(weights, "next_version", lambda _: told.pop(0))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.safetensors").write_text("mine")
+    assert background._keep_best(tmp_path / "run", "m") == "m@2"
+    texts = {path.name: path.read_text() for path in weights.models_folder().iterdir()}
+    assert texts == {"m@1.safetensors": "another's", "m@2.safetensors": "mine"}

@@ -794,3 +794,33 @@ def test_room_for_the_states_is_looked_for_first(
     require_space(tmp_path / "not" / "there", 20_000_000)
     with pytest.raises(TrainingError, match="700 MiB free, and the states of a run take up to 763"):
         require_space(tmp_path / "not" / "there", 25_000_000)
+
+
+def test_a_checkpoint_of_anything_else_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({"format_version": 1}, path)
+    with pytest.raises(TrainingError, match="not a training checkpoint of this release"):
+        load_checkpoint(path)
+    torch.save({"format_version": 1, "code": SimpleNamespace()}, path)
+    with pytest.raises(TrainingError, match="holds other than tensors, numbers and text"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "epochs: 2024-13-45",
+        f"epochs: {'9' * 5000}",
+        f"learning_rate: {'9' * 400}",
+        "[" * 3000,
+        "image_size_px: 9000000000000000000",
+        "recipe: [best]",
+        "a: &a [x, x]\nb: &b [*a, *a]\nepochs: [*b, *b]",
+    ],
+)
+def test_slips_in_recipes_are_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        recipe(str(tmp_path / "r.yaml"))
+    assert "r.yaml" in str(caught.value)
+    assert len(str(caught.value)) < 600
