@@ -284,7 +284,7 @@ class AnnotateWidget(Dock):
         Raises
         ------
         SemanticBlurError
-            If there is no image, or another viewer has it.
+            If there is no image, another viewer has it, or it was given other data.
         """
         annotation = self.current
         if annotation is None:
@@ -292,7 +292,7 @@ class AnnotateWidget(Dock):
             annotation = self.current
         if annotation is None:
             raise SemanticBlurError("Open an image first.")
-        if annotation.is_read_only:
+        if annotation.is_read_only or annotation.is_of_other_data:
             raise SemanticBlurError(annotation.problem)
         return annotation
 
@@ -316,9 +316,11 @@ class AnnotateWidget(Dock):
             path = self._paths.get(image)
             annotation = self._begin(Annotation(self.viewer, image, store=self._store, path=path))
         self.viewer.layers.selection.active = annotation.layer
+        if annotation.is_of_other_data:
+            self.say(annotation.problem)
 
     def _restored_on(self, image: Image) -> Annotation | None:
-        """What was restored without its image, if this is that."""
+        """What is here without its image, restored or because that was removed, if this is it."""
         for annotation in self._annotations:
             if annotation.adopt(image):
                 return annotation

@@ -27,9 +27,11 @@ from napari_semanticblur._annotation_source import (
     find_annotation,
     fingerprint,
     is_free_for,
+    is_of,
     labels_shape,
     layer_path,
     placement_as_json,
+    read_pixels,
     require_memory,
     shown_plane,
     shows,
@@ -95,6 +97,9 @@ class Annotation:
         The Labels layer.
     is_read_only
         Another viewer has the image open: nothing is journaled or saved from here until it lets go.
+    is_of_other_data
+        The image was given other data than those painted on: nothing is journaled or saved until
+        they are back.
     is_closed
         It has let go, though strokes may be left to write: see `finish_closing`.
     split
@@ -143,7 +148,9 @@ class Annotation:
         # What was recovered belongs to the name that it was painted under.
         self._may_be_renamed = leftover is None
         self.autosave: Autosave | None = None
-        self.is_read_only = self.is_closed = False
+        self.is_read_only = self.is_of_other_data = self.is_closed = False
+        # A layer that could be painted on before, a copy for example, may show what nobody saved.
+        self._shows_newest = layer is not None and not record.get("read_only")
         self.problem = ""
         self.split: Split | None = None
         self._split_said: Literal["val", "open"] | None = None
@@ -156,7 +163,7 @@ class Annotation:
                 self.split = AnnotationStore(store).split_of(self.name)
             saved, recovered = _read_saved(store, self.name, self._folder, shape)
             self._recovered = recovered if layer is None else None
-            if layer is not None and record.get("read_only"):
+            if layer is not None and not self._shows_newest:
                 layer.data = np.zeros(shape, np.uint8) if saved is None else saved.copy()
             if layer is None:
                 # Memory that np.zeros gives costs nothing until it is painted on.
@@ -174,6 +181,8 @@ class Annotation:
         self.layer.events.paint.connect(self._painted)
         self.layer.events.set_data.connect(self._drawn)
         self.layer.events.selected_label.connect(self._label_chosen)
+        if image is not None:
+            image.events.data.connect(self._image_changed)
         _live[self.layer] = self
 
     @property
@@ -221,6 +230,13 @@ class Annotation:
 
     def poll(self) -> bool:
         """Have what was painted journaled; whether planes are left to look at."""
+        if self.is_of_other_data:
+            self.problem = (
+                f"{self.title}: has other data than {self.layer.name} was painted on. Nothing more "
+                "is saved until those are back; to paint on these, remove that layer (what was "
+                "painted is kept) and press Annotate"
+            )
+            return False
         if self.autosave is None:
             self._try_to_start()
         if self.autosave is None:
@@ -252,13 +268,16 @@ class Annotation:
         self._recovered = None
 
     def adopt(self, image: Image) -> bool:
-        """Take the image of a layer that was restored without; whether it was painted on that."""
+        """Take an image where its own is not open (any more); whether it was painted on that."""
+        if self.image is not None and self.image in self.viewer.layers:
+            return False
+        if not is_of(image, self.layer.data.shape, self.fingerprint):
+            return False
         if self.image is not None:
-            return False
-        source = annotated_level(image)
-        if labels_shape(source) != self.layer.data.shape or fingerprint(source) != self.fingerprint:
-            return False
-        self.image, self.source = image, source
+            self.image.events.data.disconnect(self._image_changed)
+        self.image, self.source = image, annotated_level(image)
+        image.events.data.connect(self._image_changed)
+        self._let_paint(True)
         self._write_record()
         return True
 
@@ -418,6 +437,10 @@ class Annotation:
             self.layer.events.paint.disconnect(self._painted)
             self.layer.events.set_data.disconnect(self._drawn)
             self.layer.events.selected_label.disconnect(self._label_chosen)
+            if self.image is not None:
+                self.image.events.data.disconnect(self._image_changed)
+            if self.is_of_other_data:  # what it holds is saved with the data painted on
+                self.problem = ""
             if _live.get(self.layer) is self:
                 del _live[self.layer]
         return self.finish_closing()
@@ -517,11 +540,11 @@ class Annotation:
         try:
             shape = self.layer.data.shape
             saved, recovered = _read_saved(self.store, self.name, self._folder, shape)
-            if was_read_only:  # what is shown is as old as the opening
+            if was_read_only and not self._shows_newest:  # but what was saved at the opening
                 self.layer.data = np.zeros(shape, np.uint8) if saved is None else saved.copy()
                 self._recovered = recovered
-                if self.store is not None:
-                    self.split = AnnotationStore(self.store).split_of(self.name)
+            if was_read_only and self.store is not None:
+                self.split = AnnotationStore(self.store).split_of(self.name)
             self.is_read_only = False
             self._begin(lock, saved)
             self.layer.editable = True
@@ -619,7 +642,7 @@ class Annotation:
             raise DataError(
                 f"{self.name}: its image is not open, and the store does not hold it; open it first"
             )
-        array = np.asarray(self.source.array)
+        array = read_pixels(self.source)
         if self.path is not None and self.path.is_file():
             try:
                 if same_pixels(read_array(self.path), array):
@@ -641,6 +664,28 @@ class Annotation:
         """Undo and redo tell nobody, but they draw."""
         if self.autosave is not None:
             self.autosave.look_everywhere()
+
+    def _image_changed(self, event: Any = None) -> None:
+        """The image was given data: those that were painted on, or others."""
+        assert self.image is not None
+        assert self.source is not None
+        if self.autosave is not None and not self.is_of_other_data:
+            self.autosave.finish_looking()  # what was painted until now is of the data before
+        is_same = is_of(self.image, labels_shape(self.source), self.fingerprint)
+        if is_same:
+            self.source = annotated_level(self.image)
+        self._let_paint(is_same)
+
+    def _let_paint(self, on: bool) -> None:
+        """Go on where the image has the data that were painted on; wait for them where not."""
+        if on != self.is_of_other_data:
+            return
+        self.is_of_other_data = not on
+        if not self.is_read_only:
+            self.layer.editable = on
+            if on:
+                self.layer.mode = "paint"  # which napari takes from what cannot be edited
+        self.poll()
 
     def _label_chosen(self, event: Any = None) -> None:
         if self.layer.selected_label > BLURRED:

@@ -114,7 +114,34 @@ def _sampled_planes(source: Source) -> Iterator[tuple[Plane, NDArray[Any]]]:
     lengths = labels_shape(source)[:-2]
     samples = {tuple(int(share * (n - 1)) for n in lengths) for share in (0, 0.5, 1)}
     for index in sorted(samples):
-        yield index, without_alpha(np.asarray(source.array[index]))
+        yield index, without_alpha(read_pixels(source, index))
+
+
+def read_pixels(source: Source, index: Plane = ()) -> NDArray[Any]:
+    """Pixels of a plane, or of the whole array, as they are stored.
+
+    Raises
+    ------
+    ImageError
+        If the array fails to give them.
+    """
+    try:
+        return np.asarray(source.array[index])
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever reads lazily: codecs, networks, a user's function
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        where = f"plane {index}: " if index else ""
+        raise ImageError(f"{source.layer.name}: {where}cannot be read: {reason}") from error
+
+
+def is_of(image: Image, shape: tuple[int, ...], known_as: str | None) -> bool:
+    """Whether an image is the one of that `labels_shape` and `fingerprint`; not if unreadable."""
+    try:
+        source = annotated_level(image)
+        return labels_shape(source) == shape and fingerprint(source) == known_as
+    except ImageError:
+        return False
 
 
 def layer_path(image: Image) -> Path | None:

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -149,6 +150,8 @@ class Checking:
     ----------
     problems
         Of layers that could not be measured, where there are others: these go on.
+    unreadable
+        Why planes could not be read, one line each.
     """
 
     def __init__(
@@ -165,6 +168,7 @@ class Checking:
         self._on_status, self._on_plane = on_status, on_plane
         self._n_done = 0
         self.problems: list[str] = []
+        self.unreadable: list[str] = []
         names = ", ".join(job.source.layer.name for job in jobs[:3])
         self._run = Run(
             self._work,
@@ -182,6 +186,11 @@ class Checking:
     def cancel(self) -> None:
         """Stop at the next plane; what is done is kept."""
         self._run.cancel()
+
+    @property
+    def why_cancelled(self) -> str:
+        """See `Run.why_cancelled`."""
+        return self._run.why_cancelled
 
     def _work(self) -> Iterator[Any]:
         settings = self.settings
@@ -226,6 +235,8 @@ class Checking:
         job, checked = update
         assert isinstance(checked, PlaneChecked)
         job.session.add(checked)
+        if checked.image.error is not None:
+            self.unreadable.append(checked.image.error)
         self._n_done += 1
         self._on_plane(self._n_done)
         return self._n_done
@@ -238,29 +249,52 @@ def compose(
     at: tuple[int, ...],
     *,
     on_progress: Callable[[int, int], None],
-    on_end: Callable[[str | Failure, CompositeUpdate | None], None],
+    on_end: Callable[[str | Failure, CompositeUpdate | None, list[str]], None],
 ) -> Run:
-    """A run that makes the all-in-focus composite of the stack at an index; not started yet."""
+    """A run that makes the all-in-focus composite of the stack at an index; not started yet.
+
+    ``on_end`` also gets why planes could not be read; these are left out.
+    """
+    planes = source.planes(channels)
+    place = planes.walked_axes.index(along)
+    n_planes = planes.lengths[place]
     last: list[CompositeUpdate] = []
+    unreadable: list[str] = []
+
+    composite = partial(
+        all_in_focus, source.array, source.axes, along=along, at=at, channels=channels
+    )
 
     def work() -> Iterator[CompositeUpdate]:
-        with closing(
-            all_in_focus(source.array, source.axes, along=along, at=at, channels=channels)
-        ) as running:
-            yield from running
+        try:
+            with closing(composite()) as running:
+                yield from running
+        except ImageError:
+            readable = []
+            for i in range(n_planes):
+                yield CompositeUpdate(i, 2 * n_planes)
+                try:
+                    planes.view((*at[:place], i, *at[place:])).read()
+                except ImageError as error:
+                    unreadable.append(str(error))
+                else:
+                    readable.append(i)
+            if not readable or not unreadable:
+                raise
+            with closing(composite(positions=readable)) as running:
+                yield from running
 
     def update(made: CompositeUpdate) -> int:
         last[:] = [made]
         on_progress(made.n_done, made.n_total)
         return made.n_done
 
-    planes = source.planes(channels)
     run = Run(
         work,
         title=f"All in focus: {source.layer.name}",
-        n_steps=2 * planes.lengths[planes.walked_axes.index(along)],
+        n_steps=2 * n_planes,
         on_update=update,
-        on_end=lambda outcome: on_end(outcome, last[0] if last else None),
+        on_end=lambda outcome: on_end(outcome, last[0] if last else None, unreadable),
         on_cancel=lambda: run.cancel(),
     )
     return run

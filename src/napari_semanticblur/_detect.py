@@ -326,8 +326,12 @@ class DetectWidget(Dock):
         if self._is_closed or layer is None or self.channels.value not in self._channels:
             return
         level = min(int(self.level.value or 0), len(self._levels) - 1)
-        source = read_source(layer, level=level, viewer=self._viewer)
-        planes = source.planes(self.channels.value)
+        try:
+            source = read_source(layer, level=level, viewer=self._viewer)
+            planes = source.planes(self.channels.value)
+        except SemanticBlurError as error:
+            self._say(str(error))
+            return
         along = range_axis(planes.walked_axes)
         last = planes.lengths[along] - 1 if planes.lengths else 0
         axis = planes.walked_axes[along : along + 1].lower()

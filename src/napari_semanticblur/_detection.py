@@ -549,7 +549,8 @@ class Detection:
             text = f"{self.layer.name}: {outcome.text}"
             show_error(text)
         elif outcome == "cancelled":
-            why = f": {self._stopped_because}" if self._stopped_because else ""
+            because = self._stopped_because or self._run.why_cancelled
+            why = f": {because}" if because else ""
             text = f"Stopped{why}{'; the earlier result is back' if is_back else ''}"
             # The status bar, not a notification: the redraw under one that pops up does the same.
             self.viewer.status = f"Detect defocus blur stopped{why}"

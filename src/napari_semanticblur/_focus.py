@@ -87,6 +87,8 @@ class FocusWidget(Dock):
         self._sessions = Sessions()
         self._checking: Checking | None = None
         self._composing: Run | None = None
+        self._composed: Image | None = None
+        self._stopped_because = ""
         self._changed: set[Any] = set()
         self._rows = PlaneRows()
         self._channels: list[Any] = ["each"]
@@ -267,23 +269,32 @@ class FocusWidget(Dock):
         if not along:
             raise ImageError(f"{source.layer.name}: a single plane, no stack")
         _, at = _split(plane_index(source, self._viewer, planes), planes.walked_axes, along)
+        layer, data = source.layer, source.layer.data
 
-        def ended(outcome: str | Failure, last: Any) -> None:
-            self._composing = None
+        def changed(_: Any) -> None:
+            if layer.data is not data:
+                self._stop_because(f"the data of {layer.name} was changed")
+
+        def ended(outcome: str | Failure, last: Any, unreadable: list[str]) -> None:
+            run, self._composing, self._composed = self._composing, None, None
+            layer.events.data.disconnect(changed)
             if self._is_closed:
                 return
             self._enable()
+            self._catch_up(follow=False)
             if isinstance(outcome, Failure):
-                self._complain(f"{source.layer.name}: {outcome.text}")
-            elif last is not None and last.composite is not None:
-                show_composite(self._viewer, source, channels, along, at, last)
-                self._say("All in focus: done")
+                self._complain(f"{layer.name}: {outcome.text}")
+            elif self._stopped_because or last is None or last.composite is None:
+                self._say_stopped("" if run is None else run.why_cancelled)
             else:
-                self._say("Stopped")
+                show_composite(self._viewer, source, channels, along, at, last)
+                self._say(f"All in focus: done{_left_out(unreadable)}")
 
+        layer.events.data.connect(changed)
         self._composing = compose(
             source, channels, along, at, on_progress=self._progressed, on_end=ended
         )
+        self._composed, self._stopped_because = layer, ""
         self._enable()
         self._say("Composing ...")
         self._composing.start()
@@ -387,7 +398,7 @@ class FocusWidget(Dock):
         if self.planes.value == ALL:
             return replace(job, indices=session.missing(planes))
         shown = plane_index(source, self._viewer, planes)
-        return replace(job, indices=[] if shown in session.images else [shown])
+        return replace(job, indices=[] if session.is_known(shown) else [shown])
 
     def _known(self) -> tuple[Source, ArrayFocus]:
         source = self._source(unwrapped(self.layer.value))
@@ -422,15 +433,14 @@ class FocusWidget(Dock):
 
     @property
     def _left_out(self) -> str:
-        """Of layers that cannot be measured, to follow a line."""
-        if not self._problems:
-            return ""
-        return f"; {len(self._problems)} left out: {self._problems[0]}"
+        """Of layers and planes that cannot be measured, to follow a line."""
+        unreadable = [] if self._checking is None else self._checking.unreadable
+        return _left_out([*self._problems, *unreadable])
 
     def _start(self, jobs: list[Job], problems: Sequence[str] = ()) -> None:
         if self.is_running:
             return
-        self._problems = list(problems)
+        self._problems, self._stopped_because = list(problems), ""
         jobs = [job for job in jobs if job.indices]
         if not jobs:
             self._say(f"These planes are checked already{self._left_out}")
@@ -447,7 +457,8 @@ class FocusWidget(Dock):
     def _plane_done(self, n_done: int) -> None:
         if self._checking is not None and not self._is_closed:
             self._progressed(n_done, self._checking.n_planes)
-            self._say(f"{n_done} of {self._checking.n_planes} planes checked{self._left_out}")
+            n_checked = n_done - len(self._checking.unreadable)
+            self._say(f"{n_checked} of {self._checking.n_planes} planes checked{self._left_out}")
             self._refresh_soon()
 
     def _ended(self, outcome: str | Failure) -> None:
@@ -458,17 +469,16 @@ class FocusWidget(Dock):
         if self.gate.value == LIMIT and self._limit_for != self.score_name:
             self._score_chosen()
         self._refresh()
-        if checking is not None:
-            self._problems += checking.problems
+        assert checking is not None
+        new_problems = [*checking.problems, *checking.unreadable]
+        self._problems += new_problems
         if isinstance(outcome, Failure):
             self._complain(outcome.text)
         elif outcome == "cancelled":
-            self._say(f"Stopped{self._left_out}")
-        elif checking is not None and checking.problems:
+            self._say_stopped(checking.why_cancelled, self._left_out)
+        elif new_problems:
             self._complain(f"Checked{self._left_out}")
-        changed, self._changed = self._changed, set()
-        for layer in changed:
-            self._take_new_data(layer, follow=outcome == "done")
+        self._catch_up(follow=outcome == "done")
 
     def _progressed(self, n_done: int, n_total: int) -> None:
         if not self._is_closed:
@@ -488,6 +498,12 @@ class FocusWidget(Dock):
             self._changed.add(layer)
         else:
             self._take_new_data(layer, follow=True)
+
+    def _catch_up(self, *, follow: bool) -> None:
+        """Take the data that layers got during a run."""
+        changed, self._changed = self._changed, set()
+        for layer in changed:
+            self._take_new_data(layer, follow=follow)
 
     def _take_new_data(self, layer: Any, *, follow: bool) -> None:
         if layer not in self._sessions:
@@ -521,12 +537,13 @@ class FocusWidget(Dock):
 
     def _layer_removed(self, event: Any) -> None:
         layer = unwrapped(event.value)
-        if self._is_closed or layer not in self._sessions:
+        if self._is_closed:
             return
-        if self._checking is not None and any(
-            job.source.layer is layer for job in self._checking.jobs
-        ):
-            self.cancel()
+        jobs = [] if self._checking is None else self._checking.jobs
+        if layer in (self._composed, *(job.source.layer for job in jobs)):
+            self._stop_because(f"the layer {layer.name} was removed")
+        if layer not in self._sessions:
+            return
         self._sessions.drop(layer)
         layer.events.data.disconnect(self._data_changed)
         layer.events.name.disconnect(self._renamed)
@@ -680,6 +697,14 @@ class FocusWidget(Dock):
         """The action; what a person can act on becomes a line."""
         return guarded(action, self._say)
 
+    def _stop_because(self, reason: str) -> None:
+        self._stopped_because = reason
+        self.cancel()
+
+    def _say_stopped(self, by_others: str, left_out: str = "") -> None:
+        because = self._stopped_because or by_others
+        self._say(f"Stopped{f': {because}' if because else ''}{left_out}")
+
     def _complain(self, text: str) -> None:
         complain(text, self._say)
 
@@ -693,6 +718,11 @@ class FocusWidget(Dock):
         for run in (self._checking, self._composing):
             if run is not None:
                 run.cancel()
+
+
+def _left_out(problems: Sequence[str]) -> str:
+    """What is left out and why the first of it is, to follow a line."""
+    return f"; {len(problems)} left out: {problems[0]}" if problems else ""
 
 
 def _split(index: tuple[int, ...], walked_axes: str, along: str) -> tuple[int, tuple[int, ...]]:

@@ -82,7 +82,7 @@ def read_source(layer: Image, *, level: int = 0, viewer: ViewerModel | None = No
     Raises
     ------
     ImageError
-        If it is not an image layer, or has no such level.
+        If it is not an image layer, or has no such level, or no pixels.
     """
     layer = unwrapped(layer)
     if not is_image(layer):
@@ -91,6 +91,8 @@ def read_source(layer: Image, *, level: int = 0, viewer: ViewerModel | None = No
     if not 0 <= level < len(levels):
         raise ImageError(f"{layer.name}: expected a level of 0 to {len(levels) - 1}, got {level}")
     array = levels[level]
+    if 0 in array.shape:
+        raise ImageError(f"{layer.name}: has no pixels, its shape is {tuple(array.shape)}")
     labels = tuple(layer.axis_labels)
     if viewer is not None and not any(map(_is_name, labels)):
         labels = tuple(viewer.dims.axis_labels)[-layer.ndim :]

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from napari_semanticblur._annotation import live_annotation
-from napari_semanticblur._annotation_source import fingerprint, is_free_for, shows
+from napari_semanticblur._annotation_source import (
+    fingerprint,
+    is_free_for,
+    read_pixels,
+    shows,
+)
 from napari_semanticblur._colors import BLURRED
 from napari_semanticblur._layers import (
     METADATA_KEY,
@@ -28,7 +34,7 @@ from napari_semanticblur._layers import (
 from semanticblur_core.data.autosave import JOURNALS
 from semanticblur_core.data.journal import Lock, LockedError
 from semanticblur_core.data.store import AnnotationStore, Item, OtherImageError, is_store
-from semanticblur_core.errors import DataError
+from semanticblur_core.errors import DataError, ImageError
 from semanticblur_core.inference.planes import QUICK_RANGE_PIXELS
 
 if TYPE_CHECKING:
@@ -110,9 +116,10 @@ def _source_of(
     fitting = []
     for image in images:
         for level in range(len(image.data) if image.multiscale else 1):
-            source = read_source(image, level=level)
-            if tuple(source.array.shape[: image.ndim]) == tuple(labels.data.shape):
-                fitting.append(source)
+            with suppress(ImageError):  # it has no pixels
+                source = read_source(image, level=level)
+                if tuple(source.array.shape[: image.ndim]) == tuple(labels.data.shape):
+                    fitting.append(source)
     # Of "img1" and "img10", "img10 - Labels" is of the latter; what is named after neither lies
     # on the image below it, as far as there is one, and sooner on one that is shown.
     by_name = sorted(fitting, key=lambda s: -len(s.layer.name))
@@ -205,6 +212,8 @@ def _is_of(item: Item, each: Annotated) -> bool:
 
 def _save_layer(target: AnnotationStore, each: Annotated, codes: NDArray[np.uint8]) -> None:
     annotation = live_annotation(each.labels)
+    if annotation is not None and annotation.is_of_other_data:
+        raise DataError(annotation.problem)
     own = None if annotation is None else annotation.store
     if annotation is not None and own is not None and own.resolve() == target.folder.resolve():
         annotation.write_now()
@@ -214,7 +223,7 @@ def _save_layer(target: AnnotationStore, each: Annotated, codes: NDArray[np.uint
     axes = source.axes
     whole = codes.ndim == 2 or int(np.prod(array.shape)) * array.dtype.itemsize < WHOLE_STACK_BYTES
     if whole:
-        array = np.asarray(array)
+        array = read_pixels(source)
         if axes.endswith("S"):
             array = array[..., :3]
         _write(target, each, each.name, codes, array, axes, None)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from napari_semanticblur._annotation_source import annotated_level, fingerprint, labels_shape
+from napari_semanticblur._annotation_source import is_of
 from semanticblur_core.data.autosave import JOURNALS, user_journals
 from semanticblur_core.data.journal import Leftover, find_leftovers
 
@@ -41,8 +41,6 @@ def offer(leftover: Leftover) -> str:
 def image_of(leftover: Leftover, images: Sequence[Image]) -> Image | None:
     """The open image that changes belong to: its pixels tell."""
     for image in images:
-        source = annotated_level(image)
-        fits = labels_shape(source) == leftover.shape
-        if fits and fingerprint(source) == leftover.facts.get("fingerprint"):
+        if is_of(image, leftover.shape, leftover.facts.get("fingerprint")):
             return image
     return None

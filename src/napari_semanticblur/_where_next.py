@@ -224,6 +224,8 @@ class WhereNext(Container):  # type: ignore[type-arg]
                 return
             if isinstance(outcome, Failure):
                 self._owner.say(outcome.text)
+            elif outcome == "cancelled" and not n_done:  # as by a double click
+                self._owner.say("Stopped")
             else:  # what was found before a cancel counts
                 self._owner.guarded(on_end)()
 

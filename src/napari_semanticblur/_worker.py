@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from semanticblur_core.errors import SemanticBlurError
 
 _log = logging.getLogger(__name__)
+# With a window it ends the runs that began while that was the one in front, of whichever viewer.
+_BY_NAPARI = "napari ended it because a window was closed; run it again"
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,11 @@ class Run:
         from napari.qt.threading import create_worker
         from qtpy.QtCore import Qt
 
+        self._make_bar = partial(_progress_bar, title, n_steps, on_cancel)
         self._on_update, self._on_end = on_update, on_end
         self._outcome: str | Failure = "cancelled"
-        self._progress = None if title is None else _progress_bar(title, n_steps, on_cancel)
+        self._progress: Any = None
+        self._is_cancelled = False
         steps: Any = guarded(make)
         self._worker = create_worker(_each, steps, _start_thread=False)
         # Qt keeps workers, but not with them what they were to tell: a dock that was closed. In
@@ -102,12 +107,22 @@ class Run:
         self._ended = self._advancing = False
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread; call it last, when it is noted that this runs.
+
+        napari handles events as it makes its bar: a second click on a button, a window that closes.
+        """
+        self._progress = self._make_bar()
         self._worker.start()
 
     def cancel(self) -> None:
         """Ask to stop at the next tile or plane."""
+        self._is_cancelled = True
         self._worker.quit()
+
+    @property
+    def why_cancelled(self) -> str:
+        """Reason for people where it was not `cancel` that ended a run that was cancelled."""
+        return "" if self._is_cancelled else _BY_NAPARI
 
     def _yielded(self, update: Any) -> None:
         if isinstance(update, Failure):
@@ -142,13 +157,15 @@ class Run:
             self._on_end(self._outcome)
         finally:
             self._progress = None
-            del self._on_update, self._on_end
+            del self._on_update, self._on_end, self._make_bar
 
 
-def _progress_bar(title: str, n_steps: int, on_cancel: Callable[[], None] | None) -> Any:
-    """A bar in the activity dock, with a button to cancel if that does something."""
+def _progress_bar(title: str | None, n_steps: int, on_cancel: Callable[[], None] | None) -> Any:
+    """A bar in the activity dock, with a button to cancel if that does something; or None."""
     from napari.utils import cancelable_progress, progress
 
+    if title is None:
+        return None
     if on_cancel is None:
         return progress(total=n_steps, desc=title)
     act = on_cancel

@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import pytest
 import torch
+from napari.layers import Layer
 from PIL import Image
-from qtpy.QtCore import Qt
+from qtpy.QtCore import Qt, QTimer
 
 from napari_semanticblur import _annotate, _where_next
 from napari_semanticblur._layers import METADATA_KEY, find_result
@@ -1247,3 +1249,153 @@ def test_strokes_that_came_back_alone_take_their_image_when_it_is_opened(
     widget.store.value = tmp_path / "store"
     saved(qtbot, widget)
     assert AnnotationStore(tmp_path / "store").image_of(restored.name) is not None
+
+
+def test_strokes_on_a_copy_of_an_annotation_stay(
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = viewer.add_image(photo(), rgb=True, name="photo")
+    widget.store.value = tmp_path / "S"
+    widget.annotate()
+    first = widget.current.layer
+    stroke(first, (20, 20), (20, 80), 1)
+    data, state, kind = first.as_layer_data_tuple()
+    copy = Layer.create(data.copy(), state, kind)
+    viewer.layers.append(copy)
+    copy.data[60:66, 20:80] = 2
+    painted = copy.data.copy()
+    viewer.layers.selection.active = image
+    go, write = threading.Event(), AnnotationStore.write
+
+    def slow(*args: Any, **keywords: Any) -> Any:
+        go.wait(10)
+        return write(*args, **keywords)
+
+    monkeypatch.setattr(AnnotationStore, "write", slow)
+    viewer.layers.remove(first)
+    widget.annotate()  # while the first is still being saved
+    assert widget.current.layer is copy
+    assert widget.current.is_read_only
+    go.set()
+    qtbot.waitUntil(lambda: not widget.current.is_read_only, timeout=5000)
+    np.testing.assert_array_equal(copy.data, painted)
+    saved(qtbot, widget)
+    np.testing.assert_array_equal(AnnotationStore(tmp_path / "S").labels_of("photo"), painted)
+
+
+def test_an_image_that_is_given_other_data_is_not_painted_on(
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path
+) -> None:
+    image = viewer.add_image(photo(), rgb=True, name="photo")
+    widget.store.value = tmp_path / "S"
+    widget.annotate()
+    layer = widget.current.layer
+    stroke(layer, (20, 20), (20, 80), 1)
+    painted = layer.data.copy()
+    image.data = photo()  # the same
+    assert (layer.editable, layer.mode) == (True, "paint")
+    image.data = 255 - photo()
+    assert not layer.editable
+    told = "photo: has other data than photo annotation was painted on"
+    with pytest.MonkeyPatch.context() as patch:
+        shown: list[str] = []
+        patch.setattr("napari.utils.notifications.show_error", shown.append)
+        patch.setattr("napari.utils.notifications.show_warning", shown.append)
+        widget._tick()
+        assert shown.pop().startswith(told)
+        for button in (widget.save_button, widget.fill_sharp_button, widget.map_button):
+            button.native.click()
+            assert shown.pop().startswith(told)
+        widget.status.value = ""
+        widget.start_button.native.click()
+    assert widget.status.value.startswith(told)
+    assert AnnotationStore(tmp_path / "S").labels_of("photo") is None
+    image.data = photo()
+    assert (layer.editable, layer.mode) == (True, "paint")
+    widget._tick()
+    assert widget.status.value.startswith("Autosave works again")
+    saved(qtbot, widget)
+    # Without its layer what was painted is saved beside what it was painted on.
+    stroke(layer, (60, 20), (60, 80), 2)
+    painted = layer.data.copy()
+    image.data = 255 - photo()
+    viewer.layers.remove(layer)
+    widget.annotate()
+    assert not widget.current.layer.data.any()
+    stroke(widget.current.layer, (5, 20), (5, 80), 1)
+    saved(qtbot, widget)
+    one, other = sorted(read_store(tmp_path / "S"), key=lambda each: each.name)
+    np.testing.assert_array_equal(one.image, photo())
+    np.testing.assert_array_equal(one.labels, painted)
+    np.testing.assert_array_equal(other.image, 255 - photo())
+    np.testing.assert_array_equal(other.labels, widget.current.layer.data)
+
+
+def test_an_image_that_is_removed_and_opened_again_is_painted_on(
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path
+) -> None:
+    image = viewer.add_image(photo(), rgb=True, name="photo")
+    widget.store.value = tmp_path / "S"
+    widget.annotate()
+    annotation = widget.current
+    stroke(annotation.layer, (20, 20), (20, 80), 1)
+    viewer.layers.remove(image)
+    again = viewer.add_image(photo(), rgb=True, name="photo")
+    widget.layer.value = again
+    widget.annotate()
+    assert widget.current is annotation
+    assert (annotation.image, annotation.is_read_only) == (again, False)
+    assert len(viewer.layers) == 2
+    image.data = 255 - photo()  # which is nobody's any more
+    assert annotation.layer.editable
+    again.data = 255 - photo()
+    assert not annotation.layer.editable
+
+
+# napari divides by the length of a stack as well.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
+def test_images_that_cannot_be_read_are_told_of_and_stop_no_others(
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path
+) -> None:
+    class CodecError(Exception):
+        pass
+
+    def plane(block_info: Any = None) -> np.ndarray:
+        z = block_info[None]["chunk-location"][0]
+        if z == 2:
+            raise CodecError("decoder broke")
+        return np.zeros((1, 90, 120), np.uint8)
+
+    broken = da.map_blocks(plane, chunks=((1,) * 3, (90,), (120,)), dtype=np.uint8)
+    layer = viewer.add_image(broken, name="broken", contrast_limits=(0, 255))
+    with pytest.MonkeyPatch.context() as patch:
+        shown: list[str] = []
+        patch.setattr("napari.utils.notifications.show_error", shown.append)
+        for button in (widget.start_button, widget.save_button, widget.map_button):
+            button.native.click()
+            assert shown.pop() == "broken: plane (2,): cannot be read: decoder broke"
+    viewer.add_image(np.zeros((0, 90, 120), np.uint8), name="none")
+    good = viewer.add_image(np.zeros((3, 90, 120), np.uint8), name="good")
+    widget.layer.value = good
+    widget.annotate()
+    stroke(widget.current.layer, (0, 20, 20), (0, 20, 80), 1)
+    viewer.layers.remove(good)
+    widget.layer.value = layer
+    viewer.layers.selection.active = widget._annotations[0].layer
+    widget.store.value = tmp_path / "S"
+    saved(qtbot, widget)  # after a look whether its image is among those that are open
+
+
+def test_a_double_click_on_where_next_says_nothing_false(
+    qtbot: Any, viewer: Any, widget: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = viewer.add_image(np.zeros((40, 50), np.uint8), name="photo")
+    record = {"kind": "map", "source_id": str(image.unique_id)}
+    viewer.add_image(np.full((40, 50), 0.5), metadata={METADATA_KEY: record})
+    widget.layer.value = image
+    widget.annotate()
+    click = widget.where_next.place_button.native.click
+    QTimer.singleShot(0, click)
+    click()
+    qtbot.waitUntil(lambda: not widget.where_next.is_running, timeout=5000)
+    assert widget.status.value == "Stopped"

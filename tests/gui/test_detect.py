@@ -1004,3 +1004,14 @@ def test_the_window_stays_alive_during_a_stack(qtbot: Any, viewer: Any, widget: 
     timer.stop()
     assert len(ticks) > 20
     assert np.diff(ticks).max() < 1
+
+
+def test_a_run_that_napari_ended_says_so(qtbot: Any, viewer: Any, widget: Any) -> None:
+    viewer.add_image(np.zeros((200, 64, 64), np.uint8), name="long")
+    widget.planes.value = _detect.ALL
+    widget.run()
+    qtbot.waitUntil(lambda: widget.progress.value >= 1, timeout=60_000)
+    widget._detection._run._worker.quit()  # as with the window of another viewer
+    qtbot.waitUntil(lambda: not widget.is_running, timeout=5000)
+    said = "Stopped: napari ended it because a window was closed; run it again"
+    assert widget.status.value == said

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from napari.utils import progress
+from qtpy.QtCore import QCoreApplication, QEvent, QTimer
 
 WIDGETS = ("Detect defocus blur", "Annotate blur", "Fine-tune blur model", "Focus quality")
 
@@ -49,3 +51,69 @@ def test_every_line_of_a_message_is_seen(qtbot: Any, viewer: Any, name: str) -> 
     for n_words in (60, 25, 3, 40):
         widget.status.value = "words " * n_words
         qtbot.waitUntil(lambda: label.height() == label.heightForWidth(label.width()))
+
+
+RUNS = {
+    "run_button": "Detect defocus blur",
+    "check_button": "Focus quality",
+    "composite_button": "Focus quality",
+    "map_button": "Annotate blur",
+}
+
+
+@pytest.fixture
+def click(viewer: Any, request: pytest.FixtureRequest) -> Any:
+    """A button that starts a run of many planes, to be clicked."""
+    viewer.add_image(np.zeros((200, 64, 64), np.uint8), name="long")
+    name = RUNS[request.param]
+    _, widget = viewer.window.add_plugin_dock_widget("napari-semanticblur", name)
+    widget.planes.value = next(each for each in widget.planes.choices if each.startswith("all"))
+    if name == "Annotate blur":
+        widget.annotate()
+    return getattr(widget, request.param).native.click
+
+
+@pytest.mark.parametrize("click", RUNS, indirect=True)
+def test_a_double_click_starts_one_run(qtbot: Any, viewer: Any, click: Any) -> None:
+    """napari handles events as it makes the bar of a run: the second click among them."""
+    QTimer.singleShot(0, click)
+    click()
+    qtbot.wait(50)
+    [bar] = progress._all_instances
+    bar.cancel()
+    qtbot.waitUntil(lambda: not progress._all_instances, timeout=60_000)
+
+
+@pytest.mark.parametrize("click", RUNS, indirect=True)
+def test_a_window_can_be_closed_as_a_run_starts(qtbot: Any, viewer: Any, click: Any) -> None:
+    def close() -> None:
+        window = viewer.window._qt_window
+        viewer.close()
+        window.deleteLater()
+        QCoreApplication.sendPostedEvents(None, QEvent.Type.DeferredDelete)
+
+    QTimer.singleShot(0, close)
+    click()
+    qtbot.waitUntil(lambda: not progress._all_instances, timeout=60_000)
+
+
+# napari divides by the length as well.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
+@pytest.mark.parametrize("name", WIDGETS)
+def test_a_stack_without_planes_is_a_line(viewer: Any, name: str) -> None:
+    _, widget = viewer.window.add_plugin_dock_widget("napari-semanticblur", name)
+    viewer.add_image(np.zeros((0, 40, 50), np.uint8), name="none")
+    viewer.add_labels(np.zeros((40, 50), np.uint8))
+    if name != "Fine-tune blur model":  # which offers labels
+        button = {
+            "Detect defocus blur": "run_button",
+            "Annotate blur": "start_button",
+            "Focus quality": "check_button",
+        }[name]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("napari.utils.notifications.show_error", lambda _: None)
+            getattr(widget, button).native.click()
+        assert widget.status.value == "none: has no pixels, its shape is (0, 40, 50)"
+    viewer.add_image(np.zeros((3, 40, 50), np.uint8), name="some")
+    viewer.layers["some"].data = np.zeros((0, 40, 50), np.uint8)
+    viewer.layers.clear()

@@ -675,3 +675,95 @@ def test_a_layer_that_is_gone_is_let_go(qtbot: Any, viewer: Any, widget: Any) ->
         return gone() is None
 
     qtbot.waitUntil(is_gone, timeout=10_000)
+
+
+def slow(array: np.ndarray, broken: set[int]) -> Any:
+    """Planes that take a while to come, or are broken."""
+
+    def plane(block_info: Any = None) -> np.ndarray:
+        z = block_info[None]["chunk-location"][0]
+        time.sleep(0.02)
+        if z in broken:
+            raise OSError("torn tape")
+        return array[z : z + 1]
+
+    n, *rest = array.shape
+    return da.map_blocks(plane, chunks=((1,) * n, *((m,) for m in rest)), dtype=array.dtype)
+
+
+@pytest.mark.parametrize("what", ["removed", "changed"])
+def test_a_layer_that_goes_away_stops_its_composite(
+    qtbot: Any, viewer: Any, widget: Any, what: str
+) -> None:
+    layer = viewer.add_image(slow(stack(40), set()), name="s", contrast_limits=(0, 255))
+    widget.composite_button.native.click()
+    qtbot.waitUntil(lambda: widget.progress.value >= 2, timeout=20_000)
+    if what == "removed":
+        viewer.layers.remove(layer)
+        said = "the layer s was removed"
+    else:
+        layer.data = stack(4)
+        said = "the data of s was changed"
+    wait(qtbot, widget)
+    assert widget.status.value == f"Stopped: {said}"
+    assert list(viewer.layers) == ([] if what == "removed" else [layer])
+    assert widget.composite_button.enabled
+
+
+def test_a_check_says_why_it_stopped(
+    qtbot: Any, viewer: Any, widget: Any, make_napari_viewer: Any
+) -> None:
+    layer = viewer.add_image(np.zeros((400, 128, 128), np.uint8), name="long")
+    other = make_napari_viewer(show=True)
+    for action, said in (
+        (other.close, "napari ended it because a window was closed; run it again"),
+        (lambda: viewer.layers.remove(layer), "the layer long was removed"),
+    ):
+        widget.check()
+        qtbot.waitUntil(lambda: widget.progress.value >= 2, timeout=20_000)
+        action()
+        wait(qtbot, widget)
+        assert widget.status.value == f"Stopped: {said}"
+
+
+def test_a_plane_that_cannot_be_read_is_told_and_tried_again(
+    qtbot: Any, viewer: Any, widget: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, broken = complaints(monkeypatch), set[int]()
+    viewer.add_image(slow(stack(), broken), name="s", contrast_limits=(0, 255))
+    viewer.dims.set_point(0, 0)
+    broken |= {1, 3}
+    left_out = "Checked; 2 left out: s[Z=1]: plane (1,): cannot be read: torn tape"
+    for _ in range(2):
+        check(qtbot, widget)
+        assert (widget.status.value, shown.pop(), shown) == (left_out, left_out, [])
+    broken.clear()
+    again = measured(monkeypatch)
+    for planes, z in ((_focus.CURRENT, 3), (_focus.ALL, 1)):
+        widget.planes.value = planes
+        viewer.dims.set_point(0, 3)
+        check(qtbot, widget)
+        assert again.pop() == (z,)
+        assert again == []
+        assert widget.status.value == "1 of 1 planes checked"
+    assert widget.plot.curve.positions == tuple(range(8))
+
+
+def test_the_composite_does_without_planes_that_cannot_be_read(
+    qtbot: Any, viewer: Any, widget: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, broken = complaints(monkeypatch), set[int]()
+    layer = viewer.add_image(slow(stack(), broken), name="s", contrast_limits=(0, 255))
+    viewer.dims.set_point(0, 0)
+    broken |= {2, 6}
+    widget.composite_button.native.click()
+    wait(qtbot, widget)
+    said = "All in focus: done; 2 left out: plane (2,): cannot be read: torn tape"
+    assert (widget.status.value, shown) == (said, [])
+    made, depth = (find_result(viewer, layer, kind) for kind in ("composite", "depth"))
+    assert (depth.data == PEAK).all()
+    np.testing.assert_allclose(made.data[0], stack()[PEAK], atol=1)
+    broken.update(range(8))
+    widget.composite_button.native.click()
+    wait(qtbot, widget)
+    assert shown == ["s: plane (0,): cannot be read: torn tape"]

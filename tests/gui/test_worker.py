@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
 from napari_semanticblur._worker import Failure, Run
 
 
@@ -50,3 +52,19 @@ def test_errors_are_failures_with_a_reason(qtbot: Any) -> None:
     run.start()
     qtbot.waitUntil(lambda: bool(outcomes), timeout=5000)
     assert outcomes == [Failure("out of memory")]
+
+
+@pytest.mark.parametrize("by_napari", [True, False])
+def test_one_that_napari_ended_says_so(qtbot: Any, by_napari: bool) -> None:
+    def work() -> Iterator[int]:
+        while True:
+            time.sleep(0.01)
+            yield 1
+
+    outcomes: list[str | Failure] = []
+    run = Run(work, title=None, n_steps=1, on_update=lambda _: 1, on_end=outcomes.append)
+    run.start()
+    run._worker.quit() if by_napari else run.cancel()
+    qtbot.waitUntil(lambda: bool(outcomes), timeout=5000)
+    assert outcomes == ["cancelled"]
+    assert run.why_cancelled.startswith("napari ended it because a window") == by_napari

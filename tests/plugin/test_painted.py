@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import pytest
 from napari.components import ViewerModel
@@ -14,7 +15,7 @@ from napari_semanticblur._painted import annotated_layers, save_layers
 from semanticblur_core.data.autosave import user_journals
 from semanticblur_core.data.journal import find_leftovers
 from semanticblur_core.data.store import AnnotationStore, read_store
-from semanticblur_core.errors import DataError
+from semanticblur_core.errors import DataError, ImageError
 
 
 @pytest.fixture(autouse=True)
@@ -206,3 +207,38 @@ def test_labels_go_to_the_image_that_they_are_named_after_or_lie_on() -> None:
     viewer.add_image(cells(), name="above")
     found = {one.labels.name: one.source.layer.name for one in annotated_layers(viewer)}
     assert found == {"img10 - Labels": "img10", "Labels": "img10"}
+
+
+def test_labels_are_not_saved_beside_data_that_came_later(tmp_path: Path) -> None:
+    annotation = annotated(cells(), store=tmp_path / "S")
+    annotation.layer.data[:5] = 1
+    assert annotation.image is not None
+    annotation.image.data = cells(1)
+    for store in (None, tmp_path / "other"):
+        with pytest.raises(DataError, match="cells: has other data than cells annotation was"):
+            save_layers(annotated_layers(annotation.viewer), store, tmp_path / "fallback")
+    annotation.image.data = cells()
+    save_layers(annotated_layers(annotation.viewer), None, tmp_path / "fallback")
+    [plane] = read_store(tmp_path / "S")
+    np.testing.assert_array_equal(plane.image, cells())
+    close(annotation)
+
+
+def test_pixels_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    class CodecError(Exception):
+        pass
+
+    is_broken = False
+
+    def plane(block_info: Any = None) -> np.ndarray:
+        if is_broken:
+            raise CodecError("decoder broke\nat length")
+        return np.zeros((1, 40, 50), np.uint8)
+
+    viewer = ViewerModel()
+    array = da.map_blocks(plane, chunks=((1,) * 3, (40,), (50,)), dtype=np.uint8)
+    viewer.add_image(array, name="lazy", contrast_limits=(0, 255))
+    viewer.add_labels(np.ones((3, 40, 50), np.uint8), name="lazy strokes")
+    is_broken = True
+    with pytest.raises(ImageError, match=r"^lazy: cannot be read: decoder broke$"):
+        save_layers(annotated_layers(viewer), None, tmp_path / "fallback")

@@ -45,7 +45,7 @@ class ArrayFocus:
     """What is known of the planes of an array: scores, verdicts, curves, heat maps.
 
     Nothing is measured twice: `check` leaves out the planes that are here, whatever the array has
-    grown by, and gates are judged anew from the scores.
+    grown by, and gates are judged anew from the scores. Planes that failed are tried again.
 
     Parameters
     ----------
@@ -169,7 +169,7 @@ class ArrayFocus:
         wanted = [
             index
             for index in (planes.indices() if indices is None else indices)
-            if index not in self.images
+            if not self.is_known(index)
         ]
         if not wanted:
             return
@@ -207,9 +207,13 @@ class ArrayFocus:
             and any(i >= length for i, length in zip(index, lengths, strict=True))
         ]
 
+    def is_known(self, index: Index) -> bool:
+        """Whether a plane was measured; one that could not be read is tried again."""
+        return index in self.images and self.images[index].error is None
+
     def missing(self, planes: Planes) -> list[Index]:
         """Planes that are not known yet."""
-        return [index for index in planes.indices() if index not in self.images]
+        return [index for index in planes.indices() if not self.is_known(index)]
 
     def judged(self, gates: Iterable[Gate]) -> list[tuple[Index, ImageFocus]]:
         """Planes by index, with the verdict of gates."""

@@ -108,7 +108,7 @@ def test_each_kind_is_one_line_and_the_rest_is_done(
     np.save(folder / "short.npy", np.zeros((48, 64), np.uint8))
     short = (folder / "short.npy").read_bytes()
     (folder / "short.npy").write_bytes(short.replace(b"(48, 64)", b"(99, 99)"))
-    zarr.open_array(folder / "vast.zarr", mode="w", shape=(9, 9), dtype="u1")
+    zarr.open_array(folder / "vast.zarr", mode="w", shape=(9, 9), chunks=(4096, 4096), dtype="u1")
     described = json.loads((folder / "vast.zarr" / "zarr.json").read_text())
     described["shape"] = [40_000_000, 50_000_000]
     (folder / "vast.zarr" / "zarr.json").write_text(json.dumps(described))

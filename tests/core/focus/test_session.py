@@ -15,6 +15,7 @@ from semanticblur_core.focus.classical import ClassicalDetector
 from semanticblur_core.focus.report import to_row, write_html
 from semanticblur_core.focus.scores import HIGHER_IS_SHARPER
 from semanticblur_core.focus.session import ArrayFocus
+from semanticblur_core.inference.planes import Planes
 
 
 def stack(n_planes: int = 7, peak: int = 4, dtype: Any = np.uint8) -> np.ndarray:
@@ -184,3 +185,21 @@ def test_a_calibration_is_for_the_same_way_of_measuring() -> None:
     made = [[{**base, "tenengrad": v}] * 2 for v in (0.9, 0.1)]
     classical = calibrate(*made, protocol={"method": "lbp", "value_range": None})
     assert classical.gate_for({"method": "network"}) == Gate("tenengrad", 0.5)
+
+
+def test_a_plane_that_could_not_be_read_is_tried_again() -> None:
+    broken = {1}
+
+    def plane(block_info: Any = None) -> np.ndarray:
+        if block_info[None]["chunk-location"][0] in broken:
+            raise OSError("torn tape")
+        return np.zeros((1, 64, 64), np.uint8)
+
+    array = da.map_blocks(plane, chunks=((1,) * 3, (64,), (64,)), dtype=np.uint8)
+    session = ArrayFocus("tape")
+    assert check(session, array) == [(0,), (1,), (2,)]
+    assert session.missing(Planes(array, "ZYX")) == [(1,)]
+    broken.clear()
+    assert check(session, array) == [(1,)]
+    assert session.is_known((1,))
+    assert check(session, array) == []

@@ -146,7 +146,7 @@ def test_it_rests_while_paused(command: FinetuneCommand) -> None:
 
     def is_still() -> bool:
         n_seen = len(seen)
-        time.sleep(1.0)
+        time.sleep(3.0)
         return len(seen) == n_seen
 
     until(is_still)  # the step that was under way is over
