@@ -40,6 +40,7 @@ ROUNDING = 1e-6
 # A JPEG that is black all over has values up to about this; a mask has not only so few values.
 _JPEG_NOISE = 30
 _FEW_VALUES = 4
+_MANY_PIXELS = 0.005
 _NEARLY_WHITE = 225
 # OME-TIFF may state more planes than it holds, for they may lie in other files; not so many more.
 _MOST_PLANES = 1_000_000
@@ -170,14 +171,19 @@ def read_mask(path: str | Path) -> NDArray[np.bool_]:
         return array
     if array.dtype != np.uint8:
         raise DataError(f"{path}: expected an 8-bit or 1-bit mask, got {array.dtype}")
-    counts = np.bincount(array.ravel(), minlength=256)
+    # Some rows at a time, for they are counted as numbers of eight bytes.
+    blocks = range(0, len(array), 256)
+    each = (np.bincount(array[top : top + 256].ravel(), minlength=256) for top in blocks)
+    counts = np.sum(list(each), axis=0)
     values = np.flatnonzero(counts).tolist()
     is_jpeg = Path(path).suffix.lower() in (".jpg", ".jpeg")
-    if is_jpeg and values[-1] <= _JPEG_NOISE:  # wholly sharp
+    many = _MANY_PIXELS * array.size
+    has_labels = values[-1] <= 2 and counts[1:3].sum() >= many
+    if is_jpeg and values[-1] <= _JPEG_NOISE and not has_labels:  # wholly sharp
         return np.zeros(array.shape, np.bool_)
     # Edges that were smoothed have many values in between, each of few pixels.
     between = counts[1:_NEARLY_WHITE].max()
-    if values[-1] > 127 and len(values) <= _FEW_VALUES and between >= 0.005 * array.size:
+    if values[-1] > 127 and len(values) <= _FEW_VALUES and between >= many:
         raise DataError(
             f"{path}: its values are {', '.join(map(str, values))}, but a mask is 0 = sharp and "
             "255 = blurred alone; what is not to count is left unlabelled in an annotation store"

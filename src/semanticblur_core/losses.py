@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from semanticblur_core.errors import DataError
+from semanticblur_core.io import ROUNDING
 
 SSIM_WINDOW_PX = 11
 SSIM_SIGMA_PX = 1.5
@@ -153,10 +154,10 @@ def _require_unit_range(target: Tensor) -> None:
     if target.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = (float(value) for value in torch.aminmax(target))
-    if not 0 <= low <= high <= 1:
+    if not -ROUNDING <= low <= high <= 1 + ROUNDING:
         raise DataError(
-            f"target: expected 0..1, 1 = blurred, got {low:g}..{high:g}; a mask of 0 and 255 is "
-            "to be divided by 255"
+            f"target: expected 0..1, 1 = blurred, got {low:.7g}..{high:.7g}; a mask of 0 and 255 "
+            "is to be divided by 255"
         )
 
 

@@ -555,6 +555,11 @@ class _Inverted:
         kind: np.dtype[Any] = self.stored.dtype
         return kind
 
+    @property
+    def chunks(self) -> Any:
+        """Of what is stored; None where it is in one piece."""
+        return getattr(self.stored, "chunks", None)
+
     def __getitem__(self, key: Any) -> NDArray[Any]:
         return io.invert(np.asarray(self.stored[key]))
 

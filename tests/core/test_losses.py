@@ -152,3 +152,11 @@ def test_labels_of_any_type_are_those_of_bool(dtype: torch.dtype) -> None:
     assert blur_loss(logits, target, labelled=labelled.to(dtype)) == wanted
     assert ssim_loss(logits.sigmoid(), target, labelled=labelled.to(dtype)) == wanted.ssim
     assert label_counts(target, labelled.to(dtype)) == label_counts(target, labelled)
+
+
+def test_targets_may_be_off_by_rounding_and_no_more() -> None:
+    logits = torch.zeros(1, 1, 16, 16)
+    blur_loss(logits, torch.full_like(logits, 1 + 2e-7))
+    blur_loss(logits, torch.full_like(logits, -2e-7))
+    with pytest.raises(DataError, match=r"got 1\.00001\.\.1\.00001"):
+        blur_loss(logits, torch.full_like(logits, 1.00001))

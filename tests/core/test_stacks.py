@@ -209,6 +209,19 @@ def test_white_is_zero_is_inverted_as_of_an_image(tmp_path: Path, rng: np.random
     np.testing.assert_array_equal(plane, io.read_image(tmp_path / "one.tif"))
 
 
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_white_is_zero_is_stored_as_anything_is(tmp_path: Path, compression: str | None) -> None:
+    chunks = []
+    for kind in ("minisblack", "miniswhite"):
+        path = tmp_path / f"{kind}.tif"
+        tile = (64, 64) if compression else None
+        image = np.zeros((200, 200), np.uint8)
+        tifffile.imwrite(path, image, photometric=kind, compression=compression, tile=tile)
+        with stacks.open_stack(path) as stack:
+            chunks.append(getattr(stack.array, "chunks", None))
+    assert chunks == [(64, 64) if compression else None] * 2
+
+
 def test_jpeg_planes_are_decoded_to_rgb(tmp_path: Path) -> None:
     red = np.zeros((2, 64, 64, 3), np.uint8)
     red[..., 0] = 200

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from semanticblur_core.cli._echo import echo
+from semanticblur_core.cli._echo import echo, readable
 from semanticblur_core.cli._options import progress_bar
+from semanticblur_core.cli._stop import Stop
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from semanticblur_core.inference.planes import Planes
     from semanticblur_core.scale import Channels, Scale
 
-# Pixels of a row of fields that is kept while its fields are read.
-_BAND_PIXELS = 2**27
+# Of a row of fields that is kept while its fields are read.
+_BAND_BYTES = 2**29
+# Planes that a report shows pictures of.
+_PICTURED = 24
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,12 @@ class Part:
         *,
         max_pixels: int,
         by_content: bool = False,
-        with_views: bool = False,
+        with_pictures: bool = False,
     ) -> None:
         self.axes, self.channels, self.wanted, self.level = axes, channels, wanted, level
         self.fields, self.value_range, self.max_pixels = fields, value_range, max_pixels
         self.cut_planes: list[CutPlane] = []
-        self._by_content, self._with_views = by_content, with_views
+        self._by_content, self._with_pictures = by_content, with_pictures
         self._lock = threading.RLock()
         self._resources = ExitStack()
         self._opened: tuple[Path, _Opened] | None = None
@@ -140,11 +143,18 @@ class Part:
                     replace(each, read=functools.partial(self._read, path, each.index), **about)
                     for each in sources
                 ]
-            cut_planes = [self._cut(opened, each, about) for each in sources]
+            cut_planes: list[CutPlane] = []
+            for each in sources:
+                is_shown = self._with_pictures and len(self.cut_planes + cut_planes) < _PICTURED
+                cut_planes.append(self._cut(opened, each, about, is_shown=is_shown))
         self.cut_planes += cut_planes
         return [field for plane in cut_planes for field in plane.sources]
 
-    def _cut(self, opened: _Opened, plane: Source, about: dict[str, Any]) -> CutPlane:
+    def _cut(
+        self, opened: _Opened, plane: Source, about: dict[str, Any], *, is_shown: bool
+    ) -> CutPlane:
+        from rich.markup import escape
+
         from semanticblur_core.focus import fields
         from semanticblur_core.focus.scores import tile_size_in_px
 
@@ -153,25 +163,39 @@ class Part:
         side_px = tile_size_in_px(side, about["pixel_side_um"]) if unit == "um" else side
         shape = opened.planes.plane_shape
         fields.cuts(1, side_px)  # refused before anything is read
-        view = None
-        if self._by_content or self._with_views:
-            with progress_bar() as progress:
-                progress.add_task(f"Looking over {plane.name}", total=None)
-                view = self._coarse_view(plane.path, opened, plane.index)
+        content = picture = None
+        if self._by_content or is_shown:
+            stop = Stop(at_steps=True)
+            with progress_bar() as progress, stop.heeded():
+                title = escape(readable(f"Looking over {plane.name}"))
+                task = progress.add_task(title, total=100)
+
+                def on_rows(share: float) -> None:
+                    if stop.is_asked_for:
+                        raise KeyboardInterrupt
+                    progress.update(task, completed=100 * share)
+
+                view = self._coarse_view(plane.path, opened, plane.index, on_rows)
+            content = fields.content_of(view) if self._by_content else None
+            picture = fields.picture(view) if is_shown else None
         return fields.cut(
             plane.name,
             plane.path,
             shape,
             side_px,
             functools.partial(self._read, plane.path, plane.index),
-            content=fields.content_of(view) if view is not None and self._by_content else None,
-            view=view if self._with_views else None,
+            content=content,
+            picture=picture,
             index=plane.index,
             **about,
         )
 
     def _coarse_view(
-        self, path: Path, opened: _Opened, index: tuple[int, ...]
+        self,
+        path: Path,
+        opened: _Opened,
+        index: tuple[int, ...],
+        on_rows: Callable[[float], None],
     ) -> NDArray[np.float32]:
         """Of a level that is coarse already, where there is one."""
         from semanticblur_core import stacks
@@ -184,8 +208,8 @@ class Part:
                 planes = Planes(coarser.array, coarser.axes, coarser.channel(self.channels))
                 is_same = planes.lengths == opened.planes.lengths  # Z may be coarser, too
                 if is_same and max(planes.plane_shape) >= COARSE_SIDE_PX:
-                    return coarse_view(planes.view(index), limits)
-        return coarse_view(opened.planes.view(index), limits)
+                    return coarse_view(planes.view(index), limits, on_rows)
+        return coarse_view(opened.planes.view(index), limits, on_rows)
 
     @contextmanager
     def _open(self, path: Path) -> Iterator[_Opened]:
@@ -226,14 +250,23 @@ class Part:
         with self._open(path) as opened:
             planes = opened.planes
             view, limits = planes.view(index), self._limits_of(path, planes)
-            if not _is_in_strips(planes, rows, columns):
-                return view.read_unit(rows, columns, limits=limits)
-            # Strips are as wide as the plane: each is decoded once for all the fields in a row.
-            key = (path, index, rows.start, rows.stop)
-            if self._band is None or self._band[0] != key:
-                self._band = None
-                self._band = key, view.read_unit(rows, limits=limits)
-            return self._band[1][:, columns].copy()
+            if _is_in_strips(planes, rows, columns):
+                # As wide as the plane: each is decoded once for all the fields in a row.
+                key = (path, index, rows.start, rows.stop)
+                if self._band is None or self._band[0] != key:
+                    self._band = None
+                    self._band = key, view.read(rows)
+                band = self._band[1]
+                stored = (
+                    band[..., columns, :] if "S" in planes.axes else band[..., columns]
+                ).copy()
+            else:
+                stored = view.read(rows, columns)
+            unit = view.to_unit(stored, limits=limits)
+            known = view.finite(stored)
+            if known is not None:  # which has no content
+                unit[~known] = np.nan
+            return unit
 
     def _limits_of(self, path: Path, planes: Planes) -> Any:
         if path not in self._limits:
@@ -259,11 +292,18 @@ def _is_stack_file(path: Path) -> bool:
 
 def _is_in_strips(planes: Planes, rows: slice, columns: slice) -> bool:
     """Whether some columns are stored with many others, of which all can be kept."""
+    import numpy as np
+
     chunks = getattr(planes.array, "chunks", None)
     if not chunks or columns.start is None:
         return False
-    is_wide: bool = chunks[planes.axes.index("X")] >= 2 * (columns.stop - columns.start)
-    return is_wide and (rows.stop - rows.start) * planes.plane_shape[1] <= _BAND_PIXELS
+    is_wide: bool = np.max(chunks[planes.axes.index("X")]) >= 2 * (columns.stop - columns.start)
+    inside = "YXSC" if planes.channels == "mean" else "YXS"
+    lengths = dict(zip(planes.axes, planes.array.shape, strict=True)) | {
+        "Y": rows.stop - rows.start
+    }
+    n_values = math.prod(length for axis, length in lengths.items() if axis in inside)
+    return is_wide and n_values * np.dtype(planes.array.dtype).itemsize <= _BAND_BYTES
 
 
 def find_sources(

@@ -144,10 +144,16 @@ class Results:
 
     def _name(self, image: ImageFocus) -> str:
         """What people know it by: its name, or its path where others are called so."""
-        return image.name if self._n_of_name[image.name] <= 1 else image.source
+        return (
+            image.name if self._n_of_name[image.name] <= 1 else _with_path(image.name, image.source)
+        )
 
     def _how_far(self) -> str:
-        return f"stopped after {len(self.images)} of {len(self._order)} images"
+        return f"stopped after {len(self.images)} of {len(self._order)} {self._kind}s"
+
+    @property
+    def _kind(self) -> str:
+        return "field" if self._cut_planes else "plane" if self._opened else "image"
 
     def _add(self, image: ImageFocus, html: HtmlReport | None, *, is_new: bool = True) -> None:
         if html is not None:
@@ -266,11 +272,15 @@ class Results:
             at = "".join(f" at {axis}={i}" for axis, i in one["at"].items())
             best = one["best_plane"]
             echo(f"best plane{at}: {best['name']} (index {best['index']}, peak {one['peak']:.2f})")
-        for row in self._plane_rows():
-            echo(_described_plane(row, self._gated))
+        planes = self._plane_rows()
+        n_of_name = Counter(row["name"] for row in planes)
+        for row in planes:
+            name = row["name"]
+            shown = name if n_of_name[name] == 1 else _with_path(name, row["source"])
+            echo(f"{shown}: {_described_plane(row, self._gated)}")
         n_read = len(self.images) - self.n_failed
-        kind = "field" if self._cut_planes else "plane" if self._opened else "image"
-        text = f"{n_read} {kind}{'s' * (n_read != 1)}"
+        kind = self._kind
+        text = _counted(n_read, kind)
         text += f", {self.n_failed} unreadable"
         if n_before := len(self.images) - self._n_new:
             text += f", {n_before} measured before"
@@ -334,7 +344,6 @@ class Results:
 
     def _summary(self) -> dict[str, Any]:
         """What the HTML page shows beside the rows."""
-        from semanticblur_core.focus.fields import picture
         from semanticblur_core.focus.scores import HIGHER_IS_SHARPER
 
         gates = ", ".join(gate.describe() for gate in self._options.gates) or "none"
@@ -349,9 +358,9 @@ class Results:
             "gated": self._gated,
             **self._stack_rows(),
             "planes": [
-                {**row, "picture": picture(plane.view)}
+                {**row, "picture": plane.picture}
                 for row, plane in zip(self._plane_rows(), self._cut_planes, strict=True)
-                if plane.view is not None
+                if plane.picture is not None
             ],
         }
         if self._sort:  # best first
@@ -369,16 +378,27 @@ def _described(scores: FocusScores) -> str:
     return f"{scores.in_focus_fraction:.1%} in focus, mean blur {scores.mean_blur:.3f}"
 
 
+def _with_path(name: str, source: str) -> str:
+    """The path of a file, and which of its planes and fields a name says."""
+    file = Path(source).name
+    _, found, part = name.rpartition(f"{file}[")
+    return f"{source}[{part}" if found else source
+
+
+def _counted(n: int, kind: str) -> str:
+    return f"{n} {kind}{'s' * (n != 1)}"
+
+
 def _described_plane(row: dict[str, Any], gated: bool) -> str:
     share, n_empty = row["in_focus_fraction"], row["n_fields_without_content"]
-    text = f"{row['name']}: "
+    text = ""
     if gated:
         text += f"{'passed' if row['passed'] else 'FAILED'}, "
     if share is None:
         text += "no content"
     else:
         text += f"{share:.1%} in focus, mean blur {row['mean_blur']:.3f}"
-    text += f", {row['n_fields']} fields"
+    text += f", {_counted(row['n_fields'], 'field')}"
     if gated:
         text += f", {row['n_fields_passed']} passed"
     return text + (f", {n_empty} without content left out" if n_empty else "")

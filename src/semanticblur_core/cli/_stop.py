@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 _T = TypeVar("_T")
+_ONE_ASKING_S = 1.0
 
 
 class Stop:
@@ -18,16 +21,20 @@ class Stop:
     Parameters
     ----------
     at_steps
-        The first of them is only noted in `is_asked_for`, for a loop that looks at each step.
+        The first of them is only noted in `is_asked_for`, for a loop that looks at each step, and
+        so is what comes within a second: ``torchrun`` passes on what its processes got already.
     """
 
     def __init__(self, *, at_steps: bool = False) -> None:
         self._is_busy = self.is_asked_for = False
         self._at_steps = at_steps
+        self._asked_at = -math.inf
 
     def __call__(self, *_: object) -> None:
         if self._at_steps and not self.is_asked_for:
-            self.is_asked_for = True
+            self._asked_at = time.monotonic()
+        elif time.monotonic() - self._asked_at < _ONE_ASKING_S:
+            return
         elif not self._is_busy:
             raise KeyboardInterrupt
         self.is_asked_for = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -117,7 +118,7 @@ class _TileType(click.ParamType):  # type: ignore[type-arg]
             size = float(text.removesuffix("um").removesuffix("px"))
         except ValueError:
             self.fail(f"expected such as 64 or 20um, got {value!r}", param, ctx)
-        if not size > 0 or (unit == "px" and size != int(size)):
+        if not 0 < size < math.inf or (unit == "px" and size != int(size)):
             self.fail(f"expected whole pixels or micrometres above 0, got {value!r}", param, ctx)
         return size, unit
 
@@ -392,7 +393,7 @@ def _check(
             options.value_range,
             max_pixels=options.max_pixels,
             by_content=options.region == "content",
-            with_views=report is not None,
+            with_pictures=report is not None,
         )
         resources.callback(part.close)
         sources = (

@@ -200,6 +200,7 @@ def command(
         HISTORY,
         LAST_CHECKPOINT,
         VALIDATION_PROTOCOL,
+        any_process,
         is_first_process,
         refuse_earlier_run,
         train,
@@ -296,16 +297,14 @@ def command(
     with progress_bar() as progress, closing(updates), stop.heeded():
         task = progress.add_task("Training", total=None)
         for update in updates:
-            if stop.is_asked_for:
+            # All processes stop after the same step, whichever of them was asked to.
+            stops = update.step < update.total_steps and any_process(stop.is_asked_for)
+            if stops:
                 updates.close()
-                say_above(
-                    progress,
-                    f"semanticblur-core: stopped at step {update.step} of {update.total_steps}; "
-                    "--resume goes on",
-                    err=True,
-                )
-                raise KeyboardInterrupt
+                any_process(True)  # until the state is written: who ends first ends all
             if not is_first_process():
+                if stops:
+                    raise KeyboardInterrupt
                 continue
             first_step = update.step - 1 if first_step is None else first_step
             log.add(update)
@@ -326,6 +325,14 @@ def command(
                     f", about {left_min:.0f} min left{', best so far' if update.is_best else ''}",
                 )
                 log.draw()
+            if stops:
+                say_above(
+                    progress,
+                    f"semanticblur-core: stopped at step {update.step} of {update.total_steps}; "
+                    "--resume goes on",
+                    err=True,
+                )
+                raise KeyboardInterrupt
     log.close()
     if update is None:
         say(f"{output}: all {config.epochs} epochs were done before")

@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -124,7 +124,7 @@ class AnnotationStore:
         images = {_composed(path.stem): path for path in reversed(files)}
         found = []
         label_files = _label_files(self.folder)
-        for problem in self._problems_of_splits(index, label_files):
+        for problem in self._problems_of_splits(index, label_files, images):
             if on_problem is None:
                 raise DataError(problem)
             on_problem(problem)
@@ -158,18 +158,25 @@ class AnnotationStore:
         return found
 
     def _problems_of_splits(
-        self, index: dict[str, Any], label_files: Sequence[Path]
+        self, index: dict[str, Any], label_files: Sequence[Path], images: Container[str]
     ) -> Iterator[str]:
-        """Marks of items that are not there: what was to be held out would be trained on."""
+        """Marks of items that are not there: what was to be held out would be trained on.
+
+        Images may be marked before they are labelled, for nobody trains on them.
+        """
         labelled = {_composed(path.stem) for path in label_files}
         for name, values in index["items"].items():
             if name in labelled or not (isinstance(values, dict) and values.get("split")):
                 continue
-            without = Path(name).stem in labelled
-            hint = "; names are without extensions" if without else ""
+            if Path(name).stem in labelled:
+                hint = "names are without extensions"
+            elif name in images or values.get("unlabelled"):
+                continue
+            else:
+                hint = "rename it or take it out"
             yield (
                 f"{self.folder / 'dataset.json'}: {name} is marked {values['split']}, but there "
-                f"are no labels of that name{hint or '; rename it or take it out'}"
+                f"are no labels of that name; {hint}"
             )
 
     def write(
@@ -280,6 +287,7 @@ class AnnotationStore:
             values |= {key: value for key, value in given.items() if value is not None}
             if split == "open":
                 del values["split"]
+            values.pop("unlabelled", None)
             values["time"] = datetime.now(UTC).isoformat(timespec="seconds")
             self._write_index(index)
         return path
@@ -295,7 +303,7 @@ class AnnotationStore:
         return found
 
     def set_split(self, name: str, split: Split | None) -> None:
-        """Say whether an image is held out; it need not have labels yet.
+        """Say whether an image is held out; it need not have labels yet, or be there.
 
         Raises
         ------
@@ -310,6 +318,8 @@ class AnnotationStore:
             values.pop("split", None)
             if split is not None:
                 values["split"] = split
+            if not _files_of(self.folder / "labels", name, _LABEL_SUFFIXES):
+                values["unlabelled"] = True
             self._write_index(index)
 
     def previous(self, name: str) -> list[Path]:

@@ -44,11 +44,13 @@ _OVERLAY_ALPHA = 170
 
 @dataclass(frozen=True)
 class Field:
-    """Where a field of view lies: the name of its plane, and its first row and column."""
+    """Where a field of view lies: the name of its plane, its first row and column, its size."""
 
     plane: str
     top: int
     left: int
+    height: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -363,11 +365,12 @@ def _widened(area: NDArray[np.bool_], margin_px: int) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """An image between the steps; ``error`` ends it."""
+    """An image between the steps; ``known`` where it has values; ``error`` ends it."""
 
     source: Source
     image: NDArray[Any] | None = None
     region: NDArray[np.bool_] | None = None
+    known: NDArray[np.bool_] | None = None
     blur: NDArray[np.float32] | None = None
     error: str | None = None
     elapsed_s: float = 0.0
@@ -382,11 +385,11 @@ def _prepare(source: Source, options: FocusOptions) -> _Prepared:
             )
         stamp = source.stamp
         read = source.read or (lambda: io.read_image(source.path, max_pixels=options.max_pixels))
-        pixels = np.asanyarray(read())
+        pixels = io.without_alpha(io.unmasked(read()))
         if pixels.size == 0:
             raise ImageError(f"{source.name}: the image has no pixels, shape {pixels.shape}")
         limits = source.value_range or options.value_range
-        image = io.to_unit_range(io.without_alpha(pixels), limits=limits, name=source.name)
+        image = io.to_unit_range(pixels, limits=limits, name=source.name)
         if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
             raise ImageError(f"{source.name}: expected a grey or RGB image, got {image.shape}")
         region = source.region() if source.region else None
@@ -396,7 +399,11 @@ def _prepare(source: Source, options: FocusOptions) -> _Prepared:
             raise ImageError(
                 f"{source.name}: region of {region.shape} for an image of {image.shape[:2]}"
             )
-        return _Prepared(source, image, region, stamp=stamp)
+        known = None
+        if pixels.dtype.kind == "f" and not (found := np.isfinite(pixels)).all():
+            known = found if found.ndim == 2 else found.all(axis=-1)
+            region = None if region is None else region & known
+        return _Prepared(source, image, region, known, stamp=stamp)
 
     return _guarded(work, _Prepared(source))
 
@@ -429,7 +436,8 @@ def _score(prepared: _Prepared, options: FocusOptions) -> ImageFocus:
     try:
         grey = as_grey(image)
         if options.region == "content" and source.region is None:
-            region = scores.content_mask(grey)
+            known = prepared.known
+            region = scores.content_mask(grey if known is None else np.where(known, grey, np.nan))
         measured = scores.score_image(
             grey, blur, region=region, threshold=options.threshold, subject=options.subject
         )

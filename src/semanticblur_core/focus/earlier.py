@@ -118,8 +118,15 @@ class EarlierRun:
 
     def rows_besides(self, images: Iterable[ImageFocus]) -> list[_Row]:
         """Rows of files that this run did not come to, was not asked for or could not read."""
-        done = {(image.name, place(image.source)) for image in images if image.error is None}
-        others = [row for key, row in self._rows.items() if key not in done]
+        measured = [image for image in images if image.error is None]
+        done = {(image.name, place(image.source)) for image in measured}
+        # Planes and fields of a file that has changed since are of it no more.
+        stamps = {place(image.source): image.stamp for image in measured}
+        others = [
+            row
+            for (name, source), row in self._rows.items()
+            if (name, source) not in done and stamps.get(source, _stamp(row)) == _stamp(row)
+        ]
         if self._has_masks:
             return others
         # Their masks, if they have any, are of another folder or margin than this run tells of.
@@ -228,7 +235,8 @@ def _stamp(row: Mapping[str, Any]) -> tuple[int, int] | None:
 def _field(row: Mapping[str, Any]) -> Field | None:
     if "plane" not in row:
         return None
-    return Field(str(row["plane"]), _number(row["top"]), _number(row["left"]))
+    places = (_number(row[name]) for name in ("top", "left", "height", "width"))
+    return Field(str(row["plane"]), *places)
 
 
 def _key(row: Mapping[str, Any]) -> _Key:

@@ -29,11 +29,14 @@ from semanticblur_core.inference.planes import Channels, Planes, PlaneView
 
 Bools = NDArray[np.bool_]
 Limits = Sequence[tuple[float, float]] | None
+Place = tuple[int, int]  # first and end
 
 # Smaller fields show the network too little.
 SMALLEST_FIELD_PX = 64
 # Longer side of a coarse view, at least that of half as many pixels.
 COARSE_SIDE_PX = 1024
+# Fields with less than this share of the content of the fullest count as empty.
+_LEAST_CONTENT = 0.01
 # What is read at a time for it.
 _BAND_PIXELS = 2**24
 
@@ -52,8 +55,8 @@ class CutPlane:
         Its fields.
     n_empty
         Fields that are left out, for they hold no content.
-    view
-        Coarse picture ``(h, w)`` or ``(h, w, 3)`` float32 in 0..1, where one was made.
+    picture
+        Coarse picture as JPEG, base64, where one was made.
     """
 
     name: str
@@ -62,7 +65,7 @@ class CutPlane:
     width: int
     sources: list[Source]
     n_empty: int = 0
-    view: NDArray[np.float32] | None = None
+    picture: str | None = None
 
 
 def cuts(length: int, side_px: float) -> list[tuple[int, int]]:
@@ -79,28 +82,36 @@ def cuts(length: int, side_px: float) -> list[tuple[int, int]]:
     return list(itertools.pairwise(ends))
 
 
-def coarse_view(view: PlaneView, limits: Limits) -> NDArray[np.float32]:
+def coarse_view(
+    view: PlaneView, limits: Limits, on_rows: Callable[[float], None] | None = None
+) -> NDArray[np.float32]:
     """Means of equal squares of a plane, ``(h, w)`` or ``(h, w, 3)`` float32 in 0..1.
 
-    It is read from top to bottom, once, some rows at a time.
+    It is read from top to bottom, once, some rows at a time, and ``on_rows`` told before each the
+    share that is done. Means are over finite pixels; NaN of none.
     """
     height, width = view.shape
     step = max(1, max(height, width) // COARSE_SIDE_PX)
     n_rows = step * max(1, _BAND_PIXELS // (step * width))
     bands = []
     for top in range(0, height, n_rows):
-        band = view.read_unit(slice(top, min(top + n_rows, height)), limits=limits)
+        if on_rows is not None:
+            on_rows(top / height)
+        stored = view.read(slice(top, min(top + n_rows, height)))
+        band = view.to_unit(stored, limits=limits)
+        known = view.finite(stored)
         scale = np.float32(1 / 255 if band.dtype == np.uint8 else 1)
         colours = band.reshape(*band.shape[:2], -1)
-        means = [tile_means(colours[..., i], step) * scale for i in range(colours.shape[2])]
+        means = [
+            tile_means(colours[..., i], step, region=known) * scale for i in range(colours.shape[2])
+        ]
         bands.append(means[0] if band.ndim == 2 else np.stack(means, axis=-1))
     return np.concatenate(bands)
 
 
 def content_of(view: NDArray[np.float32]) -> Bools:
     """Where a coarse view shows content, see `semanticblur_core.focus.scores.content_mask`."""
-    grey = as_grey(view)
-    return content_mask(np.where(np.isfinite(grey), grey, 0), side_px=COARSE_SIDE_PX)
+    return content_mask(as_grey(view), side_px=COARSE_SIDE_PX)
 
 
 def cut(
@@ -111,7 +122,7 @@ def cut(
     read: Callable[[slice, slice], NDArray[Any]],
     *,
     content: Bools | None = None,
-    view: NDArray[np.float32] | None = None,
+    picture: str | None = None,
     **of_source: Any,
 ) -> CutPlane:
     """A plane as fields of about a side, each a source of `semanticblur_core.focus_report`.
@@ -125,9 +136,9 @@ def cut(
     read
         Gives the pixels of some rows and columns.
     content
-        Coarse mask of the plane: it is the region of each field, and fields without any are left
-        out.
-    view
+        Coarse mask of the plane: it is the region of each field, and fields that hold less than a
+        hundredth of what the fullest holds are left out.
+    picture
         As in `CutPlane`.
     of_source
         Further values of each `Source`.
@@ -137,29 +148,31 @@ def cut(
     ImageError
         If the side is below 64 px.
     """
-    sources: list[Source] = []
-    n_empty = 0
-    places = itertools.product(*(cuts(length, side_px) for length in shape))
-    for (top, bottom), (left, right) in places:
-        region = None
-        if content is not None:
-            rows = _coarse_indices(top, bottom, shape[0], content.shape[0])
-            columns = _coarse_indices(left, right, shape[1], content.shape[1])
-            if not content[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].any():
-                n_empty += 1
-                continue
-            region = functools.partial(_part, content, rows, columns)
-        sources.append(
-            Source(
-                _field_name(name, top, left),
-                path,
-                functools.partial(read, slice(top, bottom), slice(left, right)),
-                field_of_view=Field(name, top, left),
-                region=region,
-                **of_source,
-            )
+    places = list(itertools.product(*(cuts(length, side_px) for length in shape)))
+    n_fields = len(places)
+    regions: list[Callable[[], Bools] | None] = [None] * n_fields
+    if content is not None:
+        coarse = [_coarse_part(content.shape, shape, *place) for place in places]
+        shares = [float(content[part].mean()) for part in coarse]
+        least = max(shares) * _LEAST_CONTENT
+        kept = [i for i, share in enumerate(shares) if share > 0 and share >= least]
+        bits = np.packbits(content, axis=1)  # for there may be many planes
+        regions = [functools.partial(_part, bits, content.shape, shape, *places[i]) for i in kept]
+        places = [places[i] for i in kept]
+    sources = [
+        Source(
+            _field_name(name, rows[0], columns[0]),
+            path,
+            functools.partial(read, slice(*rows), slice(*columns)),
+            field_of_view=Field(
+                name, rows[0], columns[0], rows[1] - rows[0], columns[1] - columns[0]
+            ),
+            region=region,
+            **of_source,
         )
-    return CutPlane(name, path, *shape, sources, n_empty, view)
+        for (rows, columns), region in zip(places, regions, strict=True)
+    ]
+    return CutPlane(name, path, *shape, sources, n_fields - len(sources), picture)
 
 
 def cut_array(
@@ -268,7 +281,8 @@ def _plane_row(
     n_passed = sum(image.passed for image in fields)
     n_read = sum(image.scores is not None for image in fields)
     # Of no content nothing is known, and so no gate is kept.
-    passed = n_read == n_fields and (n_passed >= min_fields * n_fields > 0 or not gated)
+    enough = n_fields > 0 and n_passed / n_fields >= min_fields
+    passed = n_read == n_fields and (enough or not gated)
     return {
         "name": plane.name,
         "source": str(plane.path),
@@ -289,10 +303,29 @@ def _field_name(plane: str, top: int, left: int) -> str:
     return f"{plane[:-1]},{inside}" if plane.endswith("]") else f"{plane}[{inside}"
 
 
-def _coarse_indices(first: int, end: int, length: int, n: int) -> NDArray[np.intp]:
-    """Of the rows first..end of ``length``, the rows of a coarse mask of ``n``."""
-    return ((np.arange(first, end) + 0.5) * (n / length)).astype(np.intp)
+def _coarse_part(
+    coarse: tuple[int, ...], shape: tuple[int, int], rows: Place, columns: Place
+) -> tuple[slice, slice]:
+    """Slices of a coarse mask in which some rows and columns of the plane lie."""
+    down, across = (
+        slice(int((first + 0.5) * n / length), int((end - 0.5) * n / length) + 1)
+        for (first, end), n, length in zip((rows, columns), coarse, shape, strict=True)
+    )
+    return down, across
 
 
-def _part(content: Bools, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> Bools:
-    return content[rows[:, None], columns[None]]
+def _part(
+    bits: NDArray[np.uint8],
+    coarse: tuple[int, ...],
+    shape: tuple[int, int],
+    rows: Place,
+    columns: Place,
+) -> Bools:
+    """Some rows and columns of the plane, of a coarse mask that is packed along its rows."""
+    down, across = (
+        ((np.arange(*place) + 0.5) * n / length).astype(np.intp)
+        for place, n, length in zip((rows, columns), coarse, shape, strict=True)
+    )
+    rows_of_mask = np.unpackbits(bits[down[0] : down[-1] + 1], axis=1, count=coarse[1])
+    part: Bools = rows_of_mask.view(np.bool_)[(down - down[0])[:, None], across[None]]
+    return part

@@ -25,7 +25,8 @@ from semanticblur_core.focus.stack import StackFocus
 from semanticblur_core.inference.inputs import OF_FORMULAS
 
 _TEMPLATE = "report.html"
-_NAMES = ("name", "source", "plane")
+# What a file's name stands in.
+_NAMING = ("name", "source", "plane", "error")
 _ROWS_HERE, _SUMMARY_HERE = "@ROWS@", "@SUMMARY@"
 
 
@@ -232,8 +233,9 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer.writeheader()
     for row in rows:
         # A spreadsheet would take such names for formulas.
-        names = {key: f"./{row[key]}" for key in _NAMES if row.get(key, "").startswith(OF_FORMULAS)}
-        writer.writerow(row | names | {"failed_gates": "; ".join(row.get("failed_gates", ()))})
+        named = {key: str(row.get(key) or "") for key in _NAMING}
+        safe = {key: f"./{text}" for key, text in named.items() if text.startswith(OF_FORMULAS)}
+        writer.writerow(row | safe | {"failed_gates": "; ".join(row.get("failed_gates", ()))})
     disk.write_text(path, text.getvalue())
 
 

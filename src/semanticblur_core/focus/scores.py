@@ -234,12 +234,12 @@ def content_mask(grey: NDArray[np.float32], *, side_px: int = _CONTENT_SIDE_PX) 
     The background is the most frequent intensity of the image, coarsely smoothed so that blur and
     noise matter little; what differs from it by more than Otsu's threshold is content, and what
     lies between such parts within six pixels of that small image. An image of one intensity has
-    none.
+    none, and neither have pixels without a value.
 
     Parameters
     ----------
     grey
-        ``(H, W)`` float32 in 0..1.
+        ``(H, W)`` float32 in 0..1, or NaN.
     side_px
         It is made on an image of about so many pixels along the longer side.
 
@@ -255,6 +255,11 @@ def content_mask(grey: NDArray[np.float32], *, side_px: int = _CONTENT_SIDE_PX) 
     """
     from skimage.filters import threshold_otsu
 
+    known: Bools = np.isfinite(grey)
+    if not known.any():
+        return known
+    if not known.all():
+        grey = np.where(known, grey, np.median(grey[known]))
     step = max(1, math.ceil(max(grey.shape) / side_px))
     top, left = (min(step // 2, n - 1) for n in grey.shape)
     smooth = ndimage.uniform_filter(grey, step, mode="nearest")[top::step, left::step]
@@ -270,8 +275,8 @@ def content_mask(grey: NDArray[np.float32], *, side_px: int = _CONTENT_SIDE_PX) 
         np.minimum(np.arange(length) // step, n - 1)
         for length, n in zip(grey.shape, coarse.shape, strict=True)
     )
-    mask: Bools = coarse[rows[:, None], columns[None]]
-    return mask
+    known &= coarse[rows[:, None], columns[None]]
+    return known
 
 
 def centre_weights(height: int, width: int) -> NDArray[np.float32]:

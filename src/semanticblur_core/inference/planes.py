@@ -414,7 +414,22 @@ class PlaneView:
         limits: Sequence[tuple[float, float]] | None,
     ) -> NDArray[Any]:
         """Pixels as ``(h, w)`` or ``(h, w, 3)``, uint8 as stored, or float32 in 0..1."""
-        pixels = self.read(rows, columns)
+        return self.to_unit(self.read(rows, columns), limits=limits)
+
+    def finite(self, pixels: NDArray[Any]) -> NDArray[np.bool_] | None:
+        """Which pixels of what `read` gave have values, ``(h, w)``; None where all have."""
+        if pixels.dtype.kind != "f":
+            return None
+        known: NDArray[np.bool_] = np.isfinite(pixels)
+        if known.ndim > 2:
+            axis = 0 if self.planes.channels == "mean" else -1
+            known = np.logical_and.reduce(known, axis=axis)
+        return None if known.all() else known
+
+    def to_unit(
+        self, pixels: NDArray[Any], *, limits: Sequence[tuple[float, float]] | None
+    ) -> NDArray[Any]:
+        """What `read_unit` gives, of what `read` gave."""
         if self.planes.channels != "mean":
             own = limits[self.planes.channel(self.index)] if limits else None
             return io.to_unit_range(pixels, limits=own)

@@ -385,6 +385,16 @@ def is_one_of_several() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
 
 
+def any_process(asked: bool) -> bool:
+    """Whether any process of a run that has begun says so; all of them have to ask."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return asked
+    on_gpu = torch.distributed.get_backend() == "nccl"
+    flag = torch.tensor(int(asked), device=torch.cuda.current_device() if on_gpu else "cpu")
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
 def launch_fabric(device: DeviceChoice, config: TrainConfig) -> Any:
     """Fabric for this process: alone, or one of those that ``torchrun`` started."""
     from lightning_fabric import Fabric

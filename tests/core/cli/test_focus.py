@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from command_line import run as run_command
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from semanticblur_core.cli import _focus_results
+from semanticblur_core.cli import _focus_inputs, _focus_results
+from semanticblur_core.cli._focus_inputs import Part
 from semanticblur_core.cli.focus import command
 from semanticblur_core.data.focal_stack import focal_stack
 from semanticblur_core.errors import ImageError
-from semanticblur_core.focus import check, report
+from semanticblur_core.focus import check, fields, report
+from semanticblur_core.inference.planes import PlaneView
 
 
 def run(*arguments: str, cwd: Path) -> Done:
@@ -1018,6 +1021,159 @@ def test_fields_are_those_of_the_whole(
     assert len(seen) == 6 * len(image)
 
 
+def test_where_content_lies_is_told_from_a_coarser_level(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = {"tile": (256, 256), "photometric": "minisblack"}
+    with tifffile.TiffWriter(tmp_path / "s.tif") as tiff:
+        image = np.full((4096, 2048), 240, np.uint8)
+        image[:1000, :1000] = rng.integers(0, 200, (1000, 1000))
+        tiff.write(image, subifds=2, **how)
+        tiff.write(image[::2, ::2], subfiletype=1, **how)
+        tiff.write(image[::8, ::8], subfiletype=1, **how)  # too coarse
+    looked_at = []
+    whole = fields.coarse_view
+
+    def look(view: PlaneView, *rest: Any) -> Any:
+        looked_at.append(view.shape)
+        return whole(view, *rest)
+
+    monkeypatch.setattr(fields, "coarse_view", look)
+    done = run(
+        *("--input=s.tif", "--fields=1024", "--method=lbp", "--region=content"), cwd=tmp_path
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 field, 7 without content" in done.stdout
+    assert looked_at == [(2048, 1024)]
+
+
+def _strips(path: Path, shape: tuple[int, ...], rng: np.random.Generator) -> None:
+    image = rng.integers(0, 200, shape).astype(np.uint8)
+    photometric = "rgb" if shape[-1] == 3 else "minisblack"
+    tifffile.imwrite(path, image, rowsperstrip=20, compression="zlib", photometric=photometric)
+
+
+@pytest.mark.parametrize("shape", [(300, 500), (300, 500, 3)])
+def test_strips_are_decoded_once_for_all_fields_beside_each_other(
+    tmp_path: Path,
+    shape: tuple[int, ...],
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _strips(tmp_path / "s.tif", shape, rng)
+    reads = []
+    whole = PlaneView.read
+
+    def read(self: PlaneView, *part: slice) -> Any:
+        reads.append(part)
+        return whole(self, *part)
+
+    monkeypatch.setattr(PlaneView, "read", read)
+    made = ("--input=s.tif", "--fields=100", "--method=lbp")
+    assert "15 fields" in run(*made, cwd=tmp_path).stdout
+    assert reads == [(slice(top, top + 100),) for top in (0, 100, 200)]
+    monkeypatch.setattr(_focus_inputs, "_BAND_BYTES", 100)
+    del reads[:]
+    assert "15 fields" in run(*made, cwd=tmp_path).stdout
+    assert len(reads) == 15
+
+
+def test_fields_of_many_files_are_read_in_threads(tmp_path: Path, rng: np.random.Generator) -> None:
+    for name in "ab":
+        _strips(tmp_path / f"{name}.tif", (300, 500), rng)
+    part = Part(None, "each", None, 0, (100.0, "px"), None, max_pixels=10**9)
+    sources = [
+        source
+        for name in "ab"
+        for source in part.sources_of(tmp_path / f"{name}.tif", f"{name}.tif")
+    ]
+    whole = {name: tifffile.imread(tmp_path / f"{name}.tif") for name in "ab"}
+    order = rng.permutation(np.tile(np.arange(len(sources)), 4))
+
+    def is_right(i: int) -> bool:
+        source = sources[i]
+        place = source.field_of_view
+        assert source.read is not None
+        assert place is not None
+        rows = slice(place.top, place.top + place.height)
+        wanted = whole[source.name[0]][rows, place.left : place.left + place.width]
+        return np.array_equal(source.read(), wanted)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(is_right, order.tolist()))
+    part.close()
+
+
+def test_one_plane_that_fails_fails_all(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 200, (2, 200, 200)).astype(np.uint8)
+    noise[1] = gaussian_filter(noise[1].astype(float), 5)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        how = {"metadata": {"axes": "ZYX"}, "photometric": "minisblack"}
+        tifffile.imwrite(tmp_path / name / "[s].tif", noise, **how)
+    made = ("--input=a", "--input=b", "--fields=100", "--method=lbp", "--min-in-focus=0.5")
+    done = run(*made, "--json=r.json", cwd=tmp_path)
+    assert done.returncode == 1
+    document = json.loads((tmp_path / "r.json").read_text())
+    assert [row["passed"] for row in document["planes"]] == [True, False] * 2
+    # Names that two files have in common are told with their paths.
+    lines = done.stdout.splitlines()
+    assert lines[3].startswith(f"a{os.sep}[s].tif[Z=0,y=100,x=100]: passed")
+    assert lines[-2].startswith(f"b{os.sep}[s].tif[Z=1]: FAILED, ")
+
+
+def test_looking_over_is_shown_whatever_the_name_and_can_be_stopped(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    (tmp_path / "[").mkdir()
+    _strips(tmp_path / "[" / "red].tif", (300, 500), rng)
+    made = ("--input=.", "--recursive", "--fields=100", "--method=lbp", "--region=content")
+    done = run(*made, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Looking over [/red].tif" in done.stderr
+    monkeypatch.undo()
+    whole = fields.coarse_view
+
+    def stopped(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return whole(*arguments)
+
+    monkeypatch.setattr(fields, "coarse_view", stopped)
+    done = run(*made, cwd=tmp_path)
+    assert (done.returncode, done.stderr.strip()) == (130, "semanticblur-core: stopped")
+
+
+@pytest.mark.parametrize("n_planes", [3, 30])
+def test_a_report_shows_the_first_planes_alone(
+    tmp_path: Path, n_planes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planes = np.random.default_rng(0).integers(0, 200, (n_planes, 64, 64)).astype(np.uint8)
+    np.save(tmp_path / "s.npy", planes)
+    n_views = []
+    whole = fields.coarse_view
+    monkeypatch.setattr(fields, "coarse_view", lambda *a: n_views.append(1) or whole(*a))
+    made = ("--input=s.npy", "--fields=64", "--method=lbp")
+    assert run(*made, "--report=r.html", cwd=tmp_path).returncode == 0
+    n_shown = min(n_planes, 24)
+    assert (tmp_path / "r.html").read_text().count('"picture":') == n_shown
+    assert len(n_views) == n_shown
+
+
+def test_rows_of_a_file_that_has_changed_are_dropped(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    made = ("--input=.", "--fields=64", "--method=lbp", "--json=../r.json", "--resume")
+    (tmp_path / "in").mkdir()
+    for name, side in (("a", 128), ("b", 128), ("a", 64)):
+        image = rng.integers(0, 200, (side, side)).astype(np.uint8)
+        Image.fromarray(image).save(tmp_path / "in" / f"{name}.png")
+        run(*made, cwd=tmp_path / "in")
+    document = json.loads((tmp_path / "r.json").read_text())
+    names = [row["name"] for row in document["images"]]
+    assert sorted(name[0] for name in names) == ["a", "b", "b", "b", "b"]
+    assert document["not_checked"] == []
+
+
 def test_what_is_wrong_with_fields_is_one_line(tmp_path: Path, slide: Path, folder: Path) -> None:
     def refused(*flags: str, given: Path = slide) -> str:
         done = run(f"--input={given}", "--method=lbp", *flags, cwd=tmp_path)
@@ -1030,6 +1186,7 @@ def test_what_is_wrong_with_fields_is_one_line(tmp_path: Path, slide: Path, fold
     assert "--mask-output goes without" in refused("--fields=256", "--mask-output=m")
     assert "--region=image or content" in refused("--fields=256", f"--region={folder}")
     assert "at least 64 px, got 20" in refused("--fields=20")
+    assert "above 0, got 'inf'" in refused("--fields=inf")
     assert "names no pixel size" in refused("--fields=90um", given=folder / "sharp.png")
     assert "which it is not" in refused("--fields=64", "--level=1", given=folder / "sharp.png")
     blank = tmp_path / "blank.tif"

@@ -278,6 +278,30 @@ def test_a_stop_keeps_the_state_and_weights_say_what_they_saw(
     assert (other.returncode, "expected one of vgg16" in other.stderr) == (2, True)
 
 
+@pytest.mark.parametrize(("at", "code"), [(3, 130), (6, 0)])
+def test_a_stop_at_the_end_of_an_epoch_leaves_out_nothing(
+    pair_folders: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    at: int,
+    code: int,
+) -> None:
+    whole = loop.train
+
+    def ended(*arguments: Any, **named: Any) -> Iterator[Any]:
+        for update in whole(*arguments, **named):
+            if update.step == at:
+                signal.raise_signal(signal.SIGTERM)
+            yield update
+
+    monkeypatch.setattr(loop, "train", ended)
+    done = run(*_tiny(pair_folders, tmp_path))
+    assert done.returncode == code
+    assert done.stdout.count("/2: MAE") == at / 3
+    assert ("stopped at step" in done.stderr) == (code == 130)
+    assert len((tmp_path / "run" / "history.csv").read_text().splitlines()) == 1 + at / 3
+
+
 def test_a_stop_of_finetuning_keeps_the_best_so_far(
     store: AnnotationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -336,6 +336,7 @@ def test_the_range_of_a_stack_is_of_all_columns_and_colours_of_a_pattern(
 def test_an_image_is_held_out_and_no_longer(tmp_path: Path) -> None:
     store = AnnotationStore(tmp_path, create=True)
     store.set_split("a", "val")
+    assert store.items() == []
     store.write("a", strokes(), image=photo())
     assert store.split_of("a") == "val"
     assert [image.split for image in read_store(tmp_path)] == ["val"]
@@ -550,6 +551,13 @@ def test_marks_of_what_is_not_there_are_told(tmp_path: Path) -> None:
     assert len(problems) == 1
     edit_index(tmp_path, "a.png", {"source": "somewhere"})
     assert len(store.items()) == 1
+    Image.fromarray(photo()).save(tmp_path / "images" / "later.png")
+    edit_index(tmp_path, "later", {"split": "val"})  # before anything of it is labelled
+    store.set_split("to come", "val")
+    assert len(store.items()) == 1
+    edit_index(tmp_path, "gone", {"split": "val"})
+    with pytest.raises(DataError, match=r"gone is marked val.*rename it or take it out"):
+        store.items()
 
 
 @pytest.mark.parametrize("colours", [[0, 0, 0, 255, 0, 0, 0, 255, 0], [0, 0, 0, 9, 9, 9, 8, 8, 8]])

@@ -231,6 +231,10 @@ def test_tables_have_every_image_and_no_nan(tmp_path: Path) -> None:
         lines = list(csv.DictReader(stream))
     assert [line["name"] for line in lines] == ["a.png", "b.png"]
     assert lines[1]["error"] == "b.png: torn"
+    write_csv(tmp_path / "r.csv", [to_row(replace(broken, name="=b", error="=b: torn"))])
+    with (tmp_path / "r.csv").open(newline="") as stream:
+        [line] = csv.DictReader(stream)
+    assert (line["name"], line["error"]) == ("./=b", "./=b: torn")
 
 
 def test_a_series_without_a_score_is_not_the_best() -> None:

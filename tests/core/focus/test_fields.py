@@ -11,7 +11,7 @@ import pytest
 from semanticblur_core.errors import ImageError
 from semanticblur_core.focus import fields
 from semanticblur_core.focus.calibration import Gate
-from semanticblur_core.focus.check import FocusOptions, ImageFocus, focus_report
+from semanticblur_core.focus.check import FocusOptions, ImageFocus, Source, focus_report
 from semanticblur_core.focus.classical import as_grey
 from semanticblur_core.focus.fields import (
     COARSE_SIDE_PX,
@@ -22,6 +22,7 @@ from semanticblur_core.focus.fields import (
     cuts,
     plane_rows,
 )
+from semanticblur_core.focus.scores import content_mask
 from semanticblur_core.inference.planes import Planes
 
 
@@ -97,6 +98,60 @@ def test_a_field_that_holds_some_content_counts_by_it(slide: np.ndarray[Any, Any
     assert source.region().mean() == pytest.approx(0.25, abs=0.02)
 
 
+@pytest.mark.parametrize(("end", "n_fields"), [(256, 1), (258, 1), (260, 2), (400, 2)])
+def test_slivers_of_content_are_no_fields(end: int, n_fields: int) -> None:
+    content = np.zeros((1024, 1024), np.bool_)
+    content[:256, :end] = True
+    plane = cut("s", Path("s"), (2048, 2048), 512, lambda *_: np.zeros((512, 512)), content=content)
+    assert (len(plane.sources), plane.n_empty) == (n_fields, 16 - n_fields)
+    regions = [source.region().mean() for source in plane.sources if source.region]
+    assert regions == [1, (end - 256) / 256][:n_fields]
+
+
+@pytest.mark.parametrize("radius", [4, 12])
+def test_sparse_content_is_content(radius: int) -> None:
+    image = np.full((1024, 1024), 20, np.uint8)
+    rows, columns = np.ogrid[:1024, :1024]
+    for y, x in ((100, 100), (900, 900)):
+        image[np.hypot(rows - y, columns - x) < radius] = 200
+    plane = _cut(image, 512, by_content=True)
+    assert [source.name for source in plane.sources] == [
+        "s.tif[C=1,y=0,x=0]",
+        "s.tif[C=1,y=512,x=512]",
+    ]
+
+
+@pytest.mark.parametrize("background", [0.0, 1.0])
+@pytest.mark.parametrize("axes", ["YX", "YXS", "CYX"])
+def test_pixels_without_a_value_are_no_content(
+    background: float, axes: str, rng: np.random.Generator
+) -> None:
+    grey = np.full((1024, 1024), background, np.float32)
+    grey[100:300, 100:300] = rng.uniform(0.3, 0.7, (200, 200))
+    grey[400:] = np.nan
+    array = {"YX": grey, "YXS": np.stack([grey] * 3, -1), "CYX": np.stack([grey] * 2)}[axes]
+    planes = Planes(array, axes, "mean" if axes == "CYX" else "each")
+    view = coarse_view(planes.view(()), planes.as_limits((0, 1)))
+    assert np.isnan(view[400:]).all()
+    content = content_of(view)
+    assert content.mean() == pytest.approx(200**2 / 1024**2, rel=0.1)
+    assert not content[400:].any()
+    images = [
+        update.image
+        for update in focus_report(
+            [Source("a", Path("a"), lambda: grey, value_range=(0, 1))],
+            None,
+            FocusOptions(region="content"),
+        )
+    ]
+    assert images[0].scores is not None
+    assert images[0].scores.region_fraction == pytest.approx(200**2 / 1024**2, rel=0.2)
+
+
+def test_where_nothing_has_a_value_nothing_is_content() -> None:
+    assert not content_mask(np.full((50, 60), np.nan, np.float32)).any()
+
+
 def _measured(plane: fields.CutPlane, shares: list[float]) -> list[ImageFocus]:
     """Fields with these shares in focus, judged at one half."""
 
@@ -133,6 +188,27 @@ def test_fields_weigh_by_what_counts_of_them(slide: np.ndarray[Any, Any]) -> Non
     images = _measured(plane, [1, 1, 1, 1, 0])
     [row] = plane_rows([plane], images, min_fields=1, gated=True)
     assert row["in_focus_fraction"] == pytest.approx(4 / 4.25, abs=0.02)
+
+
+def test_fields_weigh_by_their_size() -> None:
+    plane = cut(
+        "s", Path("s"), (300, 100), 200, lambda rows, columns: np.zeros((150, 100), np.uint8)
+    )
+    images = _measured(plane, [1, 0])
+    images[1] = replace(images[1], height=50)
+    [row] = plane_rows([plane], images, min_fields=1, gated=True)
+    assert row["in_focus_fraction"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(("share", "n"), [(0.35, 20), (0.7, 10), (0.55, 100), (0.29, 100)])
+def test_a_share_of_fields_is_kept_exactly(share: float, n: int) -> None:
+    plane = cut("s", Path("s"), (100 * n, 100), 100, lambda *_: np.zeros((100, 100), np.uint8))
+    n_passed = round(share * n)
+    images = _measured(plane, [1.0] * n_passed + [0.0] * (n - n_passed))
+    [row] = plane_rows([plane], images, min_fields=share, gated=True)
+    assert row["passed"]
+    [row] = plane_rows([plane], images, min_fields=share + 1e-9, gated=True)
+    assert not row["passed"]
 
 
 def test_what_is_unreadable_or_missing_passes_nothing(slide: np.ndarray[Any, Any]) -> None:

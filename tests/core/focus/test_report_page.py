@@ -286,10 +286,13 @@ def test_fields_are_drawn_over_their_plane(
                 name=f"s.tif[y={top},x={left}]",
                 scores=scores,
                 passed=share > 0.6,
-                field_of_view=Field("s.tif", top, left),
+                field_of_view=Field("s.tif", top, left, 90, 120),
             )
             page.add(field)
             page.add(replace(field, source="other/s.tif"))
+        damaged = Field("s.tif", 90, 120, 80, 110)
+        name = "s.tif[y=90,x=120]"
+        page.add(ImageFocus(name, picture.source, error=f"{name}: damaged", field_of_view=damaged))
         view = np.full((90, 120), 0.5, np.float32)
         plane = {
             **{"name": "s.tif", "source": picture.source, "height": 180, "width": 240},
@@ -308,6 +311,7 @@ def test_fields_are_drawn_over_their_plane(
         answer.said = boxes[1].querySelector("title").textContent;
         boxes[0].dispatchEvent(new Event("click"));
         answer.chosen = document.querySelectorAll(".field.chosen").length;
+        answer.damaged = getComputedStyle(boxes[3]).fillOpacity;
         answer.tint = [getComputedStyle(boxes[2]).fillOpacity];
         element("overlays").click();
         answer.tint.push(getComputedStyle(boxes[2]).fillOpacity);
@@ -317,9 +321,10 @@ def test_fields_are_drawn_over_their_plane(
         [0, 0, 120, 0, False],
         [120, 0, 120, pytest.approx(0.325), True],
         [0, 90, 120, pytest.approx(0.65), True],
+        [120, 90, 110, 0, False],
     ]
     assert answer["caption"].startswith(
         "s.tif: failed, 50.0 % in focus, 1 of 3 fields passed, 1 without content left out"
     )
     assert answer["said"] == "s.tif[y=0,x=120]: 50.0 % in focus"
-    assert (answer["chosen"], answer["tint"]) == (1, ["0.65", "0"])
+    assert (answer["chosen"], answer["damaged"], answer["tint"]) == (1, "1", ["0.65", "0"])

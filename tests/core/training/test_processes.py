@@ -88,3 +88,17 @@ def test_two_processes_end_with_the_weights_of_one(
         torch.testing.assert_close(ends[1]["model"][key], tensor, rtol=0, atol=1e-5, msg=key)
     losses = [float(end["history"][-1]["mean_loss"]) for end in ends]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_processes_stop_after_the_same_step(
+    pair_folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    finish(
+        *("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"),
+        *command(pair_folders, tmp_path / "two", SETTINGS | {"batch_size": 2}, "--stop"),
+    )
+    state = load_checkpoint(tmp_path / "two" / "last.ckpt")
+    assert (state["epoch"], state["batch"]) == (0, 2)

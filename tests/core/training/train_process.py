@@ -1,11 +1,13 @@
 """A training run of its own process, for tests that kill it or start several.
 
-    python train_process.py IMAGES MASKS RUN SETTINGS [--resume] [--slow]
+    python train_process.py IMAGES MASKS RUN SETTINGS [--resume] [--slow] [--stop]
 
-Writes the last state to RUN/last.ckpt.
+Writes the last state to RUN/last.ckpt. With --stop the second process asks for an end after two
+steps.
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,7 +18,7 @@ from semanticblur_core.config import ModelConfig, TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs, find_pairs
 from semanticblur_core.device import DeviceChoice
 from semanticblur_core.network import SemanticBlur
-from semanticblur_core.training.loop import train
+from semanticblur_core.training.loop import any_process, train
 
 
 def main() -> None:
@@ -24,7 +26,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(8)
     pairs = DecodedPairs(find_pairs(Path(images), Path(masks)))
-    for update in train(
+    updates = train(
         SemanticBlur(ModelConfig(backbone="resnet34")),
         pairs,
         DecodedPairs(pairs.pairs[:1]),
@@ -34,8 +36,12 @@ def main() -> None:
         save_best=lambda *_: None,
         resume="--resume" in sys.argv,
         checkpoint_every_steps=3,
-    ):
+    )
+    for update in updates:
         print(update.step, flush=True)
+        if "--stop" in sys.argv and any_process(update.step == 2 and os.environ["RANK"] == "1"):
+            updates.close()
+            break
         if "--slow" in sys.argv:
             time.sleep(0.5)
 
