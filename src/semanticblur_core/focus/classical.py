@@ -35,6 +35,7 @@ Floats = NDArray[np.float32]
 MAX_ANALYSIS_PIXELS = 4_000_000
 _N_THREADS = 2
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_STRIP_ROWS = 64
 
 HIFST_SCALES_PX = (7, 15, 31, 63)
 HIFST_STRIDE_PX = 5
@@ -170,8 +171,15 @@ def grey(image: NDArray[Any], *, value_range: tuple[float, float] | None = None)
 def as_grey(unit: NDArray[Any]) -> Floats:
     """Luma of what `semanticblur_core.io.to_unit_range` gives: ``(H, W)`` float32 in 0..1."""
     scale = np.float32(255 if unit.dtype == np.uint8 else 1)
-    values: NDArray[Any] = unit @ (_LUMA / scale) if unit.ndim == 3 else unit / scale
-    return np.asarray(values, np.float32)
+    if unit.ndim == 2:
+        return np.asarray(unit / scale, np.float32)
+    grey = np.empty(unit.shape[:2], np.float32)
+    for top in range(0, len(unit), _STRIP_ROWS):  # one in the processor's cache
+        strip = unit[top : top + _STRIP_ROWS]
+        part = np.multiply(strip[..., 0], _LUMA[0] / scale, out=grey[top : top + len(strip)])
+        for i in (1, 2):
+            part += strip[..., i] * (_LUMA[i] / scale)
+    return grey
 
 
 def hifst(image: Floats, *, stride_px: int = HIFST_STRIDE_PX) -> Floats:

@@ -33,6 +33,7 @@ THRESHOLD = 0.5
 _CONTENT_SIDE_PX = 256
 _SALIENCY_SIDE_PX = 64
 _SALIENCY_SIGMA_PX = 3
+_COUNTED_PIXELS = 2**20
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def in_focus_fraction(
         return float(chosen.mean()) if chosen.size else math.nan
     weights = weights if region is None else np.where(region, weights, 0)
     total = float(weights.sum(dtype=np.float64))
-    return float(weights[sharp].sum(dtype=np.float64)) / total if total > 0 else math.nan
+    return float(weights.sum(dtype=np.float64, where=sharp)) / total if total > 0 else math.nan
 
 
 def mean_blur(blur: NDArray[np.float32], *, region: Bools | None = None) -> float:
@@ -187,7 +188,11 @@ def largest_in_focus(
     parts, n_parts = ndimage.label(sharp)
     if n_parts == 0:
         return 0.0, None
-    sizes = np.bincount(parts.ravel())[1:]
+    # Some rows at a time, for they are counted as numbers of eight bytes; many of many parts.
+    sizes = np.zeros(n_parts + 1, np.intp)
+    for rows in np.array_split(parts, math.ceil(parts.size / max(_COUNTED_PIXELS, 4 * n_parts))):
+        sizes += np.bincount(rows.ravel(), minlength=n_parts + 1)
+    sizes = sizes[1:]
     largest = int(sizes.argmax())
     return float(sizes[largest]) / n_pixels, ndimage.find_objects(parts)[largest]
 
@@ -282,9 +287,10 @@ def content_mask(grey: NDArray[np.float32], *, side_px: int = _CONTENT_SIDE_PX) 
 def centre_weights(height: int, width: int) -> NDArray[np.float32]:
     """Gaussian about the centre whose standard deviation is a quarter of each side."""
     rows, columns = (
-        np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 4)) ** 2) for n in (height, width)
+        np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 4)) ** 2).astype(np.float32)
+        for n in (height, width)
     )
-    weights: NDArray[np.float32] = np.outer(rows, columns).astype(np.float32)
+    weights: NDArray[np.float32] = np.outer(rows, columns)
     return weights
 
 

@@ -310,7 +310,7 @@ def test_a_stop_of_finetuning_keeps_the_best_so_far(
     def ended(*arguments: Any, **named: Any) -> Iterator[Any]:
         for update in whole(*arguments, **named):
             if update.step == 1 and update.phase == "training":
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGTERM)
             yield update
 
     monkeypatch.setattr(finetuning, "finetune", ended)
