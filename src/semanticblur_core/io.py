@@ -522,25 +522,37 @@ def open_tiff(path: Path) -> Iterator[Any]:
         yield tiff
 
 
-def whole_series(path: Path, tiff: Any) -> Any:
+def whole_series(path: Path, tiff: Any, wanted: int | None = None) -> Any:
     """The image of an open TIFF, a tifffile series: not a thumbnail, wherever that lies.
+
+    Parameters
+    ----------
+    path, tiff
+        The file.
+    wanted
+        Which of several images, from 0.
 
     Raises
     ------
     ImageError
-        If it holds several.
+        If it holds several and none is chosen, or none of that number.
     """
     whole = [
         series
         for series in tiff.series
         if not (series.keyframe.is_reduced or series.name.casefold() in _BESIDE_A_SLIDE)
     ]
+    whole = whole or list(tiff.series[:1])
+    if wanted is not None:
+        if not 0 <= wanted < len(whole):
+            raise ImageError(f"{path}: expected a series of 0 to {len(whole) - 1}, got {wanted}")
+        return whole[wanted]
     if len(whole) > 1:
         raise ImageError(
-            f"{path}: holds {len(whole)} images, not one image or stack; save the wanted one as a "
-            "file of its own"
+            f"{path}: holds {len(whole)} images, not one image or stack; `detect` and `focus` take "
+            f"one by --series=0 to {len(whole) - 1}, for others save it as a file of its own"
         )
-    return whole[0] if whole else tiff.series[0]
+    return whole[0]
 
 
 def _pillow_format(path: Path) -> str | None:
@@ -550,7 +562,7 @@ def _pillow_format(path: Path) -> str | None:
     return None
 
 
-def refuse_lying_tiff(path: Path, tiff: Any) -> None:
+def refuse_lying_tiff(path: Path, tiff: Any, wanted: int | None = None) -> None:
     """Refuse an open TIFF whose header promises pixels that it does not hold.
 
     tifffile would fill them up with zeros, or take a stack that was cut off for one image.
@@ -566,7 +578,7 @@ def refuse_lying_tiff(path: Path, tiff: Any) -> None:
     tiff.filehandle.seek(tiff.pages.next_page_offset)
     if any(tiff.filehandle.read(tiff.tiff.offsetsize)):
         raise ImageError(f"{path}: truncated: ends after {len(tiff.pages)} images, more are stated")
-    series = whole_series(path, tiff)
+    series = whole_series(path, tiff, wanted)
     if series.keyframe is not first:
         _refuse_lacking_pieces(path, series.keyframe)
     if series.kind in ("ome", "mmstack"):  # these have None where a plane is missing
@@ -575,7 +587,9 @@ def refuse_lying_tiff(path: Path, tiff: Any) -> None:
         n_planes = math.prod(
             n for axis, n in zip(series.axes, series.shape, strict=True) if axis not in "YXS"
         )
-        n_stated = max(_ome_planes(tiff), int((tiff.imagej_metadata or {}).get("images", 1)))
+        n_stated = _ome_planes(tiff, series)
+        if wanted is None:
+            n_stated = max(n_stated, int((tiff.imagej_metadata or {}).get("images", 1)))
     if n_planes < n_stated:
         raise ImageError(
             f"{path}: truncated or without its other files: states {n_stated} planes, {n_planes} "
@@ -593,14 +607,19 @@ def _refuse_lacking_pieces(path: Path, page: Any) -> None:
         )
 
 
-def _ome_planes(tiff: Any) -> int:
-    """Planes of the first image that OME metadata describe; 0 where there are none."""
+def _ome_planes(tiff: Any, series: Any = None) -> int:
+    """Planes that OME metadata state of an image, or of all; 0 where there are none."""
     from xml.etree import ElementTree
+
+    from semanticblur_core.scale import ome_pixels
 
     try:
         root = ElementTree.fromstring(tiff.ome_metadata or "<OME/>")
-        pixels = next((e for e in root.iter() if e.tag.endswith("}Pixels")), None)
-        return 0 if pixels is None else math.prod(int(pixels.get(f"Size{a}", 1)) for a in "ZT")
+        if series is None:
+            found = [e for e in root.iter() if e.tag.endswith("}Pixels")]
+        else:
+            found = [e for e in [ome_pixels(root, tiff, series)] if e is not None]
+        return sum(math.prod(int(each.get(f"Size{a}", 1)) for a in "ZT") for each in found)
     except (ElementTree.ParseError, ValueError):  # tifffile does without them too
         return 0
 

@@ -133,15 +133,16 @@ class Scale:
         return metadata | ({"Plane": plane} if plane else {})
 
 
-def of_tiff(tiff: Any) -> Scale:
-    """That of a `tifffile.TiffFile`; nothing of what it says that makes no sense."""
+def of_tiff(tiff: Any, series: Any) -> Scale:
+    """That of an image of a `tifffile.TiffFile`; nothing of what is said that makes no sense."""
     with suppress(ElementTree.ParseError, ValueError, TypeError):  # that spoils no image
         root = ElementTree.fromstring(tiff.ome_metadata or "<OME/>")
-        pixels = next((e for e in root.iter() if e.tag.endswith("Pixels")), None)
+        pixels = ome_pixels(root, tiff, series)
         steps: dict[str, float] = {}
-        for stated in (_stated_pixel_size, _stated_time_step):
-            with suppress(ValueError, TypeError):
-                steps |= stated(tiff, pixels)
+        with suppress(ValueError, TypeError):
+            steps |= _stated_pixel_size(tiff, pixels, series.keyframe)
+        with suppress(ValueError, TypeError):
+            steps |= _stated_time_step(tiff, pixels)
         origin: dict[str, float] = {}
         names: tuple[str, ...] = ()
         if pixels is not None:
@@ -151,6 +152,16 @@ def of_tiff(tiff: Any) -> Scale:
             names = tuple(found) if any(found) else ()
         return _of_steps(steps, origin, names)
     return Scale()
+
+
+def ome_pixels(root: ElementTree.Element, tiff: Any, series: Any) -> ElementTree.Element | None:
+    """What OME metadata say of the pixels of an image; None where they say nothing."""
+    found = [element for element in root.iter() if element.tag.endswith("Pixels")]
+    # tifffile makes a series of each, in order.
+    places = [i for i, each in enumerate(tiff.series) if each is series]
+    return (
+        found[places[0]] if places and len(found) == len(tiff.series) else next(iter(found), None)
+    )
 
 
 def of_ngff(
@@ -218,7 +229,9 @@ def _of_steps(
     )
 
 
-def _stated_pixel_size(tiff: Any, pixels: ElementTree.Element | None) -> dict[str, float]:
+def _stated_pixel_size(
+    tiff: Any, pixels: ElementTree.Element | None, page: Any
+) -> dict[str, float]:
     """Micrometres a step; ``pixels`` is what OME metadata say, where there are any."""
     sizes: dict[str, float] = {}
     if pixels is not None:
@@ -233,9 +246,9 @@ def _stated_pixel_size(tiff: Any, pixels: ElementTree.Element | None) -> dict[st
         if factor is not None:
             if "spacing" in information:
                 sizes["Z"] = float(information["spacing"]) * factor
-            sizes |= _of_resolution(tiff.pages.first, factor)
+            sizes |= _of_resolution(page, factor)
     elif not tiff.ome_metadata:
-        sizes = _of_scanner(tiff.pages.first)
+        sizes = _of_scanner(page)
     return sizes
 
 

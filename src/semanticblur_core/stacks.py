@@ -87,7 +87,9 @@ class Stack:
 
 
 @contextmanager
-def open_stack(path: str | Path, *, axes: str | None = None, level: int = 0) -> Iterator[Stack]:
+def open_stack(
+    path: str | Path, *, axes: str | None = None, level: int = 0, series: int | None = None
+) -> Iterator[Stack]:
     """Open a TIFF (OME, ImageJ or plain), a npy file or a Zarr (plain or OME).
 
     Parameters
@@ -98,6 +100,8 @@ def open_stack(path: str | Path, *, axes: str | None = None, level: int = 0) -> 
         What the axes are, if not as the file says.
     level
         Resolution level of a pyramid, 0 is full.
+    series
+        Which image of a TIFF that holds several, from 0.
 
     Raises
     ------
@@ -110,6 +114,8 @@ def open_stack(path: str | Path, *, axes: str | None = None, level: int = 0) -> 
         disk.require_file(path)
     with ExitStack() as resources:
         with _explained(path):
+            if series is not None and suffix not in io.TIFF_SUFFIXES:
+                raise ImageError(f"{path}: --series is of TIFF files that hold several images")
             if suffix == ".npy":
                 array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
                 if not isinstance(array, np.ndarray):
@@ -122,7 +128,7 @@ def open_stack(path: str | Path, *, axes: str | None = None, level: int = 0) -> 
                     raise ImageError(f"{path}: an empty folder, not a Zarr")
                 array, found, scale, n_levels = _open_zarr(path, level)
             else:
-                array, found, scale, n_levels = _open_tiff(path, level, resources)
+                array, found, scale, n_levels = _open_tiff(path, level, series, resources)
         named = (axes or found).upper()
         if len(named) != len(array.shape):
             what = f"axes {named!r} do not fit" if named else "the file does not say the axes of"
@@ -224,8 +230,13 @@ def is_stack(path: Path) -> bool:
         return False
 
 
-def read_scale(path: Path) -> Scale:
+def read_scale(path: Path, *, series: int | None = None) -> Scale:
     """Steps and place, also of a TIFF that is not opened as a stack.
+
+    Parameters
+    ----------
+    path, series
+        As of `open_stack`.
 
     Raises
     ------
@@ -234,7 +245,7 @@ def read_scale(path: Path) -> Scale:
     """
     if path.suffix.lower() in io.TIFF_SUFFIXES:
         with _explained(path), io.open_tiff(path) as tiff:
-            return of_tiff(tiff)
+            return of_tiff(tiff, io.whole_series(path, tiff, series))
     with open_stack(path) as stack:
         return stack.scale
 
@@ -476,13 +487,15 @@ def _has_few_columns(shape: tuple[int, ...]) -> bool:
     return len(shape) > 2 and shape[-1] < FEWEST_COLUMNS <= min(shape[-3:-1])
 
 
-def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, Scale, int]:
+def _open_tiff(
+    path: Path, level: int, wanted: int | None, resources: ExitStack
+) -> tuple[Any, str, Scale, int]:
     import tifffile
     import zarr
 
     tiff = resources.enter_context(io.open_tiff(path))
-    io.refuse_lying_tiff(path, tiff)
-    series = io.whole_series(path, tiff)
+    io.refuse_lying_tiff(path, tiff, wanted)
+    series = io.whole_series(path, tiff, wanted)
     with suppress(ElementTree.ParseError, ValueError):  # of what says it wrong the pages are here
         first = _begins_in(path, tiff)
         if first is not None and first.is_file():
@@ -504,7 +517,7 @@ def _open_tiff(path: Path, level: int, resources: ExitStack) -> tuple[Any, str, 
         array = _Inverted(array)
     lengths = zip(series.axes, chosen.shape, series.shape, strict=True)
     factors = {axis: full / length for axis, length, full in lengths if axis in "YX"}
-    scale = of_tiff(tiff).coarser(factors)
+    scale = of_tiff(tiff, series).coarser(factors)
     return array, _tiff_axes(series), scale, len(series.levels)
 
 

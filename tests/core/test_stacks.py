@@ -347,6 +347,48 @@ def test_each_level_of_a_tiled_pyramid_has_its_pixels_and_their_size(
             assert stack.scale.pixel_size_um == {"X": 0.5 * step, "Y": 0.5 * step}
 
 
+def test_one_of_several_images_has_its_own_axes_and_scale(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    images = [rng.integers(0, 255, shape, np.uint8) for shape in ((30, 40), (3, 64, 96), (20, 20))]
+    path = tmp_path / "several.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as tiff:
+        for i, image in enumerate(images):
+            axes = "ZYX"[-image.ndim :]
+            sizes = {f"PhysicalSize{axis}": 0.5 + i for axis in axes}
+            metadata = {"axes": axes, **sizes, "Name": "thumbnail" if i == 2 else f"scene {i}"}
+            tiff.write(image, photometric="minisblack", metadata=metadata)
+    with (
+        pytest.raises(ImageError, match=r"holds 2 images.*--series=0 to 1"),
+        stacks.open_stack(path),
+    ):
+        pass
+    for i, image in enumerate(images[:2]):
+        with stacks.open_stack(path, series=i) as stack:
+            np.testing.assert_array_equal(stack.array[:], image)
+            assert stack.axes == "ZYX"[-image.ndim :]
+            assert stack.scale.pixel_size_um == dict.fromkeys(stack.axes, 0.5 + i)
+        assert stacks.read_scale(path, series=i).pixel_side_um == 0.5 + i
+    np.save(tmp_path / "a.npy", images[0])
+    for file, i, message in (
+        (path, 2, "expected a series of 0 to 1, got 2"),
+        (tmp_path / "a.npy", 0, "--series is of TIFF files"),
+    ):
+        with pytest.raises(ImageError, match=message), stacks.open_stack(file, series=i):
+            pass
+
+
+def test_the_size_of_pixels_is_not_that_of_the_macro_before_the_image(tmp_path: Path) -> None:
+    path = tmp_path / "slide.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as tiff:
+        for name, side in (("macro image", 30), ("scan", 0.25)):
+            size = {"PhysicalSizeX": side, "PhysicalSizeY": side, "Name": name}
+            image = np.zeros((64 if side < 1 else 20, 64), np.uint8)
+            tiff.write(image, photometric="minisblack", metadata={"axes": "YX", **size})
+    with stacks.open_stack(path) as stack:
+        assert (stack.array.shape, stack.scale.pixel_side_um) == ((64, 64), 0.25)
+
+
 def test_a_thumbnail_before_the_image_is_not_the_image(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:

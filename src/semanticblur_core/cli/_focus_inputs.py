@@ -66,6 +66,7 @@ class Part:
         channels: int | str,
         wanted: tuple[slice, ...] | None,
         level: int,
+        series: int | None,
         fields: tuple[float, str] | None,
         value_range: tuple[float, float] | None,
         *,
@@ -73,7 +74,8 @@ class Part:
         by_content: bool = False,
         with_pictures: bool = False,
     ) -> None:
-        self.axes, self.channels, self.wanted, self.level = axes, channels, wanted, level
+        self.axes, self.channels, self.wanted = axes, channels, wanted
+        self.level, self.series = level, series
         self.fields, self.value_range, self.max_pixels = fields, value_range, max_pixels
         self.cut_planes: list[CutPlane] = []
         self._by_content, self._with_pictures = by_content, with_pictures
@@ -100,6 +102,7 @@ class Part:
             "channels": None if self.channels == "each" else self.channels,
             "planes": [[part.start, part.stop] for part in self.wanted or ()] or None,
             "level": self.level or None,
+            "series": self.series,
             "fields": list(self.fields) if self.fields else None,
         }
         return {name: value for name, value in said.items() if value is not None}
@@ -204,7 +207,9 @@ class Part:
 
         limits = self._limits_of(path, opened.planes)
         for level in range(opened.n_levels - 1, self.level, -1):
-            with stacks.open_stack(path, axes=self.axes, level=level) as coarser:
+            with stacks.open_stack(
+                path, axes=self.axes, level=level, series=self.series
+            ) as coarser:
                 planes = Planes(coarser.array, coarser.axes, coarser.channel(self.channels))
                 is_same = planes.lengths == opened.planes.lengths  # Z may be coarser, too
                 if is_same and max(planes.plane_shape) >= COARSE_SIDE_PX:
@@ -224,14 +229,16 @@ class Part:
             if self._opened is None or self._opened[0] != path:
                 self.close()
                 if _is_stack_file(path):
-                    opening = stacks.open_stack(path, axes=self.axes, level=self.level)
+                    opening = stacks.open_stack(
+                        path, axes=self.axes, level=self.level, series=self.series
+                    )
                     stack = self._resources.enter_context(opening)
                     planes = Planes(stack.array, stack.axes, stack.channel(self.channels))
                     found = _Opened(planes, stack.scale, stack.n_levels)
                 elif self.is_of_stacks:
                     raise ImageError(
-                        f"{path}: --axes, --channels, --planes, --level: of stacks and pyramids, "
-                        "which it is not; check it without"
+                        f"{path}: --axes, --channels, --planes, --level, --series: of stacks and "
+                        "pyramids, which it is not; check it without"
                     )
                 else:
                     pixels = io.without_alpha(load(str(path), max_pixels=self.max_pixels))
@@ -420,6 +427,7 @@ def open_stack(
     channels: Any,
     wanted: tuple[slice, ...] | None,
     level: int,
+    series: int | None,
     along: str,
     options: FocusOptions,
 ) -> Iterator[StackInput]:
@@ -428,12 +436,12 @@ def open_stack(
 
     path = disk.expand_home(text)
     if _is_stack_file(path):
-        with stacks.open_stack(path, axes=axes, level=level) as opened:
+        with stacks.open_stack(path, axes=axes, level=level, series=series) as opened:
             yield _of_file(path, opened, channels, wanted, along, options)
         return
-    if axes or level or channels != "each":
+    if axes or level or series is not None or channels != "each":
         raise click.UsageError(
-            "--axes, --channels and --level are of a stack's file, not of a folder"
+            "--axes, --channels, --level and --series are of a stack's file, not of a folder"
         )
     found = find_sources((text,), recursive, options.max_pixels)
     yield _of_folder(path, found, wanted, along, options)

@@ -69,6 +69,12 @@ level_option = click.option(
     show_default=True,
     help="Resolution level of a pyramid, 0 is full.",
 )
+series_option = click.option(
+    "--series",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Which image of a TIFF that holds several, from 0.",
+)
 mask_polarity_option = click.option(
     "--mask-polarity",
     type=click.Choice(["blur", "sharp"]),

@@ -34,6 +34,7 @@ from semanticblur_core.cli._options import (
     refuse_flags,
     refuse_network_flags,
     say,
+    series_option,
     warn_of_squashing,
 )
 from semanticblur_core.cli._stop import Stop
@@ -137,6 +138,7 @@ if TYPE_CHECKING:
     help="Channels (axis C): each of its own, mean, or one by number or name.",
 )
 @level_option
+@series_option
 @click.option(
     "--every",
     type=click.IntRange(1),
@@ -195,6 +197,7 @@ def command(
     planes: tuple[slice, ...] | None,
     channels: Any,
     level: int,
+    series: int | None,
     every: int,
     max_pixels: int,
     workers: int,
@@ -252,6 +255,7 @@ def command(
         channels=channels,
         planes=planes,
         level=level,
+        series=series,
         every=every,
         max_pixels=max_pixels,
     )
@@ -515,6 +519,7 @@ def _of_stacks(options: DetectOptions) -> dict[str, Any]:
         "channels": None if options.channels == "each" else options.channels,
         "planes": planes or None,
         "level": options.level or None,
+        "series": options.series,
         "every": None if options.every == 1 else options.every,
     }
     return {name: value for name, value in said.items() if value is not None}

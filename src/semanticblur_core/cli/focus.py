@@ -34,6 +34,7 @@ from semanticblur_core.cli._options import (
     refuse_flags,
     refuse_network_flags,
     say,
+    series_option,
 )
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ class _FocusGroup(click.Group):
 )
 @planes_option
 @level_option
+@series_option
 @click.option(
     "--along", default="Z", show_default=True, help="Axis of a stack to find focus along."
 )
@@ -312,6 +314,7 @@ def _check(
     channels: Any,
     planes: tuple[slice, ...] | None,
     level: int,
+    series: int | None,
     along: str,
     measure: str,
     composite: Path | None,
@@ -381,7 +384,9 @@ def _check(
         problems: list[str] = []
         if stack:
             opened = resources.enter_context(
-                open_stack(inputs[0], recursive, axes, channels, planes, level, along, options)
+                open_stack(
+                    inputs[0], recursive, axes, channels, planes, level, series, along, options
+                )
             )
             options = replace(options, value_range=opened.value_range)
         part = Part(
@@ -389,6 +394,7 @@ def _check(
             channels,
             planes,
             level,
+            series,
             fields,
             options.value_range,
             max_pixels=options.max_pixels,
@@ -420,7 +426,9 @@ def _check(
         detector, protocol = _detector(**measuring)
         if calibration:
             gates.append(_calibrated(calibration, protocol))
-        options = replace(options, gates=tuple(gates), tile_size_px=_tile_px(tile_size, opened))
+        options = replace(
+            options, gates=tuple(gates), tile_size_px=_tile_px(tile_size, opened, series)
+        )
         results = Results(
             detector, protocol, options, opened, sort, keep_best, tile_size, part, min_fields
         )
@@ -670,7 +678,7 @@ def _refuse_composite(opened: StackInput, composite: Path | None) -> None:
 
 
 def _tile_px(
-    tile_size: tuple[float, str] | None, opened: StackInput | None
+    tile_size: tuple[float, str] | None, opened: StackInput | None, series: int | None
 ) -> float | Callable[[Source], float] | None:
     """Side of the tiles; in micrometres, each file's own pixel size says how many pixels."""
     from semanticblur_core import stacks
@@ -692,7 +700,7 @@ def _tile_px(
         if source.pixel_side_um is not None:
             return tile_size_in_px(size, source.pixel_side_um)
         has_size = source.path.suffix.lower() in stacks.STACK_SUFFIXES and source.path.exists()
-        side = stacks.read_scale(source.path).pixel_side_um if has_size else None
+        side = stacks.read_scale(source.path, series=series).pixel_side_um if has_size else None
         return tile_size_in_px(size, side)
 
     # Planes of one stack are alike.

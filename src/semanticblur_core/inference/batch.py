@@ -140,6 +140,7 @@ def _stack_options(options: DetectOptions) -> list[str]:
         "--planes": options.planes is not None,
         "--channels": options.channels != "each",
         "--level": options.level != 0,
+        "--series": options.series is not None,
     }
     return [name for name, is_given in given.items() if is_given]
 
@@ -248,7 +249,9 @@ def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileR
     outputs = [*targets.values(), *overlay]
     if is_done(outputs, options):
         return FileResult(job.source, outputs, skipped=True)
-    with stacks.open_stack(path, axes=options.axes, level=options.level) as stack:
+    with stacks.open_stack(
+        path, axes=options.axes, level=options.level, series=options.series
+    ) as stack:
         try:
             planes = Planes(stack.array, stack.axes, stack.channel(options.channels))
             box = planes.box(options.planes)

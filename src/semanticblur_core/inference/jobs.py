@@ -51,7 +51,8 @@ class DetectOptions:
 
     ``formats`` None is png for an image, tif for a stack and csv for a video; each takes those that
     are for its kind. ``axes``, ``channels``, ``planes`` and ``level`` say what a stack is and which
-    planes of it are wanted: a slice for each walked axis, for the last ones where there are fewer.
+    planes of it are wanted: a slice for each walked axis, for the last ones where there are fewer;
+    ``series`` is the image of a TIFF that holds several.
     ``every`` is the step between frames of a video. Images, planes and frames of more than
     ``max_pixels`` are not read into memory.
 
@@ -73,6 +74,7 @@ class DetectOptions:
     channels: int | str = "each"
     planes: tuple[slice, ...] | None = None
     level: int = 0
+    series: int | None = None
     every: int = 1
     max_pixels: int = io.MAX_PIXELS
     channel_ranges: tuple[tuple[float, float], ...] | None = None

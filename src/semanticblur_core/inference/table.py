@@ -194,8 +194,8 @@ def summary_table(
     Columns: ``input``, ``status`` (done, skipped, failed), ``outputs`` (separated by ``;``),
     ``height`` and ``width`` in pixels, ``n_planes``, ``mean_blur`` and ``blurred_fraction`` in
     0..1, ``elapsed_s``, ``model``, ``size``, ``threshold`` and, of stacks, ``planes`` (axes,
-    channels, planes, level, step) that it was measured with, as rows of earlier runs may have
-    others, and ``error``. What was not measured is empty. Rows are in the
+    channels, planes, level, series, step) that it was measured with, as rows of earlier runs may
+    have others, and ``error``. What was not measured is empty. Rows are in the
     order in which files were finished; none is held in memory, but those of earlier runs with
     ``resume``.
 

@@ -57,7 +57,9 @@ def _planes_of_file(job: Job, options: DetectOptions) -> tuple[int, tuple[int, i
         return math.ceil(n_frames / options.every), shape
     if path.suffix.lower() not in stacks.STACK_SUFFIXES and not stacks.is_zarr(path):
         return 1, io.read_shape(path)
-    with stacks.open_stack(path, axes=options.axes, level=options.level) as stack:
+    with stacks.open_stack(
+        path, axes=options.axes, level=options.level, series=options.series
+    ) as stack:
         planes = Planes(stack.array, stack.axes, stack.channel(options.channels))
         box = planes.box(options.planes)
         return math.prod(len(axis) for axis in box), planes.plane_shape

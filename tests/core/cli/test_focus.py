@@ -1197,6 +1197,31 @@ def test_what_is_wrong_with_fields_is_one_line(tmp_path: Path, slide: Path, fold
     assert "blank.tif: FAILED, no content, 0 fields, 0 passed, 9 without" in done.stdout
 
 
+def test_one_of_several_images_of_a_file(tmp_path: Path, rng: np.random.Generator) -> None:
+    sharp = rng.integers(0, 200, (128, 128)).astype(np.uint8)
+    soft = gaussian_filter(sharp.astype(float), 5).astype(np.uint8)
+    with tifffile.TiffWriter(tmp_path / "s.tif") as tiff:
+        tiff.write(np.stack([soft, sharp]), photometric="minisblack", metadata={"axes": "ZYX"})
+        tiff.write(sharp[:100], photometric="minisblack")
+    gate = ("--method=lbp", "--min-in-focus=0.5")
+    done = run("--input=s.tif", *gate, cwd=tmp_path)
+    assert (done.returncode, "--series=0 to 1" in done.stderr) == (2, True)
+    assert run("--input=s.tif", *gate, "--series=1", cwd=tmp_path).returncode == 0
+    done = run("--input=s.tif", *gate, "--series=1", "--fields=64", cwd=tmp_path)
+    assert "s.tif[y=50,x=64]: passed" in done.stdout
+    done = run("--input=s.tif", *gate, "--series=0", cwd=tmp_path)
+    assert (done.returncode, "1 of 2 images passed" in done.stdout) == (1, True)
+    done = run("--input=s.tif", *gate, "--series=0", "--stack", cwd=tmp_path)
+    assert "best plane: s.tif[Z=1]" in done.stdout
+    made = run_command(
+        *("detect", "--input=s.tif", "--method=lbp", "--series=1", "--output=out", "--json=r.json"),
+        cwd=tmp_path,
+    )
+    assert made.returncode == 0, made.stderr
+    assert tifffile.imread(tmp_path / "out" / "s_blur.tif").shape == (100, 128)
+    assert json.loads((tmp_path / "r.json").read_text())["protocol"]["series"] == 1
+
+
 def test_two_photographs_of_one_stem_have_no_mask_in_common(tmp_path: Path, folder: Path) -> None:
     for name in ("a/i.jpg", "b/i.png"):
         (tmp_path / name).parent.mkdir()
