@@ -28,6 +28,8 @@ from napari_semanticblur._annotation_source import (
     Plane,
     annotated_level,
     find_annotation,
+    is_read,
+    read_ahead,
     shown_plane,
 )
 from napari_semanticblur._colors import BLURRED, SHARP, UNLABELLED
@@ -89,6 +91,7 @@ class AnnotateWidget(Dock):
         self._told = ""
         self._folder_store: Path | None = None  # chosen by itself, for the folder
         self._detection: Detection | None = None
+        self._awaited: Image | None = None  # to be annotated as soon as it is read
         self.is_closed = False
         self.ask = ask
 
@@ -290,6 +293,8 @@ class AnnotateWidget(Dock):
         if annotation is None:
             self.annotate()
             annotation = self.current
+        if annotation is None and self._awaited is not None:
+            raise SemanticBlurError(f"{self._awaited.name} is being read: try again when it is.")
         if annotation is None:
             raise SemanticBlurError("Open an image first.")
         if annotation.is_read_only or annotation.is_of_other_data:
@@ -309,6 +314,18 @@ class AnnotateWidget(Dock):
         image = self.layer.value
         if image is None:
             raise SemanticBlurError("Open an image first.")
+        annotation = self._annotation_of(image)
+        if annotation is None:
+            source = annotated_level(image)
+            read_ahead(source)
+            if not is_read(source):
+                self._awaited = image
+                self.say(f"Reading {image.name}: it can be painted on when that is done.")
+                return
+        self._annotate_read(image)
+
+    def _annotate_read(self, image: Image) -> None:
+        """As `annotate`, of an image that is read as far as it has to be."""
         annotation = self._annotation_of(image)
         if annotation is None:
             annotation = self._restored_on(image)
@@ -703,6 +720,7 @@ class AnnotateWidget(Dock):
         if self.is_closed:
             return
         soon, news = False, ""
+        self._look_at_awaited()
         for annotation in self._annotations:
             was_read_only = annotation.is_read_only
             soon = annotation.poll() or soon
@@ -723,6 +741,17 @@ class AnnotateWidget(Dock):
         current = self.current
         self.progress.value = "" if current is None else current.progress
         self._timer.setInterval(SOON_MS if soon else POLL_MS)
+
+    def _look_at_awaited(self) -> None:
+        """Begin what waited for an image to be read, if that is still the one that is wanted."""
+        image = self._awaited
+        if image is None:
+            return
+        if image is not self.layer.value:
+            self._awaited = None
+        elif is_read(annotated_level(image), 0):
+            self._awaited = None
+            self.guarded(lambda: self._annotate_read(image))()
 
     def _saved(self, annotation: Annotation, outcome: Outcome) -> None:
         from napari.utils.notifications import show_error

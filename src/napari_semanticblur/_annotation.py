@@ -13,6 +13,7 @@ import re
 import secrets
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,14 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from napari_semanticblur._annotation_source import (
+    AT_ONCE_S,
     annotated_level,
     find_annotation,
     fingerprint,
     is_free_for,
     is_of,
+    is_read,
     labels_shape,
     layer_path,
     placement_as_json,
+    read_ahead,
     read_pixels,
     require_memory,
     shown_plane,
@@ -44,7 +48,7 @@ from semanticblur_core.data.autosave import JOURNALS, Autosave, submit, user_jou
 from semanticblur_core.data.journal import Leftover, Lock, LockedError, read_leftover, replay
 from semanticblur_core.data.labels import Split
 from semanticblur_core.data.store import AnnotationStore, read_array, same_pixels
-from semanticblur_core.errors import DataError, SemanticBlurError
+from semanticblur_core.errors import DataError, ImageError, SemanticBlurError
 
 if TYPE_CHECKING:
     from napari.components import ViewerModel
@@ -149,6 +153,7 @@ class Annotation:
         self._may_be_renamed = leftover is None
         self.autosave: Autosave | None = None
         self.is_read_only = self.is_of_other_data = self.is_closed = False
+        self._is_comparing = False
         # A layer that could be painted on before, a copy for example, may show what nobody saved.
         self._shows_newest = layer is not None and not record.get("read_only")
         self.problem = ""
@@ -230,6 +235,11 @@ class Annotation:
 
     def poll(self) -> bool:
         """Have what was painted journaled; whether planes are left to look at."""
+        if self._is_comparing:
+            self._compare()
+        if self._is_comparing:
+            self.problem = f"{self.title}: its new data are being read, to see what was painted on"
+            return True
         if self.is_of_other_data:
             self.problem = (
                 f"{self.title}: has other data than {self.layer.name} was painted on. Nothing more "
@@ -268,9 +278,17 @@ class Annotation:
         self._recovered = None
 
     def adopt(self, image: Image) -> bool:
-        """Take an image where its own is not open (any more); whether it was painted on that."""
+        """Take an image where its own is not open (any more); whether it was painted on that.
+
+        One that takes its time to be read is not taken at once.
+        """
         if self.image is not None and self.image in self.viewer.layers:
             return False
+        with suppress(ImageError):
+            source = annotated_level(image)
+            read_ahead(source)
+            if not is_read(source):
+                return False
         if not is_of(image, self.layer.data.shape, self.fingerprint):
             return False
         if self.image is not None:
@@ -668,9 +686,22 @@ class Annotation:
     def _image_changed(self, event: Any = None) -> None:
         """The image was given data: those that were painted on, or others."""
         assert self.image is not None
-        assert self.source is not None
         if self.autosave is not None and not self.is_of_other_data:
             self.autosave.finish_looking()  # what was painted until now is of the data before
+        with suppress(ImageError):  # of which `is_of` says no
+            read_ahead(annotated_level(self.image))
+        self._is_comparing = True
+        self._compare(AT_ONCE_S)
+
+    def _compare(self, wait_s: float = 0) -> None:
+        """Whether the image still is the one that was painted on; not while it is being read."""
+        assert self.image is not None
+        assert self.source is not None
+        with suppress(ImageError):
+            if not is_read(annotated_level(self.image), wait_s):
+                self._let_paint(False)
+                return
+        self._is_comparing = False
         is_same = is_of(self.image, labels_shape(self.source), self.fingerprint)
         if is_same:
             self.source = annotated_level(self.image)

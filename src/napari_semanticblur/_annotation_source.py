@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 Plane = tuple[int, ...]
 # Levels of a multiscale image above that many pixels are not painted on.
 MAX_PIXELS = 2**31
+# What nobody notices to wait for.
+AT_ONCE_S = 0.2
+_KEPT_BYTES = 2**26
+_readings: WeakKeyDictionary[Image, Reading] = WeakKeyDictionary()
 
 
 def annotated_level(image: Image) -> Source:
@@ -102,15 +108,102 @@ def shows(path: Path, source: Source) -> bool:
 
 
 def fingerprint(source: Source) -> str:
-    """What tells an image from another of its name: a sum over its shape and three planes."""
+    """What tells an image from another of its name: a sum over its shape and three planes.
+
+    Of a lazy image it is worked out once, see `read_ahead`.
+
+    Raises
+    ------
+    ImageError
+        If one of the planes cannot be read.
+    """
+    if isinstance(source.array, np.ndarray):
+        return _sum_of(source, _sampled_planes(source))
+    reading = _reading_of(source) or read_ahead(source)
+    assert reading is not None
+    reading.join()
+    if reading.error is not None:
+        raise reading.error
+    return reading.fingerprint
+
+
+def read_ahead(source: Source) -> Reading | None:
+    """Begin to read in a thread what is needed of a lazy image; None of one in memory.
+
+    What could not be read is tried again.
+    """
+    if isinstance(source.array, np.ndarray):
+        return None
+    reading = _reading_of(source)
+    if reading is None or reading.error is not None:
+        reading = _readings[source.layer] = Reading(source)
+        reading.start()
+    return reading
+
+
+def is_read(source: Source, wait_s: float = AT_ONCE_S) -> bool:
+    """Whether `fingerprint` answers at once, if need be after a short wait."""
+    reading = _reading_of(source)
+    if reading is None:
+        return isinstance(source.array, np.ndarray)
+    reading.join(wait_s)
+    return not reading.is_alive()
+
+
+class Reading(threading.Thread):
+    """The planes that tell a lazy image from others, as they are read.
+
+    Attributes
+    ----------
+    array
+        What is read.
+    fingerprint, error
+        The result.
+    planes
+        Those that were read, where they are small.
+    """
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(name="semanticblur-read", daemon=True)  # napari is not kept from ending
+        self.array = source.array
+        self.fingerprint = ""
+        self.error: Exception | None = None
+        self.planes: list[tuple[Plane, NDArray[Any]]] = []
+        self._source: Source | None = source
+
+    def run(self) -> None:
+        source, self._source = self._source, None  # which would keep the layer
+        assert source is not None
+        try:
+            planes = list(_read_samples(source))
+            self.fingerprint = _sum_of(source, planes)
+            if sum(plane.nbytes for _, plane in planes) <= _KEPT_BYTES:
+                self.planes = planes
+        except Exception as error:
+            self.error = error
+
+
+def _reading_of(source: Source) -> Reading | None:
+    reading = _readings.get(source.layer)
+    return reading if reading is not None and reading.array is source.array else None
+
+
+def _sum_of(source: Source, planes: Iterable[tuple[Plane, NDArray[Any]]]) -> str:
     total = hashlib.sha256(f"{labels_shape(source)} {source.array.dtype}".encode())
-    for _, plane in _sampled_planes(source):
+    for _, plane in planes:
         total.update(np.ascontiguousarray(plane).data)
     return total.hexdigest()
 
 
 def _sampled_planes(source: Source) -> Iterator[tuple[Plane, NDArray[Any]]]:
     """First, middle and last plane of a stack, the plane of an image; alpha is left out."""
+    reading = _reading_of(source)
+    if reading is not None and not reading.is_alive() and reading.planes:
+        return iter(reading.planes)
+    return _read_samples(source)
+
+
+def _read_samples(source: Source) -> Iterator[tuple[Plane, NDArray[Any]]]:
     lengths = labels_shape(source)[:-2]
     samples = {tuple(int(share * (n - 1)) for n in lengths) for share in (0, 0.5, 1)}
     for index in sorted(samples):

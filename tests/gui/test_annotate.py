@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import dask
 import dask.array as da
 import numpy as np
 import pytest
@@ -1350,6 +1351,82 @@ def test_an_image_that_is_removed_and_opened_again_is_painted_on(
     assert annotation.layer.editable
     again.data = 255 - photo()
     assert not annotation.layer.editable
+
+
+class Slow:
+    """A lazy stack whose planes are read when they are let through; the window's own at once."""
+
+    def __init__(self, value: int = 0) -> None:
+        self.let_through = threading.Event()
+        self.array = da.map_blocks(
+            self._plane, value, chunks=((1,) * 3, (90,), (120,)), dtype=np.uint8, meta=np.empty(0)
+        )
+
+    def _plane(self, value: int) -> np.ndarray:
+        if threading.current_thread().name == "semanticblur-read":
+            assert self.let_through.wait(20)
+        return np.full((1, 90, 120), value, np.uint8)
+
+
+def test_a_slow_stack_is_read_in_the_background(qtbot: Any, viewer: Any, widget: Any) -> None:
+    slow = Slow()
+    image = viewer.add_image(slow.array, name="slow", contrast_limits=(0, 255))
+    with dask.config.set(scheduler="synchronous"):
+        widget.annotate()
+        assert widget.current is None
+        assert widget.status.value.startswith("Reading slow")
+        widget.sharp_button.native.click()
+        assert "slow is being read" in widget.status.value
+        slow.let_through.set()
+        qtbot.waitUntil(lambda: widget.current is not None, timeout=5000)
+        annotation = widget.current
+        stroke(annotation.layer, (0, 20, 20), (0, 20, 80), 1)
+
+        other = Slow(7)
+        image.data = other.array
+        assert not annotation.layer.editable
+        assert "are being read" in annotation.problem
+        other.let_through.set()
+        told = "slow: has other data than slow annotation was painted on"
+        qtbot.waitUntil(lambda: widget.status.value.startswith(told), timeout=5000)
+        image.data = slow.array  # known from before
+        qtbot.waitUntil(lambda: annotation.layer.editable, timeout=5000)
+        assert (journaled(widget)[0, 20, 20:80] == 1).all()
+
+
+def test_what_is_read_is_not_annotated_where_another_image_was_chosen(
+    qtbot: Any, viewer: Any, widget: Any
+) -> None:
+    slow = Slow()
+    other = viewer.add_image(photo(), rgb=True, name="photo")
+    widget.layer.value = viewer.add_image(slow.array, name="slow", contrast_limits=(0, 255))
+    with dask.config.set(scheduler="synchronous"):
+        widget.annotate()
+        widget.layer.value = other
+        slow.let_through.set()
+        qtbot.wait(1200)
+    assert widget._annotations == []
+
+
+def test_a_click_on_a_plane_that_cannot_be_read_is_told(
+    qtbot: Any, viewer: Any, widget: Any
+) -> None:
+    is_broken = threading.Event()
+
+    def plane(block_info: Any = None) -> np.ndarray:
+        if is_broken.is_set():
+            raise OSError("disk is gone")
+        return np.zeros((1, 90, 120), np.uint8)
+
+    stack = da.map_blocks(plane, chunks=((1,) * 3, (90,), (120,)), dtype=np.uint8)
+    viewer.add_image(stack, name="stack", contrast_limits=(0, 255))
+    widget.annotate()
+    viewer.reset_view()
+    widget.superpixels.value = True
+    is_broken.set()
+    click(qtbot, viewer, 40, 60)
+    assert "cannot be read: disk is gone" in widget.status.value
+    assert not widget.current.layer.data.any()
 
 
 # napari divides by the length of a stack as well.
