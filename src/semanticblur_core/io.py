@@ -39,6 +39,7 @@ _BESIDE_A_SLIDE = {
 ROUNDING = 1e-6
 # A JPEG that is black all over has values up to about this; a mask has not only so few values.
 _JPEG_NOISE = 30
+_JPEG_LABELS = 5  # of 0, 1 and 2, whose edges ring
 _FEW_VALUES = 4
 _MANY_PIXELS = 0.005
 _NEARLY_WHITE = 225
@@ -178,8 +179,8 @@ def read_mask(path: str | Path) -> NDArray[np.bool_]:
     values = np.flatnonzero(counts).tolist()
     is_jpeg = Path(path).suffix.lower() in (".jpg", ".jpeg")
     many = _MANY_PIXELS * array.size
-    has_labels = values[-1] <= 2 and counts[1:3].sum() >= many
-    if is_jpeg and values[-1] <= _JPEG_NOISE and not has_labels:  # wholly sharp
+    if is_jpeg and values[-1] <= _JPEG_NOISE and not _has_labels(array, values[-1]):
+        # Wholly sharp.
         return np.zeros(array.shape, np.bool_)
     # Edges that were smoothed have many values in between, each of few pixels.
     between = counts[1:_NEARLY_WHITE].max()
@@ -194,6 +195,17 @@ def read_mask(path: str | Path) -> NDArray[np.bool_]:
             "blurred; a mask of 0 and 1 is to be multiplied by 255, labels are read from a store"
         )
     return array > 127
+
+
+def _has_labels(array: NDArray[np.uint8], largest: int) -> bool:
+    """Whether it is even areas that are not 0, as of labels that became a JPEG; noise is none."""
+    if largest > _JPEG_LABELS:
+        return False
+    from scipy.ndimage import maximum_filter, minimum_filter
+
+    is_flat = maximum_filter(array, 3) == minimum_filter(array, 3)
+    marked = array > 0
+    return bool((is_flat & marked).sum() > 0.5 * marked.sum() >= 0.5 * _MANY_PIXELS * array.size)
 
 
 def read_map(path: str | Path) -> NDArray[np.float32]:
@@ -588,7 +600,7 @@ def refuse_lying_tiff(path: Path, tiff: Any, wanted: int | None = None) -> None:
             n for axis, n in zip(series.axes, series.shape, strict=True) if axis not in "YXS"
         )
         n_stated = _ome_planes(tiff, series)
-        if wanted is None:
+        if len(tiff.series) == 1:
             n_stated = max(n_stated, int((tiff.imagej_metadata or {}).get("images", 1)))
     if n_planes < n_stated:
         raise ImageError(

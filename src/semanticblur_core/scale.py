@@ -156,12 +156,24 @@ def of_tiff(tiff: Any, series: Any) -> Scale:
 
 def ome_pixels(root: ElementTree.Element, tiff: Any, series: Any) -> ElementTree.Element | None:
     """What OME metadata say of the pixels of an image; None where they say nothing."""
-    found = [element for element in root.iter() if element.tag.endswith("Pixels")]
-    # tifffile makes a series of each, in order.
-    places = [i for i, each in enumerate(tiff.series) if each is series]
-    return (
-        found[places[0]] if places and len(found) == len(tiff.series) else next(iter(found), None)
-    )
+    found = [
+        (image.get("Name", ""), pixels)
+        for image in root.iter()
+        for pixels in image
+        if pixels.tag.endswith("Pixels")
+    ]
+    # tifffile makes a series of each, in order, but for those whose file is not there.
+    if len(found) == len(tiff.series):
+        return found[[each is series for each in tiff.series].index(True)][1]
+    if len(found) > 1:
+        lengths = dict(zip(series.axes, series.shape, strict=True))
+        sides = [str(lengths.get(axis)) for axis in "XY"]
+        found = [
+            (name, pixels)
+            for name, pixels in found
+            if name == series.name and [pixels.get(f"Size{axis}") for axis in "XY"] == sides
+        ]
+    return found[0][1] if len(found) == 1 else None
 
 
 def of_ngff(

@@ -378,6 +378,55 @@ def test_one_of_several_images_has_its_own_axes_and_scale(
             pass
 
 
+def _scenes(folder: Path, ids: str, *, leave_out: str = "") -> None:
+    """One scene a file, all named in each."""
+    folder.mkdir()
+    images = "".join(
+        f'<Image ID="Image:{i}" Name="scene {name}"><Pixels ID="Pixels:{i}" '
+        'DimensionOrder="XYCZT" Type="uint8" SizeX="64" SizeY="48" SizeC="1" SizeZ="1" SizeT="1" '
+        f'PhysicalSizeX="{i + 0.25}" PhysicalSizeY="{i + 0.25}"><Channel ID="Channel:{i}:0" '
+        f'SamplesPerPixel="1"/><TiffData IFD="0" PlaneCount="1"><UUID FileName="{name}.ome.tif">'
+        f"urn:uuid:{name}</UUID></TiffData></Pixels></Image>"
+        for i, name in enumerate(ids)
+    )
+    for i, name in enumerate(ids):
+        head = '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"'
+        xml = f'{head} UUID="urn:uuid:{name}">{images}</OME>'
+        if name not in leave_out:
+            image = np.full((48, 64), i, np.uint8)
+            tifffile.imwrite(folder / f"{name}.ome.tif", image, description=xml, metadata=None)
+
+
+def test_scenes_in_files_of_their_own_begin_in_the_first(tmp_path: Path) -> None:
+    _scenes(tmp_path / "all", "cab")
+    for i in range(3):
+        with stacks.open_stack(tmp_path / "all" / "c.ome.tif", series=i) as stack:
+            assert stack.array[0, 0] == i
+            assert stack.scale.pixel_side_um == i + 0.25
+    begins = pytest.raises(ImageError, match=r"begins in .*c\.ome\.tif")
+    with begins, stacks.open_stack(tmp_path / "all" / "a.ome.tif", series=0):
+        pass
+
+
+def test_scenes_of_files_that_are_missing_lend_no_size(tmp_path: Path) -> None:
+    _scenes(tmp_path / "some", "cab", leave_out="c")
+    for i, size in enumerate((1.25, 2.25)):
+        assert stacks.read_scale(tmp_path / "some" / "a.ome.tif", series=i).pixel_side_um == size
+
+
+def test_a_stack_that_was_cut_off_is_refused_as_a_series_too(tmp_path: Path) -> None:
+    planes = np.zeros((3, 20, 30), np.uint8)
+    description = "ImageJ=1.11a\nimages=5\nslices=5\n"
+    with tifffile.TiffWriter(tmp_path / "s.tif") as tiff:
+        for i, plane in enumerate(planes):
+            text = description if i == 0 else None
+            tiff.write(plane, description=text, metadata=None, photometric="minisblack")
+    for series in (None, 0):
+        refused = pytest.raises(ImageError, match="states 5 planes, 3")
+        with refused, stacks.open_stack(tmp_path / "s.tif", series=series):
+            pass
+
+
 def test_the_size_of_pixels_is_not_that_of_the_macro_before_the_image(tmp_path: Path) -> None:
     path = tmp_path / "slide.ome.tif"
     with tifffile.TiffWriter(path, ome=True) as tiff:

@@ -179,6 +179,7 @@ class Part:
                     progress.update(task, completed=100 * share)
 
                 view = self._coarse_view(plane.path, opened, plane.index, on_rows)
+                on_rows(1.0)
             content = fields.content_of(view) if self._by_content else None
             picture = fields.picture(view) if is_shown else None
         return fields.cut(
@@ -269,11 +270,7 @@ class Part:
                 ).copy()
             else:
                 stored = view.read(rows, columns)
-            unit = view.to_unit(stored, limits=limits)
-            known = view.finite(stored)
-            if known is not None:  # which has no content
-                unit[~known] = np.nan
-            return unit
+            return view.to_unit(stored, limits=limits, keep_nan=True)
 
     def _limits_of(self, path: Path, planes: Planes) -> Any:
         if path not in self._limits:

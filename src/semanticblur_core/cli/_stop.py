@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 _T = TypeVar("_T")
-_ONE_ASKING_S = 1.0
 
 
 class Stop:
@@ -21,19 +20,21 @@ class Stop:
     Parameters
     ----------
     at_steps
-        The first of them is only noted in `is_asked_for`, for a loop that looks at each step, and
-        so is what comes within a second: ``torchrun`` passes on what its processes got already.
+        The first of them is only noted in `is_asked_for`, for a loop that looks at each step.
+    one_asking_s
+        What comes so soon after it counts as the same: ``torchrun`` passes on what its processes
+        got already.
     """
 
-    def __init__(self, *, at_steps: bool = False) -> None:
+    def __init__(self, *, at_steps: bool = False, one_asking_s: float = 0.0) -> None:
         self._is_busy = self.is_asked_for = False
-        self._at_steps = at_steps
+        self._at_steps, self._one_asking_s = at_steps, one_asking_s
         self._asked_at = -math.inf
 
     def __call__(self, *_: object) -> None:
         if self._at_steps and not self.is_asked_for:
             self._asked_at = time.monotonic()
-        elif time.monotonic() - self._asked_at < _ONE_ASKING_S:
+        elif time.monotonic() - self._asked_at < self._one_asking_s:
             return
         elif not self._is_busy:
             raise KeyboardInterrupt

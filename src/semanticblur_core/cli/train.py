@@ -202,6 +202,7 @@ def command(
         VALIDATION_PROTOCOL,
         any_process,
         is_first_process,
+        is_one_of_several,
         refuse_earlier_run,
         train,
     )
@@ -293,7 +294,7 @@ def command(
     started = time.monotonic()
     first_step = None
     update = None
-    stop = Stop(at_steps=True)
+    stop = Stop(at_steps=True, one_asking_s=1.0 if is_one_of_several() else 0.0)
     with progress_bar() as progress, closing(updates), stop.heeded():
         task = progress.add_task("Training", total=None)
         for update in updates:

@@ -168,12 +168,10 @@ class AnnotationStore:
         for name, values in index["items"].items():
             if name in labelled or not (isinstance(values, dict) and values.get("split")):
                 continue
-            if Path(name).stem in labelled:
-                hint = "names are without extensions"
-            elif name in images or values.get("unlabelled"):
+            if name in images or values.get("unlabelled"):
                 continue
-            else:
-                hint = "rename it or take it out"
+            without = Path(name).stem in labelled
+            hint = "names are without extensions" if without else "rename it or take it out"
             yield (
                 f"{self.folder / 'dataset.json'}: {name} is marked {values['split']}, but there "
                 f"are no labels of that name; {hint}"
@@ -318,7 +316,8 @@ class AnnotationStore:
             values.pop("split", None)
             if split is not None:
                 values["split"] = split
-            if not _files_of(self.folder / "labels", name, _LABEL_SUFFIXES):
+            values.pop("unlabelled", None)
+            if split and not _files_of(self.folder / "labels", name, _LABEL_SUFFIXES):
                 values["unlabelled"] = True
             self._write_index(index)
 

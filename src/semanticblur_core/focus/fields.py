@@ -225,7 +225,7 @@ def cut_array(
         Path(name),
         view.shape,
         side_px,
-        lambda rows, columns: view.read_unit(rows, columns, limits=limits),
+        lambda rows, columns: view.read_unit(rows, columns, limits=limits, keep_nan=True),
         content=content,
         index=tuple(at),
         value_range=unit_range(planes, limits),

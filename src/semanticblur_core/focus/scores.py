@@ -31,6 +31,8 @@ Subject = Literal["centre", "saliency"]
 THRESHOLD = 0.5
 # A content mask is made on an image of about this many pixels along its longer side.
 _CONTENT_SIDE_PX = 256
+# Where fewer of its pixels have a value, a place has none.
+_LEAST_KNOWN = 0.05
 _SALIENCY_SIDE_PX = 64
 _SALIENCY_SIGMA_PX = 3
 _COUNTED_PIXELS = 2**20
@@ -261,20 +263,19 @@ def content_mask(grey: NDArray[np.float32], *, side_px: int = _CONTENT_SIDE_PX) 
     from skimage.filters import threshold_otsu
 
     known: Bools = np.isfinite(grey)
-    if not known.any():
-        return known
-    if not known.all():
-        grey = np.where(known, grey, np.median(grey[known]))
     step = max(1, math.ceil(max(grey.shape) / side_px))
-    top, left = (min(step // 2, n - 1) for n in grey.shape)
-    smooth = ndimage.uniform_filter(grey, step, mode="nearest")[top::step, left::step]
-    smooth = ndimage.gaussian_filter(smooth, 1, mode="nearest")
-    counts, edges = np.histogram(smooth, bins=64)
-    background = float(edges[counts.argmax() : counts.argmax() + 2].mean())
-    distance = np.abs(smooth - background)
-    if float(smooth.max() - smooth.min()) < 1e-3:
+    smooth = _made_small(np.where(known, grey, 0), step)
+    seen = np.ones(smooth.shape, np.bool_)
+    if not known.all():
+        weight = _made_small(known.astype(np.float32), step)
+        seen = weight > _LEAST_KNOWN
+        smooth = np.divide(smooth, weight, out=np.zeros_like(smooth), where=seen)
+    if not seen.any() or float(np.ptp(smooth[seen])) < 1e-3:
         return np.zeros(grey.shape, np.bool_)
-    coarse = distance > threshold_otsu(distance)
+    counts, edges = np.histogram(smooth[seen], bins=64)
+    background = float(edges[counts.argmax() : counts.argmax() + 2].mean())
+    distance = np.where(seen, np.abs(smooth - background), 0)
+    coarse = distance > threshold_otsu(distance[seen])
     coarse = ndimage.binary_closing(np.pad(coarse, 3, mode="edge"), iterations=3)[3:-3, 3:-3]
     rows, columns = (
         np.minimum(np.arange(length) // step, n - 1)
@@ -282,6 +283,14 @@ def content_mask(grey: NDArray[np.float32], *, side_px: int = _CONTENT_SIDE_PX) 
     )
     known &= coarse[rows[:, None], columns[None]]
     return known
+
+
+def _made_small(values: NDArray[np.float32], step: int) -> NDArray[np.float32]:
+    """Every ``step``-th pixel, smoothed before and after."""
+    top, left = (min(step // 2, n - 1) for n in values.shape)
+    smooth = ndimage.uniform_filter(values, step, mode="nearest")[top::step, left::step]
+    small: NDArray[np.float32] = ndimage.gaussian_filter(smooth, 1, mode="nearest")
+    return small
 
 
 def centre_weights(height: int, width: int) -> NDArray[np.float32]:

@@ -360,7 +360,10 @@ def plane_sources(
         at = f"[{','.join(f'{axis}={i}' for axis, i in places)}]" if index else ""
         view = planes.view(index)
         return Source(
-            f"{name}{at}", Path(path or name), lambda: view.read_unit(limits=limits), index
+            f"{name}{at}",
+            Path(path or name),
+            lambda: view.read_unit(limits=limits, keep_nan=True),
+            index,
         )
 
     return [source(index) for index in indices]

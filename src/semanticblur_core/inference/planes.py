@@ -412,9 +412,13 @@ class PlaneView:
         columns: slice = slice(None),
         *,
         limits: Sequence[tuple[float, float]] | None,
+        keep_nan: bool = False,
     ) -> NDArray[Any]:
-        """Pixels as ``(h, w)`` or ``(h, w, 3)``, uint8 as stored, or float32 in 0..1."""
-        return self.to_unit(self.read(rows, columns), limits=limits)
+        """Pixels as ``(h, w)`` or ``(h, w, 3)``, uint8 as stored, or float32 in 0..1.
+
+        With ``keep_nan`` those without a value are NaN, otherwise black.
+        """
+        return self.to_unit(self.read(rows, columns), limits=limits, keep_nan=keep_nan)
 
     def finite(self, pixels: NDArray[Any]) -> NDArray[np.bool_] | None:
         """Which pixels of what `read` gave have values, ``(h, w)``; None where all have."""
@@ -427,9 +431,21 @@ class PlaneView:
         return None if known.all() else known
 
     def to_unit(
-        self, pixels: NDArray[Any], *, limits: Sequence[tuple[float, float]] | None
+        self,
+        pixels: NDArray[Any],
+        *,
+        limits: Sequence[tuple[float, float]] | None,
+        keep_nan: bool = False,
     ) -> NDArray[Any]:
         """What `read_unit` gives, of what `read` gave."""
+        unit = self._in_range(pixels, limits)
+        if keep_nan and (known := self.finite(pixels)) is not None:
+            unit[~known] = np.nan
+        return unit
+
+    def _in_range(
+        self, pixels: NDArray[Any], limits: Sequence[tuple[float, float]] | None
+    ) -> NDArray[Any]:
         if self.planes.channels != "mean":
             own = limits[self.planes.channel(self.index)] if limits else None
             return io.to_unit_range(pixels, limits=own)

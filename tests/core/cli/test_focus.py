@@ -1021,6 +1021,23 @@ def test_fields_are_those_of_the_whole(
     assert len(seen) == 6 * len(image)
 
 
+@pytest.mark.parametrize("how", ["--planes=:", "--fields=64", "--stack"])
+def test_planes_with_pixels_without_a_value(
+    tmp_path: Path, how: str, rng: np.random.Generator
+) -> None:
+    stack = np.full((3, 128, 128), 900, np.float32)
+    stack[:, 32:96, 32:96] = rng.uniform(0, 500, (3, 64, 64))
+    stack[1, :, 100:] = np.nan
+    layout = {"photometric": "minisblack", "metadata": {"axes": "ZYX"}}
+    tifffile.imwrite(tmp_path / "s.tif", stack, **layout)
+    made = ("--input=s.tif", "--method=lbp", how, "--region=content", "--json=r.json")
+    done = run(*made, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = json.loads((tmp_path / "r.json").read_text())["images"]
+    shares = [row["region_fraction"] for row in rows]
+    assert np.mean(shares) == pytest.approx(0.25, abs=0.08)
+
+
 def test_where_content_lies_is_told_from_a_coarser_level(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1081,7 +1098,7 @@ def test_strips_are_decoded_once_for_all_fields_beside_each_other(
 def test_fields_of_many_files_are_read_in_threads(tmp_path: Path, rng: np.random.Generator) -> None:
     for name in "ab":
         _strips(tmp_path / f"{name}.tif", (300, 500), rng)
-    part = Part(None, "each", None, 0, (100.0, "px"), None, max_pixels=10**9)
+    part = Part(None, "each", None, 0, None, (100.0, "px"), None, max_pixels=10**9)
     sources = [
         source
         for name in "ab"
@@ -1133,13 +1150,13 @@ def test_looking_over_is_shown_whatever_the_name_and_can_be_stopped(
     assert done.returncode == 0, done.stderr
     assert "Looking over [/red].tif" in done.stderr
     monkeypatch.undo()
-    whole = fields.coarse_view
+    whole = PlaneView.read
 
     def stopped(*arguments: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
         return whole(*arguments)
 
-    monkeypatch.setattr(fields, "coarse_view", stopped)
+    monkeypatch.setattr(PlaneView, "read", stopped)
     done = run(*made, cwd=tmp_path)
     assert (done.returncode, done.stderr.strip()) == (130, "semanticblur-core: stopped")
 

@@ -555,6 +555,10 @@ def test_marks_of_what_is_not_there_are_told(tmp_path: Path) -> None:
     edit_index(tmp_path, "later", {"split": "val"})  # before anything of it is labelled
     store.set_split("to come", "val")
     assert len(store.items()) == 1
+    Image.fromarray(photo()).save(tmp_path / "images" / "a.1.png")
+    store.set_split("a.1", "val")
+    store.set_split("never", None)
+    assert len(store.items()) == 1
     edit_index(tmp_path, "gone", {"split": "val"})
     with pytest.raises(DataError, match=r"gone is marked val.*rename it or take it out"):
         store.items()

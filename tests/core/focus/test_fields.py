@@ -148,6 +148,28 @@ def test_pixels_without_a_value_are_no_content(
     assert images[0].scores.region_fraction == pytest.approx(200**2 / 1024**2, rel=0.2)
 
 
+@pytest.mark.parametrize("side_px", [256, COARSE_SIDE_PX])
+def test_tissue_is_content_whatever_part_of_a_mosaic_is_missing(
+    side_px: int, rng: np.random.Generator
+) -> None:
+    image = np.full((1000, 1000), 0.9, np.float32)
+    image[:, :410] = rng.normal(0.5, 0.12, (1000, 410))
+    image[:, 600:] = np.nan
+    content = content_mask(image, side_px=side_px)
+    assert content[:, :400].mean() > 0.9
+    assert content[:, 420:].mean() < 0.01
+
+
+def test_an_array_with_pixels_without_a_value(rng: np.random.Generator) -> None:
+    image = np.full((256, 256), 0.9, np.float32)
+    image[:128, :128] = rng.uniform(0, 0.5, (128, 128))
+    image[:128, 64:128][rng.random((128, 64)) < 0.5] = np.nan
+    plane = cut_array(image, "YX", 256, value_range=(0, 1), by_content=True)
+    [update] = focus_report(plane.sources, None)
+    assert update.image.scores is not None
+    assert update.image.scores.region_fraction == pytest.approx(0.25 * 0.75, abs=0.02)
+
+
 def test_where_nothing_has_a_value_nothing_is_content() -> None:
     assert not content_mask(np.full((50, 60), np.nan, np.float32)).any()
 
