@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from napari_semanticblur._annotation_source import read_pixels
 from napari_semanticblur._colors import BLURRED, SHARP, UNLABELLED
 from napari_semanticblur._layers import Source
 from semanticblur_core.data.labelling import labels_of_map, superpixel
@@ -92,8 +93,7 @@ def label_superpixel(
     layer: Labels, source: Source, plane: Plane, point: tuple[int, int], *, size_px: int
 ) -> int:
     """Label the region of alike pixels around a point with the selected label."""
-    image = source.array[plane] if plane else source.array
-    box, mask = superpixel(image, *point, size_px=size_px)
+    box, mask = superpixel(read_pixels(source, plane), *point, size_px=size_px)
     code = int(layer.selected_label)
     with layer.block_history():
         n = set_plane(layer, plane, mask, code, box=box)
