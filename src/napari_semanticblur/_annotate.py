@@ -376,7 +376,9 @@ class AnnotateWidget(Dock):
             if self._annotation_of(image) is None and annotation.adopt(image):
                 break
         n_added = 0
-        if annotation.store is None and self._store is not None:
+        has_none = annotation.store is None or annotation.has_lost_store
+        if has_none and self._store not in (None, annotation.store):
+            assert self._store is not None
             n_added = annotation.move_to(self._store)
         annotation.save()
         if n_added:

@@ -174,5 +174,5 @@ class Tools:
                     (row, column),
                     size_px=int(widget.superpixel_px.value),
                 )
-            except SemanticBlurError as error:  # nothing but NaN there
+            except SemanticBlurError as error:  # nothing but NaN there, or unreadable
                 widget.say(str(error))

@@ -47,7 +47,7 @@ from napari_semanticblur._layers import METADATA_KEY, result_placement
 from semanticblur_core.data.autosave import JOURNALS, Autosave, submit, user_journals
 from semanticblur_core.data.journal import Leftover, Lock, LockedError, read_leftover, replay
 from semanticblur_core.data.labels import Split
-from semanticblur_core.data.store import AnnotationStore, read_array, same_pixels
+from semanticblur_core.data.store import AnnotationStore, is_store, read_array, same_pixels
 from semanticblur_core.errors import DataError, ImageError, SemanticBlurError
 
 if TYPE_CHECKING:
@@ -199,6 +199,11 @@ class Annotation:
     def title(self) -> str:
         """Name of the image for people."""
         return self.image.name if self.image is not None else self.name
+
+    @property
+    def has_lost_store(self) -> bool:
+        """Whether the store was deleted, or its disk unmounted."""
+        return self.store is not None and not is_store(self.store)
 
     @property
     def trouble(self) -> str:
@@ -608,8 +613,9 @@ class Annotation:
             "placement": placement_as_json(self.layer),
         }
         autosave = Autosave(
-            self._folder, self.layer.data, saved=saved, name=name, facts=facts, lock=lock
-        )
+            self._folder, self.layer.data, saved=saved, name=name, facts=facts, lock=lock,
+            store=store,
+        )  # fmt: skip
         self.autosave, self.name, self.store = autosave, name, store
         self._write_record()
         return autosave
@@ -631,7 +637,9 @@ class Annotation:
     def _write(self, labels: NDArray[np.uint8]) -> None:
         """Into the store; called in a thread."""
         assert self.store is not None
-        store = AnnotationStore(self.store, create=True)
+        if self.has_lost_store:
+            raise DataError(f"{self.store}: is gone; bring it back, or choose another store")
+        store = AnnotationStore(self.store)
         if not labels.any() and store.labels_of(self.name) is None:
             return
         held = store.image_of(self.name)

@@ -4,6 +4,7 @@ import errno
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -1476,3 +1477,61 @@ def test_a_double_click_on_where_next_says_nothing_false(
     click()
     qtbot.waitUntil(lambda: not widget.where_next.is_running, timeout=5000)
     assert widget.status.value == "Stopped"
+
+
+def test_a_store_that_is_deleted_is_told_of_and_strokes_are_saved_elsewhere(
+    qtbot: Any, viewer: Any, widget: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("napari.utils.notifications.show_warning", shown.append)
+    monkeypatch.setattr("napari.utils.notifications.show_error", shown.append)
+    image = photo()
+    viewer.add_image(image, rgb=True, name="photo")
+    gone = widget.store.value = tmp_path / "gone"
+    widget.annotate()
+    layer = widget.current.layer
+    stroke(layer, (20, 20), (20, 80), 1)
+    journaled(widget)
+    shutil.rmtree(gone)
+    stroke(layer, (60, 20), (60, 80), 2)
+    widget._tick()
+    qtbot.waitUntil(lambda: bool(shown), timeout=5000)
+    assert f"{gone} is gone" in shown[0]
+    assert "Painting goes on" in shown[0]
+    widget.save()
+    qtbot.waitUntil(lambda: len(shown) == 2, timeout=10_000)
+    assert shown[1] == f"{gone}: is gone; bring it back, or choose another store"
+    assert not gone.exists()
+    painted = layer.data.copy()
+    assert set(np.unique(painted)) == {0, 1, 2}
+    widget.store.value = tmp_path / "S"
+    saved(qtbot, widget)
+    np.testing.assert_array_equal(AnnotationStore(tmp_path / "S").labels_of("photo"), painted)
+    assert AnnotationStore(tmp_path / "S").image_of("photo") is not None
+    assert not gone.exists()
+
+
+def test_a_click_on_a_plane_that_cannot_be_read_is_a_line(
+    qtbot: Any, viewer: Any, widget: Any
+) -> None:
+    is_broken = False
+
+    def plane(block_info: Any = None) -> np.ndarray:
+        if is_broken:
+            raise RuntimeError("decoder broke")
+        return np.zeros((1, 200, 300), np.uint8)
+
+    lazy = da.map_blocks(plane, chunks=((1,) * 3, (200,), (300,)), dtype=np.uint8)
+    viewer.add_image(lazy, name="lazy", contrast_limits=(0, 255))
+    widget.annotate()
+    viewer.reset_view()
+    layer = widget.current.layer
+    widget.superpixels.value = True
+    is_broken = True
+    click(qtbot, viewer, 100, 140)
+    z = int(viewer.dims.current_step[0])
+    assert widget.status.value == f"lazy: plane ({z},): cannot be read: decoder broke"
+    assert not layer.data.any()
+    layer.mode = "paint"
+    stroke(layer, (z, 20, 20), (z, 20, 80), 1)
+    np.testing.assert_array_equal(journaled(widget), layer.data)

@@ -29,6 +29,7 @@ from semanticblur_core.data.journal import (
     next_journal,
 )
 from semanticblur_core.data.labels import BLURRED, SHARP
+from semanticblur_core.data.store import is_store
 from semanticblur_core.errors import DataError
 
 _T = TypeVar("_T")
@@ -80,6 +81,9 @@ class Autosave:
     lock
         On ``folder``, if it is held already: what is on the disk can only be known under it. It is
         let go here at the end, also where this fails.
+    store
+        Store that ``folder`` is in. Where that is deleted, or its disk unmounted, it is waited for
+        and not made again.
 
     Attributes
     ----------
@@ -107,6 +111,7 @@ class Autosave:
         name: str,
         facts: dict[str, Any] | None = None,
         lock: Lock | None = None,
+        store: Path | None = None,
     ) -> None:
         self._lock = lock or Lock(folder)
         try:
@@ -132,6 +137,8 @@ class Autosave:
         self._finished = set(journal_files(folder))  # nothing is appended to these any more
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="semanticblur-autosave")
         self._writing: Future[None] | None = None
+        self._store = store
+        self._is_lost = False  # the journals were deleted, with their folder perhaps
         self._is_closed = False
 
     def stroke_ended(self) -> None:
@@ -197,6 +204,7 @@ class Autosave:
     def flush(self, timeout_s: float = 2.0) -> bool:
         """Wait until all that was found is on the disk; whether it is."""
         until = time.monotonic() + timeout_s
+        self._write_soon(if_there=True)
         while not self.is_written and time.monotonic() < until:
             self._write_soon()
             if self._writing is not None:
@@ -271,9 +279,11 @@ class Autosave:
         self._queue.append(Change(plane, top, left, content, self._n_strokes))
         self._n_strokes = 0
 
-    def _write_soon(self) -> None:
+    def _write_soon(self, *, if_there: bool = False) -> None:
+        """Write what is queued; ``if_there`` also sees whether what was written is still there."""
         idle = self._writing is None or self._writing.done()
-        if self._queue and idle and not self._is_closed:
+        due = self._queue or (if_there and self.has_unsaved)
+        if due and idle and not self._is_closed:
             self._writing = submit(self._thread, self._write)
 
     # The writing thread.
@@ -281,6 +291,7 @@ class Autosave:
     def _write(self) -> None:
         """Write what is queued; what cannot be written stays queued for the next attempt."""
         try:
+            self._require_place()
             while self._queue:
                 if self._queue[0] is None:
                     self._end_file()
@@ -290,6 +301,36 @@ class Autosave:
             self.error = getattr(error, "strerror", None) or str(error) or type(error).__name__
         else:
             self.error = ""
+
+    def _require_place(self) -> None:
+        """Begin again where the journals are gone: all labels are queued before what waits.
+
+        Raises
+        ------
+        DataError
+            If the store is gone too, or the folder cannot be made and locked.
+        """
+        is_there = self._lock.is_in_place and (self._writer is None or self._writer.is_in_place)
+        if not is_there and not self._is_lost:
+            self._is_lost = True
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+            # What is painted meanwhile comes after these, and is replayed after them.
+            self._queue.extendleft(
+                Change(plane, 0, 0, self._known[plane].copy())
+                for plane in self._planes()
+                if self.counts[plane].any() or plane in self._changed
+            )
+        if not self._is_lost:
+            return
+        if self._store is not None and not is_store(self._store):
+            raise DataError(f"{self._store} is gone; bring it back, or save in another store")
+        if not self._lock.is_in_place:
+            self._lock.close()
+            self._lock = Lock(self.folder)
+        self._finished = set(journal_files(self.folder))
+        self._is_lost = False
 
     def _write_batch(self) -> None:
         batch: list[bytes] = []

@@ -180,6 +180,11 @@ class JournalWriter:
         """Append records; all of them or, where an OSError is raised, none."""
         self._write(b"".join(map(_framed, payloads)))
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the file still is where it was made: a deleted one can be appended to."""
+        return _is_same_file(self._stream.fileno(), self.path)
+
     def close(self) -> None:
         """Close the file."""
         self._stream.close()
@@ -387,6 +392,11 @@ class Lock:
         with suppress(OSError):  # the disk may be full; who holds it is only for messages
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the file still is where it was made, and held."""
+        return self._descriptor is not None and _is_same_file(self._descriptor, self._path)
 
     def close(self, *, delete: bool = False) -> None:
         """Let go; ``delete`` removes the file and, if it is empty, the folder."""

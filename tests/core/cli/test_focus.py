@@ -258,7 +258,10 @@ def test_masks_that_it_wrote_are_regions(tmp_path: Path, folder: Path, orientati
 
 def test_what_is_of_stacks_or_of_files_is_refused_elsewhere(tmp_path: Path, folder: Path) -> None:
     for arguments, words in (
-        (("--channels=mean",), "soft.png: --axes, --channels, --planes, --level: of stacks and"),
+        (
+            ("--channels=mean",),
+            "soft.png: --axes, --channels, --planes, --level, --series: of stacks and",
+        ),
         (("--along=T",), "--along: goes with --stack"),
         (("--depth=d.tif",), "--depth: goes with --stack"),
         (("--stack", "--channels=mean"), "are of a stack's file, not of a folder"),

@@ -1,5 +1,6 @@
 """What is painted is on the disk soon, whatever happens to the disk."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from semanticblur_core.data import autosave
 from semanticblur_core.data.autosave import Autosave, user_journals
 from semanticblur_core.data.journal import LockedError, journal_files, read_leftover, replay
-from semanticblur_core.data.store import read_store
+from semanticblur_core.data.store import AnnotationStore, read_store
 from semanticblur_core.errors import DataError, ImageError
 
 
@@ -347,3 +348,48 @@ def test_a_full_disk_loses_nothing_that_was_saved(small_disk: tuple[Path, str], 
         expected[20:120] = rng.integers(1, 3, (100, 256), np.uint8)
         expected[200] = 1
     np.testing.assert_array_equal(recovered, expected)
+
+
+def test_journals_that_were_deleted_are_written_anew(tmp_path: Path) -> None:
+    labels = np.zeros((3, 40, 50), np.uint8)
+    saved = labels.copy()
+    saved[2, 5:9] = labels[2, 5:9] = 2
+    autosave = Autosave(tmp_path / "j", labels, saved=saved, name="stack")
+    labels[0, 3:7, 4:9] = 1
+    labels[2] = 0  # erased, of what is saved
+    autosave.finish_looking()
+    assert autosave.flush(5)
+    shutil.rmtree(tmp_path / "j")
+    labels[1, 10:20] = 2
+    autosave.finish_looking()
+    assert autosave.flush(5)
+    autosave.close()
+    found = read_leftover(tmp_path / "j")
+    assert found is not None
+    replay(found.changes, saved)
+    np.testing.assert_array_equal(saved, labels)
+
+
+def test_a_store_that_is_gone_is_waited_for_and_not_made_again(tmp_path: Path) -> None:
+    store, labels = tmp_path / "S", np.zeros((40, 50), np.uint8)
+    AnnotationStore(store, create=True)
+    folder = store / "journal" / "photo"
+    autosave = Autosave(folder, labels, name="photo", store=store)
+    labels[3:7] = 1
+    autosave.finish_looking()
+    assert autosave.flush(5)
+    shutil.rmtree(store)
+    assert not autosave.flush(5)  # nothing new is painted, but what was is on no disk any more
+    assert autosave.error == f"{store} is gone; bring it back, or save in another store"
+    labels[20:24] = 2
+    autosave.finish_looking()
+    assert not autosave.flush(5)
+    assert not store.exists()
+    AnnotationStore(store, create=True)
+    assert autosave.flush(5)
+    assert not autosave.error
+    autosave.close()
+    found, back = read_leftover(folder), np.zeros_like(labels)
+    assert found is not None
+    replay(found.changes, back)
+    np.testing.assert_array_equal(back, labels)
