@@ -25,6 +25,7 @@ from semanticblur_core import weights
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.data.focal_stack import focal_stack
 from semanticblur_core.data.store import AnnotationStore, read_store
+from semanticblur_core.device import computes_bfloat16
 from semanticblur_core.network import SemanticBlur
 
 ANNOTATION = {"semanticblur": {"role": "annotation", "source": "image", "store": None}}
@@ -191,7 +192,7 @@ def test_the_whole_loop(qtbot: Any, viewer: Any, widget: Any) -> None:
     widget.run()  # napari adds the preview's layer, a tenth of a second and more of its own
     click_s = time.thread_time() - clicked
     turns = Turns()
-    qtbot.waitUntil(lambda: not widget.is_running, timeout=280_000)
+    qtbot.waitUntil(lambda: not widget.is_running, timeout=600_000)
     seconds = turns.stop()
     gc.unfreeze()
     print(f"the click {click_s:.3f} s, then the longest turn {max(seconds):.3f} s")
@@ -202,7 +203,8 @@ def test_the_whole_loop(qtbot: Any, viewer: Any, widget: Any) -> None:
     finish(qtbot, detect)
     whole_s = time.perf_counter() - begin
     print(f"the whole loop took {whole_s:.0f} s")
-    assert whole_s < 180  # 90 s on two cores that do nothing else, see docs/finetune.md
+    # 90 s on two cores that do nothing else, see docs/finetune.md; without bfloat16 170 s.
+    assert whole_s < (180 if computes_bfloat16(torch.device("cpu")) else 600)
     after = find_result(viewer, layer, "labels").data
     truth = blurred[untouched]
     scores = [f_beta(codes[untouched] == 2, truth) for codes in (before, after)]
