@@ -343,6 +343,24 @@ def unmasked(array: Any) -> NDArray[Any]:
     return np.ma.filled(array.astype(np.float64), np.nan) if array.dtype.kind in "iuf" else array
 
 
+def finite_pixels(array: NDArray[Any], *, channel_axis: int = -1) -> NDArray[np.bool_] | None:
+    """Which pixels have a value in each channel, ``(H, W)``; None where all have.
+
+    Parameters
+    ----------
+    array
+        ``(H, W)``, or with channels.
+    channel_axis
+        Where those are.
+    """
+    if array.dtype.kind != "f":
+        return None
+    known: NDArray[np.bool_] = np.isfinite(array)
+    if known.ndim > 2:
+        known = np.logical_and.reduce(known, axis=channel_axis)
+    return None if known.all() else known
+
+
 def without_alpha(array: NDArray[Any]) -> NDArray[Any]:
     """``(H, W, 3)`` of ``(H, W, 4)``; anything else as it is."""
     return array[..., :3] if array.ndim == 3 and array.shape[2] == 4 else array
@@ -630,7 +648,8 @@ def _ome_planes(tiff: Any, series: Any = None) -> int:
         if series is None:
             found = [e for e in root.iter() if e.tag.endswith("}Pixels")]
         else:
-            found = [e for e in [ome_pixels(root, tiff, series)] if e is not None]
+            own = ome_pixels(root, tiff, series)
+            found = [] if own is None else [own]
         return sum(math.prod(int(each.get(f"Size{a}", 1)) for a in "ZT") for each in found)
     except (ElementTree.ParseError, ValueError):  # tifffile does without them too
         return 0

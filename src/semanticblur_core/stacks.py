@@ -190,13 +190,12 @@ def _begins_in(path: Path, tiff: Any) -> Path | None:
     """As `first_file`, of an open TIFF."""
     root = ElementTree.fromstring(tiff.ome_metadata or "<OME/>")
     begins: list[tuple[tuple[int, ...], str, str]] = []
-    all_pixels = (e for e in root.iter() if e.tag.endswith("}Pixels"))
-    each = ((i, e) for i, pixels in enumerate(all_pixels) for e in pixels)
-    for i, data in ((i, e) for i, e in each if e.tag.endswith("}TiffData")):
-        place = (i, *(int(data.get(f"First{axis}", 0)) for axis in "TCZ"))
-        for e in data:
-            if e.tag.endswith("}UUID"):
-                begins.append((place, e.text or "", e.get("FileName", "")))
+    for i, pixels in enumerate(e for e in root.iter() if e.tag.endswith("}Pixels")):
+        for data in (e for e in pixels if e.tag.endswith("}TiffData")):
+            place = (i, *(int(data.get(f"First{axis}", 0)) for axis in "TCZ"))
+            for e in data:
+                if e.tag.endswith("}UUID"):
+                    begins.append((place, e.text or "", e.get("FileName", "")))
     if not begins:
         return None
     _, uuid, name = min(begins)

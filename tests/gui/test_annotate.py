@@ -1409,27 +1409,6 @@ def test_what_is_read_is_not_annotated_where_another_image_was_chosen(
     assert widget._annotations == []
 
 
-def test_a_click_on_a_plane_that_cannot_be_read_is_told(
-    qtbot: Any, viewer: Any, widget: Any
-) -> None:
-    is_broken = threading.Event()
-
-    def plane(block_info: Any = None) -> np.ndarray:
-        if is_broken.is_set():
-            raise OSError("disk is gone")
-        return np.zeros((1, 90, 120), np.uint8)
-
-    stack = da.map_blocks(plane, chunks=((1,) * 3, (90,), (120,)), dtype=np.uint8)
-    viewer.add_image(stack, name="stack", contrast_limits=(0, 255))
-    widget.annotate()
-    viewer.reset_view()
-    widget.superpixels.value = True
-    is_broken.set()
-    click(qtbot, viewer, 40, 60)
-    assert "cannot be read: disk is gone" in widget.status.value
-    assert not widget.current.layer.data.any()
-
-
 # napari divides by the length of a stack as well.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
 def test_images_that_cannot_be_read_are_told_of_and_stop_no_others(

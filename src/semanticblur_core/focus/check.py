@@ -399,10 +399,9 @@ def _prepare(source: Source, options: FocusOptions) -> _Prepared:
             raise ImageError(
                 f"{source.name}: region of {region.shape} for an image of {image.shape[:2]}"
             )
-        known = None
-        if pixels.dtype.kind == "f" and not (found := np.isfinite(pixels)).all():
-            known = found if found.ndim == 2 else found.all(axis=-1)
-            region = None if region is None else region & known
+        known = io.finite_pixels(pixels)
+        if region is not None and known is not None:
+            region = region & known
         return _Prepared(source, image, region, known, stamp=stamp)
 
     return _guarded(work, _Prepared(source))

@@ -422,13 +422,7 @@ class PlaneView:
 
     def finite(self, pixels: NDArray[Any]) -> NDArray[np.bool_] | None:
         """Which pixels of what `read` gave have values, ``(h, w)``; None where all have."""
-        if pixels.dtype.kind != "f":
-            return None
-        known: NDArray[np.bool_] = np.isfinite(pixels)
-        if known.ndim > 2:
-            axis = 0 if self.planes.channels == "mean" else -1
-            known = np.logical_and.reduce(known, axis=axis)
-        return None if known.all() else known
+        return io.finite_pixels(pixels, channel_axis=0 if self.planes.channels == "mean" else -1)
 
     def to_unit(
         self,
