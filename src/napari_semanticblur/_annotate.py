@@ -23,7 +23,13 @@ from qtpy.QtWidgets import QApplication, QFileDialog
 
 from napari_semanticblur import _labelling
 from napari_semanticblur._annotate_tools import Tools
-from napari_semanticblur._annotation import BRUSH_PX, Annotation, Outcome, before_and_after
+from napari_semanticblur._annotation import (
+    BRUSH_PX,
+    Annotation,
+    Outcome,
+    before_and_after,
+    is_gone,
+)
 from napari_semanticblur._annotation_source import (
     Plane,
     annotated_level,
@@ -49,8 +55,8 @@ from napari_semanticblur._where_next import WhereNext
 from semanticblur_core import io, weights
 from semanticblur_core.data.datasets import list_images
 from semanticblur_core.data.journal import Leftover
-from semanticblur_core.data.store import AnnotationStore, read_array
-from semanticblur_core.errors import SemanticBlurError
+from semanticblur_core.data.store import AnnotationStore, is_store, read_array
+from semanticblur_core.errors import DataError, SemanticBlurError
 
 if TYPE_CHECKING:
     from napari.layers import Image, Labels
@@ -89,6 +95,7 @@ class AnnotateWidget(Dock):
         self._file_index = -1
         self._shown_file: Path | None = None  # perhaps of the folder before
         self._told = ""
+        self._used: set[Path] = set()  # stores that were there
         self._folder_store: Path | None = None  # chosen by itself, for the folder
         self._detection: Detection | None = None
         self._awaited: Image | None = None  # to be annotated as soon as it is read
@@ -183,6 +190,7 @@ class AnnotateWidget(Dock):
                 self._closing += closing
                 self.store.value = other.store.value
                 self._folder_store = other._folder_store
+                self._used |= other._used
                 self.folder.value = other.folder.value
                 self._files, self._file_index = other._files, other._file_index
                 self._shown_file = other._shown_file
@@ -281,6 +289,20 @@ class AnnotateWidget(Dock):
     def _store(self) -> Path | None:
         return _folder(self.store)
 
+    def _made_store(self) -> Path | None:
+        """The store that is chosen, made if it is new.
+
+        One that was used here and is gone may be on a disk that was unmounted: it is not made anew.
+        """
+        store = self._store
+        if store is None:
+            return None
+        if store in self._used and not is_store(store):
+            raise DataError(is_gone(store))
+        AnnotationStore(store, create=True)
+        self._used.add(store)
+        return store
+
     def require(self) -> Annotation:
         """The annotation to act on; begun if there is none yet.
 
@@ -330,8 +352,8 @@ class AnnotateWidget(Dock):
         if annotation is None:
             annotation = self._restored_on(image)
         if annotation is None:
-            path = self._paths.get(image)
-            annotation = self._begin(Annotation(self.viewer, image, store=self._store, path=path))
+            path, store = self._paths.get(image), self._made_store()
+            annotation = self._begin(Annotation(self.viewer, image, store=store, path=path))
         self.viewer.layers.selection.active = annotation.layer
         if annotation.is_of_other_data:
             self.say(annotation.problem)
@@ -378,8 +400,9 @@ class AnnotateWidget(Dock):
         n_added = 0
         has_none = annotation.store is None or annotation.has_lost_store
         if has_none and self._store not in (None, annotation.store):
-            assert self._store is not None
-            n_added = annotation.move_to(self._store)
+            store = self._made_store()
+            assert store is not None
+            n_added = annotation.move_to(store)
         annotation.save()
         if n_added:
             self.say(
@@ -627,8 +650,7 @@ class AnnotateWidget(Dock):
         if self._store in (None, self._folder_store):
             self._folder_store = folder.parent / f"{folder.name} annotations"
             self.store.value = self._folder_store
-        assert self._store is not None
-        AnnotationStore(self._store, create=True)
+        self._made_store()
         without = self.files_without_labels()
         self.step(self._files.index(without[0]) + 1 if without else 1)
 
@@ -639,9 +661,10 @@ class AnnotateWidget(Dock):
 
     def files_without_labels(self) -> list[Path]:
         """Images of the folder that the store has no labels of."""
-        if self.folder_store is None:
+        folder = self._made_store() if self._files else None
+        if folder is None:
             return []
-        store = AnnotationStore(self.folder_store, create=True)
+        store = AnnotationStore(folder)
         return [path for path in self._files if not store.has_labels_of(path)]
 
     def sort_files(self, first: Sequence[Path]) -> None:
@@ -781,9 +804,12 @@ class AnnotateWidget(Dock):
         if text == self._told:
             return
         self._told = text
-        self.say(text or "Autosave works again; nothing that was painted is lost.")
         if text:
+            self.say(text)
             show_warning(text)
+            return
+        saved = self.status.value if self.status.value.startswith("Saved ") else ""
+        self.say(f"{saved} Autosave works again; nothing that was painted is lost.".lstrip())
 
     def _layer_removed(self, event: Any) -> None:
         removed = unwrapped(event.value)
@@ -835,6 +861,8 @@ class AnnotateWidget(Dock):
 
     def _store_chosen(self) -> None:
         """Only looks: while a path is typed, each letter is a choice."""
+        if self._store is not None and is_store(self._store):
+            self._used.add(self._store)
         if self._store is None or self._store.is_dir():
             self._look_for_leftovers()
 

@@ -638,7 +638,7 @@ class Annotation:
         """Into the store; called in a thread."""
         assert self.store is not None
         if self.has_lost_store:
-            raise DataError(f"{self.store}: is gone; bring it back, or choose another store")
+            raise DataError(is_gone(self.store))
         store = AnnotationStore(self.store)
         if not labels.any() and store.labels_of(self.name) is None:
             return
@@ -729,6 +729,11 @@ class Annotation:
     def _label_chosen(self, event: Any = None) -> None:
         if self.layer.selected_label > BLURRED:
             self.layer.selected_label = BLURRED
+
+
+def is_gone(store: Path) -> str:
+    """What to say of a store that was there."""
+    return f"{store}: is gone; bring it back, or choose another store"
 
 
 def _lock_or_why(folder: Path) -> Lock | DataError:

@@ -1480,7 +1480,14 @@ def test_a_store_that_is_deleted_is_told_of_and_strokes_are_saved_elsewhere(
     widget.save()
     qtbot.waitUntil(lambda: len(shown) == 2, timeout=10_000)
     assert shown[1] == f"{gone}: is gone; bring it back, or choose another store"
+    # Nor does another image bring it back: its disk may be unmounted.
+    viewer.add_image(image[::-1].copy(), rgb=True, name="another")
+    widget.layer.value = viewer.layers["another"]
+    widget.start_button.native.click()
+    assert widget.status.value == f"{gone}: is gone; bring it back, or choose another store"
+    assert len(viewer.layers) == 3
     assert not gone.exists()
+    widget.layer.value = viewer.layers["photo"]
     painted = layer.data.copy()
     assert set(np.unique(painted)) == {0, 1, 2}
     widget.store.value = tmp_path / "S"

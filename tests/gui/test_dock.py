@@ -31,16 +31,21 @@ def test_a_high_dock_keeps_its_rows_together_and_nothing_is_cut_off(
     _, widget = viewer.window.add_plugin_dock_widget("napari-semanticblur", name)
     widget.status.value = "a long line of many words " * 5
     column = widget.native.widget()
-    qtbot.waitUntil(lambda: column.isVisible() and column.height() > 500)
-    qtbot.wait(50)
-    assert column.width() == widget.native.viewport().width()
-    assert widget.native.horizontalScrollBar().maximum() == 0
-    items = [column.layout().itemAt(i) for i in range(column.layout().count())]
-    rows = [item.geometry() for item in items if item.widget() and item.widget().isVisible()]
-    assert all(row.right() <= column.width() for row in rows)
-    assert all(b.top() - a.bottom() < 20 for a, b in itertools.pairwise(rows))
-    if name != "Focus quality":  # whose table takes what is left
-        assert max(row.height() for row in rows) <= 150
+
+    def is_laid_out() -> None:
+        assert column.isVisible()
+        assert column.height() > 500
+        assert column.width() == widget.native.viewport().width()
+        assert widget.native.horizontalScrollBar().maximum() == 0
+        items = [column.layout().itemAt(i) for i in range(column.layout().count())]
+        shown = [item for item in items if item.widget() and item.widget().isVisible()]
+        rows = [item.geometry() for item in shown]
+        assert all(row.right() <= column.width() for row in rows)
+        assert all(b.top() - a.bottom() < 20 for a, b in itertools.pairwise(rows))
+        if name != "Focus quality":  # whose table takes what is left
+            assert max(row.height() for row in rows) <= 150
+
+    qtbot.waitUntil(is_laid_out, timeout=10_000)
 
 
 @pytest.mark.parametrize("name", WIDGETS)

@@ -235,7 +235,7 @@ def photographs_mae(data_dir: Path, model: str) -> float:
             sys.executable, "-m", "semanticblur_core", "eval", f"--model={model}",
             f"--images={data_dir / 'cuhk-tr1' / 'images'}",
             f"--masks={data_dir / 'cuhk-tr1' / 'masks'}", "--split=cuhk-val",
-            f"--json={table}", "--precision=bfloat16",
+            f"--json={table}",
         ],
         check=True, capture_output=True, env=dict(os.environ),
     )  # fmt: skip

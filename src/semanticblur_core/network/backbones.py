@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torchvision import models
 
 from semanticblur_core.config import ModelConfig
+from semanticblur_core.network.resnet import BasicBlock, Bottleneck, resnet_stages
 
 DILATION_RATES = (2, 4, 8)
 
@@ -71,42 +71,40 @@ def _dilate(convolution: nn.Conv2d, rate: int) -> None:
     convolution.padding = (padding, padding)
 
 
-def _unstride(layer: Any) -> None:
-    """Let the first bottleneck of a ResNet stage keep the resolution it is given."""
-    layer[0].conv2.stride = (1, 1)
-    layer[0].downsample[0].stride = (1, 1)
-
-
-def _resnet_stages(net: models.ResNet) -> list[nn.Module]:
-    stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1)
-    return [stem, net.layer2, net.layer3, net.layer4]
-
-
 def _resnet50(config: ModelConfig) -> Backbone:
-    net = models.resnet50()
+    stages = resnet_stages(Bottleneck, (3, 4, 6, 3))
+    third, fourth = cast(Any, stages[2]), cast(Any, stages[3])
     rates: tuple[int, ...] = DILATION_RATES
     if config.output_stride <= 16:
-        _unstride(net.layer4)
+        _unstride(fourth)
     if config.output_stride == 8:
-        _unstride(net.layer3)
-        for block in net.layer3:
+        _unstride(third)
+        for block in third:
             _dilate(block.conv2, 2)
         # The last stage sees twice the resolution, so its rates double to cover the same scene.
         rates = tuple(2 * rate for rate in rates)
-    for block, rate in zip(net.layer4, rates, strict=True):
+    for block, rate in zip(fourth, rates, strict=True):
         _dilate(block.conv2, rate)
-    return Backbone(_resnet_stages(net), (256, 512, 1024, 2048))
+    return Backbone(stages, (256, 512, 1024, 2048))
+
+
+def _unstride(stage: Any) -> None:
+    """Let the first bottleneck of a stage keep the resolution it is given."""
+    stage[0].conv2.stride = (1, 1)
+    stage[0].downsample[0].stride = (1, 1)
 
 
 def _resnet34(config: ModelConfig) -> Backbone:
-    net = models.resnet34()
-    for block, rate in zip(net.layer4, DILATION_RATES, strict=True):
+    stages = resnet_stages(BasicBlock, (3, 4, 6, 3))
+    for block, rate in zip(cast(Any, stages[3]), DILATION_RATES, strict=True):
         _dilate(block.conv1, rate)
         _dilate(block.conv2, rate)
-    return Backbone(_resnet_stages(net), (64, 128, 256, 512))
+    return Backbone(stages, (64, 128, 256, 512))
 
 
 def _vgg16(config: ModelConfig) -> Backbone:
+    from torchvision import models  # takes seconds
+
     layers = models.vgg16().features
     fifth = [layer for layer in layers[24:] if isinstance(layer, nn.Conv2d)]
     for convolution, rate in zip(fifth, DILATION_RATES, strict=True):
@@ -121,6 +119,8 @@ def _vgg16(config: ModelConfig) -> Backbone:
 
 
 def _efficientnet_b4(config: ModelConfig) -> Backbone:
+    from torchvision import models
+
     layers = models.efficientnet_b4().features
     last_blocks = [*layers[6], *layers[7]][-3:]
     for block, rate in zip(last_blocks, DILATION_RATES, strict=True):

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.resnet import Bottleneck
 
 from semanticblur_core.device import is_out_of_memory
+from semanticblur_core.network.resnet import Bottleneck
 
 # Kinds of numbers that cuDNN turned out to have no such convolution for.
 _REFUSED: set[torch.dtype] = set()

@@ -45,6 +45,18 @@ def test_importing_the_package_loads_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_detecting_loads_no_compiler_and_no_torchvision() -> None:
+    """Which takes as long again as loading torch."""
+    code = (
+        "import sys, numpy as np; from semanticblur_core import Detector\n"
+        "detector = Detector(backend='torch', device='cpu')\n"
+        "assert detector.detect(np.zeros((40, 50), np.uint8)).shape == (40, 50)\n"
+        "print([m for m in ('torch', 'torchvision', 'torch._dynamo', 'sympy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['torch']"
+
+
 def test_version_and_bad_usage() -> None:
     assert run("--version").stdout.startswith("semanticblur-core, version ")
     wrong = run("detect", "--input", "x.png")

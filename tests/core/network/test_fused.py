@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision import models
 
 from semanticblur_core.network import SemanticBlur, decoder
 from semanticblur_core.network import fused as module
 from semanticblur_core.network.fused import FusedBottleneck, FusedConvReLU, conv_to_one, fuse
+from semanticblur_core.network.resnet import BasicBlock, resnet_stages
 
 
 @pytest.mark.parametrize("size", [(7, 9), (1, 1), (2, 40)])
@@ -73,7 +73,7 @@ def test_what_cudnn_cannot_do_is_done_layer_by_layer(monkeypatch: pytest.MonkeyP
 
 def test_blocks_of_other_networks_are_left_alone() -> None:
     """One of ResNet-34 uses its rectifier twice, after the sum too."""
-    layer = models.resnet34().layer1
+    layer = resnet_stages(BasicBlock, (3, 1, 1, 1))[0][4]
     fuse(layer)
     assert not any(isinstance(m, FusedBottleneck | FusedConvReLU) for m in layer.modules())
 
