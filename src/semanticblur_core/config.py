@@ -238,7 +238,10 @@ class TrainConfig(_Config):
             )
         require_choice("schedule", self.schedule, Schedule)
         if self.n_pairs_per_batch < 1:
-            raise ConfigError("batch_size: leaves no place for pairs beside the synthetic images")
+            raise ConfigError(
+                f"batch_size: {self.batch_size} leaves no place for pairs beside the "
+                f"{self.batch_size - self.n_pairs_per_batch} synthetic images of each batch"
+            )
         for name in ("learning_rate", "gradient_clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected above 0, got {getattr(self, name)}")

@@ -87,7 +87,7 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
         raise ImageError(
             f"{path}: expected one grey or RGB image, got an array of shape {array.shape}; "
-            "save the wanted plane or channels as an image of their own"
+            "detect --axes says what they are, or save the wanted plane or channels as an image"
         )
     if array.size == 0:
         raise ImageError(f"{path}: the image has no pixels, shape {array.shape}")

@@ -304,7 +304,7 @@ class Results:
         if self._sort:
             echo(f"the first {_PRINTED} by {self._sort}:")
             return self._ordered()[:_PRINTED]
-        echo(f"the {_PRINTED} worst:")
+        echo(f"the {_PRINTED} with the least in focus:")
         return ranked(self._readable, "in_focus_fraction")[:_PRINTED]
 
     def _kept(self) -> list[ImageFocus]:

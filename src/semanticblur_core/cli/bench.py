@@ -135,6 +135,7 @@ def bench_backends(
             f"--model={model}: weights are compared in every back end, and exported files are made "
             "of them; name the weights"
         )
+    echo("Each back end alone, then in turn; compiling takes minutes on slow processors.")
     alone = []
     measuring = choice.measure_backends(model, device=device, size_px=size_px, n_rounds=n_rounds)
     for speed in measuring:

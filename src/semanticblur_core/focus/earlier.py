@@ -183,12 +183,21 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     told = {**before, **before["protocol"]}
-    for name, value in {**now, **now["protocol"]}.items():
+    for name, value in {**now["protocol"], **now}.items():  # what is chosen before what follows
         if name != "protocol" and told.get(name) != value:
             raise DataError(
-                f"{path}: measured with {name} {told.get(name)}, and this run has {value}; "
-                "without --resume all is measured anew"
+                f"{path}: measured with {name} {_said(told.get(name))}, and this run has "
+                f"{_said(value)}; without --resume all is measured anew"
             )
+
+
+def _said(value: object) -> str:
+    """A setting as one says it: ``16 px``, ``none``."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(_said, value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else str(value)
 
 
 def _from_row(row: Mapping[str, Any]) -> ImageFocus:

@@ -386,7 +386,7 @@ def tile_size_in_px(tile_size_um: float, pixel_size_um: float | None) -> float:
     """
     if pixel_size_um is None:
         raise ImageError(
-            f"tile size of {tile_size_um:g} um: the file names no pixel size; give it in pixels"
+            f"a side of {tile_size_um:g} um: the file names no pixel size; give it in pixels"
         )
     if not (tile_size_um > 0 and pixel_size_um > 0):
         raise ImageError(

@@ -337,7 +337,7 @@ def test_of_many_images_some_are_printed(
         assert names == [f"{i:02}" for i in range(20)]
         assert '"sort":"tenengrad","descending":true' in (tmp_path / "r.html").read_text()
     else:
-        assert (first, len(names)) == ("the 20 worst:", 20)
+        assert (first, len(names)) == ("the 20 with the least in focus:", 20)
         assert "00" not in names
 
 
@@ -667,7 +667,8 @@ def test_what_ends_a_batch_job_stops_in_order(
     ("changed", "said"),
     [
         (["--threshold=0.4"], "measured with threshold 0.5, and this run has 0.4"),
-        (["--tile-size=16"], "measured with tile_size None, and this run has [16.0, 'px']"),
+        (["--tile-size=16"], "measured with tile_size none, and this run has 16 px;"),
+        (["--method=network"], "measured with method lbp, and this run has network;"),
         (["--region=content"], "measured with region image, and this run has content"),
     ],
 )
