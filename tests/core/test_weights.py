@@ -17,10 +17,12 @@ from semanticblur_core.inference import choice
 from semanticblur_core.network import SemanticBlur
 
 
-def test_round_trip_keeps_the_function(random_weights: Path) -> None:
+def test_round_trip_keeps_the_function(tmp_path: Path) -> None:
     torch.manual_seed(5)
     original = SemanticBlur().eval()
-    loaded, info = weights.load(str(random_weights))
+    path = tmp_path / "a.safetensors"
+    weights.save(path, original, provenance={}, metrics={}, licence="test")
+    loaded, info = weights.load(str(path))
     assert info.architecture == ModelConfig()
     assert info.size_bytes < 52e6
     with torch.inference_mode():
