@@ -44,6 +44,7 @@ from napari_semanticblur._dialogs import ask
 from napari_semanticblur._dock import Dock, guarded, row, timer, wrap
 from napari_semanticblur._layers import (
     METADATA_KEY,
+    camera_of,
     find_result,
     source_images,
     unwrapped,
@@ -450,9 +451,7 @@ class AnnotateWidget(Dock):
         first = self.viewer.dims.ndim - len(world)
         for axis in range(len(world) - 2):
             self.viewer.dims.set_point(first + axis, world[axis])
-        # napari 0.9 moved the camera to the scene.
-        camera = getattr(self.viewer, "scene", self.viewer).camera
-        camera.center = tuple(world[-2:])
+        camera_of(self.viewer).center = tuple(world[-2:])
 
     def with_map(self, action: Callable[[Image], None], *, ranking: bool = False) -> None:
         """Do something with the blur map of the image, after a detection if there is none yet.

@@ -12,6 +12,7 @@ from napari_semanticblur._colors import HEAT_COLORMAP
 from napari_semanticblur._layers import (
     METADATA_KEY,
     Source,
+    camera_of,
     find_result,
     first_index,
     in_layer_axes,
@@ -102,8 +103,7 @@ def look_at_tile(
         for i, n, factor in zip(tile, shape, source.factors[-2:], strict=True)
     ]
     world = source.layer.data_to_world([0.0] * (source.layer.ndim - 2) + middle)
-    scene = viewer.scene if hasattr(viewer, "scene") else viewer  # before napari 0.9
-    scene.camera.center = (0.0, float(world[-2]), float(world[-1]))
+    camera_of(viewer).center = (0.0, float(world[-2]), float(world[-1]))
 
 
 def _depth_look(made: CompositeUpdate) -> dict[str, Any]:

@@ -57,6 +57,11 @@ class Source:
         return self.axes.replace("S", "")
 
 
+def camera_of(viewer: ViewerModel) -> Any:
+    """The camera, which napari 0.9 moved to the scene."""
+    return getattr(viewer, "scene", viewer).camera
+
+
 def unwrapped(layer: Any) -> Any:
     """The layer itself; napari hands plugins a proxy of the viewer, whose layers are proxies."""
     return getattr(layer, "__wrapped__", layer)

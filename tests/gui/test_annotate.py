@@ -26,7 +26,7 @@ from PIL import Image
 from qtpy.QtCore import Qt, QTimer
 
 from napari_semanticblur import _annotate, _where_next
-from napari_semanticblur._layers import METADATA_KEY, find_result
+from napari_semanticblur._layers import METADATA_KEY, camera_of, find_result
 from napari_semanticblur._models import recommend
 from semanticblur_core import io, weights
 from semanticblur_core.config import ModelConfig
@@ -66,10 +66,6 @@ def stroke(layer: Any, start: tuple[float, ...], end: tuple[float, ...], code: i
     with layer.block_history():
         layer._draw(code, start, start)
         layer._draw(code, start, end)
-
-
-def camera(viewer: Any) -> Any:
-    return getattr(viewer, "scene", viewer).camera
 
 
 def journaled(widget: Any, annotation: Any = None) -> np.ndarray:
@@ -296,7 +292,7 @@ def test_where_next_ranks_places_and_goes_there(qtbot: Any, viewer: Any, widget:
         where.place_button.native.click()
         qtbot.waitUntil(lambda: not where.is_running, timeout=5000)
         assert viewer.dims.current_step[0] == plane
-        np.testing.assert_allclose(camera(viewer).center[-2:], center)
+        np.testing.assert_allclose(camera_of(viewer).center[-2:], center)
     assert "plane 2, row 96, column 32: unsure by 100%" in widget.status.value
     assert [str(place) for place in where.ranking.choices if place is not None] == [
         "plane 2, row 96, column 32: unsure by 100%",
@@ -380,7 +376,7 @@ def click(qtbot: Any, viewer: Any, row: int, column: int) -> None:
     from qtpy.QtCore import QPoint, Qt
 
     canvas = viewer.window._qt_viewer.canvas
-    zoom, center = camera(viewer).zoom, camera(viewer).center
+    zoom, center = camera_of(viewer).zoom, camera_of(viewer).center
     size = canvas.native.size()
     x = size.width() / 2 + (column - center[2]) * zoom
     y = size.height() / 2 + (row - center[1]) * zoom
@@ -1495,6 +1491,10 @@ def test_a_store_that_is_deleted_is_told_of_and_strokes_are_saved_elsewhere(
     np.testing.assert_array_equal(AnnotationStore(tmp_path / "S").labels_of("photo"), painted)
     assert AnnotationStore(tmp_path / "S").image_of("photo") is not None
     assert not gone.exists()
+    widget.status.value, widget._told = "Saved photo in S.", "a trouble that is over"
+    widget._tick()
+    told = "Saved photo in S. Autosave works again; nothing that was painted is lost."
+    assert widget.status.value == told
 
 
 def test_a_click_on_a_plane_that_cannot_be_read_is_a_line(

@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from napari_semanticblur import _focus, _models
 from napari_semanticblur._colors import FAILED_COLOR, PASSED_COLOR
-from napari_semanticblur._layers import find_result
+from napari_semanticblur._layers import camera_of, find_result
 from semanticblur_core import weights
 from semanticblur_core.focus import calibration
 from semanticblur_core.focus.scores import HIGHER_IS_SHARPER, tile_means
@@ -50,10 +50,6 @@ def lazy(array: np.ndarray, read: list[int]) -> Any:
 
     n, *rest = array.shape
     return da.map_blocks(plane, chunks=((1,) * n, *((m,) for m in rest)), dtype=array.dtype)
-
-
-def camera_of(viewer: Any) -> Any:
-    return getattr(viewer, "scene", viewer).camera  # napari 0.9 moved it
 
 
 def wait(qtbot: Any, widget: Any) -> None:
@@ -724,7 +720,7 @@ def test_a_check_says_why_it_stopped(
         (lambda: viewer.layers.remove(layer), "the layer long was removed"),
     ):
         widget.check()
-        qtbot.waitUntil(lambda: widget.progress.value >= 2, timeout=20_000)
+        qtbot.waitUntil(lambda: widget.progress.value >= 2, timeout=5000)
         action()
         wait(qtbot, widget)
         assert widget.status.value == f"Stopped: {said}"

@@ -113,8 +113,9 @@ def resnet_stages(block: type[BasicBlock | Bottleneck], depths: Sequence[int]) -
     first = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
     pool = nn.MaxPool2d(3, stride=2, padding=1)
     stem = nn.Sequential(first, nn.BatchNorm2d(64), nn.ReLU(inplace=True), pool, layers[0])
-    for module in (*stem.modules(), *(each for layer in layers[1:] for each in layer.modules())):
+    stages: list[nn.Module] = [stem, *layers[1:]]
+    for module in nn.ModuleList(stages).modules():
         # For what holds no values torch would load its compiler.
         if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return [stem, *layers[1:]]
+    return stages
