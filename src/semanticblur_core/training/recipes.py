@@ -68,7 +68,7 @@ RECIPES: dict[str, TrainConfig] = {
         seed=5,
     ),
     # The recipe to go on with: other scenes pasted in against learning photographs by heart, and
-    # BatchNorm as the start left it. What it gave so far is in docs/training.md.
+    # BatchNorm as the start left it. What it gave so far is in docs/experiments.md.
     "best": TrainConfig(
         epochs=20,
         batch_size=8,
