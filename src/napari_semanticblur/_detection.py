@@ -35,6 +35,7 @@ from napari_semanticblur._results import Pixels, pixels_of, reference, remember
 from napari_semanticblur._worker import Announcement, Failure, Run
 from semanticblur_core import __version__
 from semanticblur_core.errors import ImageError
+from semanticblur_core.inference.map_maker import iter_readable
 from semanticblur_core.inference.planes import QUICK_RANGE_PIXELS, Channels, Planes
 from semanticblur_core.inference.tiling import OVERLAP_PX, TILE_SIZE_PX, TileGrid
 
@@ -293,32 +294,23 @@ class Detection:
 
     def _updates(self, detector: Any) -> Iterator[DetectUpdate]:
         """What the detector yields, all planes but those that cannot be read."""
-        left, one_by_one, is_any_done = list(self.indices), False, False
-        while left:
-            now, after = (left[:1], left[1:]) if one_by_one else (left, [])
-            n_done = 0
-            try:
-                for update in detector.iter_planes(
-                    self.source.array,
-                    self.source.axes,
-                    indices=now,
-                    channels=self.settings.channels,
-                    size=self.settings.size,
-                    value_range=self.limits,
-                    visible=self.visible,
-                ):
-                    yield update
-                    is_any_done = True
-                    n_done += update.plane_done
-                left = after
-            except ImageError as error:
-                left = [*now[n_done:], *after]
-                # Which one of a batch it is shows where they come one by one.
-                if one_by_one or len(left) == 1:
-                    self._unreadable[left.pop(0)] = str(error)
-                    if not left and not is_any_done:
-                        raise
-                one_by_one = not one_by_one
+
+        def detect(indices: list[tuple[int, ...]]) -> Iterator[DetectUpdate]:
+            updates: Iterator[DetectUpdate] = detector.iter_planes(
+                self.source.array,
+                self.source.axes,
+                indices=indices,
+                channels=self.settings.channels,
+                size=self.settings.size,
+                value_range=self.limits,
+                visible=self.visible,
+            )
+            return updates
+
+        def leave_out(index: tuple[int, ...], error: ImageError) -> None:
+            self._unreadable[index] = str(error)
+
+        return iter_readable(detect, self.indices, leave_out)
 
     def _find_limits(self) -> Generator[Announcement | None, None, Limits | None]:
         in_memory = isinstance(self.source.array, np.ndarray)

@@ -281,6 +281,15 @@ class MapFile:
         """Add the next rows, ``(n, W)``; a plane follows the one before."""
         self._stream.write(np.ascontiguousarray(rows, dtype=np.float32).data)
 
+    def leave_out_plane(self) -> None:
+        """Make the plane that is due, or begun, NaN."""
+        height, width = self.shape[-2:]
+        n_bytes = height * width * 4
+        self._stream.seek(self._stream.tell() // n_bytes * n_bytes)
+        row = np.full((1, width), np.nan, np.float32)
+        for _ in range(height):
+            self.append(row)
+
     def read(self, index: Sequence[int], rows: slice) -> NDArray[np.float32]:
         """Rows of one plane, ``(n, W)``."""
         height, width = self.shape[-2:]

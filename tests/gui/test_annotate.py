@@ -1426,7 +1426,7 @@ def test_images_that_cannot_be_read_are_told_of_and_stop_no_others(
         patch.setattr("napari.utils.notifications.show_error", shown.append)
         for button in (widget.start_button, widget.save_button, widget.map_button):
             button.native.click()
-            assert shown.pop() == "broken: plane (2,): cannot be read: decoder broke"
+            assert shown.pop() == "broken: plane Z=2: cannot be read: decoder broke"
     viewer.add_image(np.zeros((0, 90, 120), np.uint8), name="none")
     good = viewer.add_image(np.zeros((3, 90, 120), np.uint8), name="good")
     widget.layer.value = good
@@ -1516,7 +1516,7 @@ def test_a_click_on_a_plane_that_cannot_be_read_is_a_line(
     is_broken = True
     click(qtbot, viewer, 100, 140)
     z = int(viewer.dims.current_step[0])
-    assert widget.status.value == f"lazy: plane ({z},): cannot be read: decoder broke"
+    assert widget.status.value == f"lazy: plane Z={z}: cannot be read: decoder broke"
     assert not layer.data.any()
     layer.mode = "paint"
     stroke(layer, (z, 20, 20), (z, 20, 80), 1)

@@ -570,7 +570,7 @@ def test_a_plane_that_cannot_be_read_is_left_out(qtbot: Any, viewer: Any, widget
         shown: list[str] = []
         patch.setattr("napari.utils.notifications.show_warning", shown.append)
         finish(qtbot, widget)
-    assert shown == ["damaged: left out plane (3,): cannot be read: codec broke"]
+    assert shown == ["damaged: left out plane Z=3: cannot be read: codec broke"]
     assert "codec broke" in widget.status.value
     blur, labels = results(viewer, layer)
     assert np.isnan(blur.data).all(axis=(1, 2)).tolist() == [False, False, False, True, False]

@@ -733,7 +733,7 @@ def test_a_plane_that_cannot_be_read_is_told_and_tried_again(
     viewer.add_image(slow(stack(), broken), name="s", contrast_limits=(0, 255))
     viewer.dims.set_point(0, 0)
     broken |= {1, 3}
-    left_out = "Checked; 2 left out: s[Z=1]: plane (1,): cannot be read: torn tape"
+    left_out = "Checked; 2 left out: s[Z=1]: plane Z=1: cannot be read: torn tape"
     for _ in range(2):
         check(qtbot, widget)
         assert (widget.status.value, shown.pop(), shown) == (left_out, left_out, [])
@@ -758,7 +758,7 @@ def test_the_composite_does_without_planes_that_cannot_be_read(
     broken |= {2, 6}
     widget.composite_button.native.click()
     wait(qtbot, widget)
-    said = "All in focus: done; 2 left out: plane (2,): cannot be read: torn tape"
+    said = "All in focus: done; 2 left out: plane Z=2: cannot be read: torn tape"
     assert (widget.status.value, shown) == (said, [])
     made, depth = (find_result(viewer, layer, kind) for kind in ("composite", "depth"))
     assert (depth.data == PEAK).all()
@@ -766,4 +766,4 @@ def test_the_composite_does_without_planes_that_cannot_be_read(
     broken.update(range(8))
     widget.composite_button.native.click()
     wait(qtbot, widget)
-    assert shown == ["s: plane (0,): cannot be read: torn tape"]
+    assert shown == ["s: plane Z=0: cannot be read: torn tape"]

@@ -18,9 +18,14 @@ from semanticblur_core import io, stacks
 from semanticblur_core.errors import ImageError, SemanticBlurError
 from semanticblur_core.inference.inputs import is_sample, is_video, load
 from semanticblur_core.inference.jobs import DetectOptions, Job, is_done, result_paths
-from semanticblur_core.inference.map_maker import MapMaker, batched, images_at_once
+from semanticblur_core.inference.map_maker import (
+    MapMaker,
+    batched,
+    images_at_once,
+    iter_readable,
+)
 from semanticblur_core.inference.overlay import draw_overlay
-from semanticblur_core.inference.planes import Planes
+from semanticblur_core.inference.planes import DetectUpdate, Planes
 from semanticblur_core.inference.results import FileResult, PlaneResult
 from semanticblur_core.inference.tiling import TileGrid
 from semanticblur_core.scale import Scale
@@ -267,7 +272,7 @@ def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileR
         with stacks.new_map(next(iter(targets.values())), shape) as maps:
             try:
                 limits = _stack_limits(planes, options)
-                measured = list(_append_planes(maps, planes, box, limits, detector, options))
+                measured = _append_planes(maps, planes, box, limits, detector, options)
             except SemanticBlurError as error:
                 raise ImageError(f"{path}: {error}") from error
             where: dict[str, Any] = {
@@ -291,8 +296,8 @@ def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileR
         outputs=outputs,
         height=shape[-2],
         width=shape[-1],
-        blurred_fraction=float(np.mean([plane.blurred_fraction for plane in measured])),
-        mean_blur=float(np.mean([plane.mean_blur for plane in measured])),
+        blurred_fraction=float(np.nanmean([plane.blurred_fraction for plane in measured])),
+        mean_blur=float(np.nanmean([plane.mean_blur for plane in measured])),
         planes=measured,
         value_range=limits,
     )
@@ -305,34 +310,46 @@ def _append_planes(
     limits: _Limits,
     detector: MapMaker,
     options: DetectOptions,
-) -> Iterator[PlaneResult]:
-    """Detect planes in order and append their maps."""
-    n_pixels = math.prod(planes.plane_shape)
-    for index, strips in _iter_strips(planes, box, limits, detector, options):
+) -> list[PlaneResult]:
+    """Detect planes in order and append their maps; those that cannot be read are NaN.
+
+    Raises
+    ------
+    ImageError
+        If none can be read, or they are too large to be squashed.
+    """
+    measured: list[PlaneResult] = []
+    indices = list(itertools.product(*box))
+
+    def append(index: tuple[int, ...], strips: Iterable[NDArray[np.float32]]) -> None:
         n_blurred, total = 0, 0.0
         for strip in strips:
             maps.append(strip)
             n_blurred += int(np.count_nonzero(strip > options.threshold))
             total += float(strip.sum(dtype=np.float64))
-        yield PlaneResult(index, n_blurred / n_pixels, total / n_pixels)
+        n_pixels = math.prod(planes.plane_shape)
+        measured.append(PlaneResult(index, n_blurred / n_pixels, total / n_pixels))
 
+    def leave_out(index: tuple[int, ...], error: ImageError) -> None:
+        maps.leave_out_plane()
+        measured.append(PlaneResult(index, error=str(error)))
 
-def _iter_strips(
-    planes: Planes,
-    box: list[range],
-    limits: _Limits,
-    detector: MapMaker,
-    options: DetectOptions,
-) -> Iterator[tuple[tuple[int, ...], Iterable[NDArray[np.float32]]]]:
-    """Each plane's index and map; at native size in strips, a plane is never held whole."""
     if options.size == "native":
         grid = TileGrid(*planes.plane_shape)
         # Only the network has a native size: other methods always work at the image's own.
         network = cast("Detector", detector)
-        for index in itertools.product(*box):
+        for index in indices:
+            # In strips, so that a plane is never held whole.
             read = _banded(functools.partial(planes.view(index).read_unit, limits=limits))
-            yield index, (strip for _, strip in network.iter_strips(read, grid))
-        return
+            try:
+                append(index, (strip for _, strip in network.iter_strips(read, grid)))
+            except ImageError as error:
+                if len(indices) == 1:
+                    raise
+                leave_out(index, error)
+        if all(plane.error is not None for plane in measured):
+            raise ImageError(measured[-1].error)
+        return measured
     n_pixels = math.prod(planes.plane_shape)
     if n_pixels > options.max_pixels:
         raise ImageError(
@@ -340,11 +357,16 @@ def _iter_strips(
             "--size=native streams them, --level takes a coarser one of a pyramid, "
             "--max-pixels raises the limit"
         )
-    for update in detector.iter_planes(
-        planes.array, planes.axes, indices=list(itertools.product(*box)),
-        channels=planes.channels, size=options.size, value_range=limits,
-    ):  # fmt: skip
-        yield update.index, [update.blur]
+
+    def detect(some: list[tuple[int, ...]]) -> Iterator[DetectUpdate]:
+        return detector.iter_planes(
+            planes.array, planes.axes, indices=some, channels=planes.channels, size=options.size,
+            value_range=limits,
+        )  # fmt: skip
+
+    for update in iter_readable(detect, indices, leave_out):
+        append(update.index, [update.blur])
+    return measured
 
 
 def _stack_limits(planes: Planes, options: DetectOptions) -> _Limits:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from semanticblur_core.errors import ImageError
 from semanticblur_core.inference.jobs import DetectOptions
 from semanticblur_core.inference.planes import BATCH_PIXELS, Channels, DetectUpdate
 
@@ -44,6 +45,47 @@ class MapMaker(Protocol):
     ) -> Iterator[DetectUpdate]:
         """Maps of planes, see `semanticblur_core.Detector.iter_planes`."""
         ...
+
+
+def iter_readable(
+    detect: Callable[[list[tuple[int, ...]]], Iterable[DetectUpdate]],
+    indices: Iterable[tuple[int, ...]],
+    on_unreadable: Callable[[tuple[int, ...], ImageError], None],
+) -> Iterator[DetectUpdate]:
+    """Maps of planes, all but of those that cannot be read.
+
+    Parameters
+    ----------
+    detect
+        Maps of the planes of some indices, in their order, as `MapMaker.iter_planes` makes them.
+    indices
+        Of all planes.
+    on_unreadable
+        Called with each that cannot be read, and why, when it is its turn.
+
+    Raises
+    ------
+    ImageError
+        That of the last plane, if none can be read.
+    """
+    left, one_by_one, is_any_done = list(indices), False, False
+    while left:
+        now, after = (left[:1], left[1:]) if one_by_one else (left, [])
+        n_done = 0
+        try:
+            for update in detect(now):
+                yield update
+                is_any_done = True
+                n_done += update.plane_done
+            left = after
+        except ImageError as error:
+            left = [*now[n_done:], *after]
+            # Which one of a batch it is shows where they come one by one.
+            if one_by_one or len(left) == 1:
+                on_unreadable(left.pop(0), error)
+                if not left and not is_any_done:
+                    raise
+            one_by_one = not one_by_one
 
 
 def images_at_once(detector: MapMaker, options: DetectOptions) -> int:

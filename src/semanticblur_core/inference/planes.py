@@ -148,7 +148,8 @@ class Planes:
         Parameters
         ----------
         wanted
-            A slice for each axis, for the last ones where there are fewer; None takes all.
+            A slice for each axis, for the last ones where there are fewer; None takes all, and so
+            do slices of everything where there are more of them.
 
         Raises
         ------
@@ -156,6 +157,8 @@ class Planes:
             If a slice is of no axis or names no plane.
         """
         chosen = tuple(wanted or ())
+        while len(chosen) > len(self.lengths) and chosen[0] in (slice(None), slice(0, None)):
+            chosen = chosen[1:]  # all planes of what is one
         if len(chosen) > len(self.lengths):
             raise ImageError(
                 f"planes: {len(chosen)} ranges for {len(self.lengths)} axes "
@@ -396,7 +399,7 @@ class PlaneView:
             raise
         except Exception as error:  # whatever reads lazily: codecs, networks, a user's function
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ImageError(f"plane {self.index}: cannot be read: {reason}") from error
+            raise ImageError(f"{self._where()}cannot be read: {reason}") from error
         left = [
             axis
             for axis, part in zip(planes.axes, key, strict=True)
@@ -405,6 +408,10 @@ class PlaneView:
         wanted = [axis for axis in "CYXS" if axis in left]
         pixels = pixels.transpose([left.index(axis) for axis in wanted])
         return pixels[..., :3] if "S" in wanted else pixels
+
+    def _where(self) -> str:
+        at = zip(self.planes.walked_axes, self.index, strict=True)
+        return f"plane {', '.join(f'{axis}={i}' for axis, i in at)}: " if self.index else ""
 
     def read_unit(
         self,

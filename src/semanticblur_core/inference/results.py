@@ -15,7 +15,8 @@ class FileResult:
     ``elapsed_s`` covers reading, analysis (of several at once its share) and writing. ``planes``
     are those of a stack, ``value_range`` its intensities that counted as 0 and 1, by channel (None:
     those of the type), ``n_frames`` the analysed frames of a video. ``skipped`` says that all of it
-    was there before.
+    was there before. Of a stack some of whose planes could not be read the means are those of the
+    others.
     """
 
     source: str
@@ -31,11 +32,24 @@ class FileResult:
     n_frames: int = 0
     value_range: list[tuple[float, float]] | None = None
 
+    @property
+    def unreadable_planes(self) -> str | None:
+        """One line about the planes of a stack that have no map, though others have."""
+        errors = [plane.error for plane in self.planes if plane.error is not None]
+        if not errors:
+            return None
+        which = errors[0] if len(errors) == 1 else f"the first of them {errors[0]}"
+        return f"{self.source}: NaN for {len(errors)} of {len(self.planes)} planes, {which}"
+
 
 @dataclass(frozen=True)
 class PlaneResult:
-    """One plane of a stack: its index along the walked axes, and what was measured on it."""
+    """One plane of a stack: its index along the walked axes, and what was measured on it.
+
+    ``error`` says why it could not be read; then its map and what was measured are NaN.
+    """
 
     index: tuple[int, ...]
-    blurred_fraction: float
-    mean_blur: float
+    blurred_fraction: float = math.nan
+    mean_blur: float = math.nan
+    error: str | None = None

@@ -373,4 +373,5 @@ def _row(result: FileResult) -> dict[str, Any]:
             "mean_blur": result.mean_blur,
             "blurred_fraction": result.blurred_fraction,
         }
+        row["error"] = result.unreadable_planes
     return row

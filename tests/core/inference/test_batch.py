@@ -141,6 +141,55 @@ def test_stacks_that_cannot_be_done_as_asked_are_one_line(
         assert not list((tmp_path / "out").glob("**/*"))
 
 
+@pytest.mark.parametrize("size", [64, "native"])
+def test_planes_that_cannot_be_read_cost_no_others(
+    tmp_path: Path, rng: np.random.Generator, detector: Detector, size: Any
+) -> None:
+    stack = rng.integers(0, 60000, (2, 3, 48, 64), dtype=np.uint16)
+    sound, damaged = tmp_path / "sound.tif", tmp_path / "damaged.tif"
+    for path in (sound, damaged):
+        tifffile.imwrite(path, stack, photometric="minisblack", compression="zlib", rowsperstrip=40)
+    with tifffile.TiffFile(sound) as tiff:
+        strips = [
+            tuple(zip(page.dataoffsets, page.databytecounts, strict=True)) for page in tiff.pages
+        ]
+
+    def damage(*places: tuple[int, int]) -> None:
+        data = bytearray(sound.read_bytes())
+        for page, strip in places:
+            at, n_bytes = strips[page][strip]
+            data[at : at + n_bytes] = bytes(n_bytes)
+        damaged.write_bytes(data)
+
+    damage((1, 0), (5, 1))  # the second strip's rows come when those of the first are written
+    options = DetectOptions(
+        tmp_path / "out", size, formats=("tif", "zarr"), axes="TZYX", value_range=(0, 60000)
+    )
+    whole, lacking = detect_files(
+        [Job(str(path), path.stem) for path in (sound, damaged)], detector, options
+    )
+    assert (whole.unreadable_planes, lacking.error) == (None, None)
+    line = f"{damaged}: NaN for 2 of 6 planes, the first of them plane T=0, Z=1: cannot be read: "
+    assert lacking.unreadable_planes is not None
+    assert lacking.unreadable_planes.startswith(line)
+    expected = tifffile.imread(whole.outputs[0]).reshape(6, 48, 64)
+    expected[[1, 5]] = np.nan
+    for output in lacking.outputs:
+        with stacks.open_stack(output) as made:
+            found = np.asarray(made.array).reshape(6, 48, 64)
+        np.testing.assert_array_equal(found, expected)
+    read = [plane for plane in whole.planes if plane.index not in ((0, 1), (1, 2))]
+    assert [plane for plane in lacking.planes if plane.error is None] == read
+    assert lacking.mean_blur == pytest.approx(np.mean([plane.mean_blur for plane in read]))
+    damage(*((page, 1) for page in range(6)))
+    [none] = detect_files(
+        [Job(str(damaged), "damaged")], detector, replace(options, overwrite=True)
+    )
+    assert none.error is not None
+    assert "plane T=1, Z=2: cannot be read" in none.error
+    assert lacking.outputs[0].exists()  # the earlier result
+
+
 @pytest.mark.parametrize(
     ("samples", "how"),
     [

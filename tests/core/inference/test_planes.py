@@ -314,3 +314,12 @@ def test_channels_of_a_mean_share_what_is_read_for_their_range() -> None:
     lazy = Chunked(array, (40, 256, 256))
     some, _ = Planes(lazy, "CYX", "mean")._range_pieces(81, 1, 2**28)
     assert len(some) == 2**28 // (40 * 256 * 256)
+
+
+def test_all_planes_of_a_single_image_are_that_one() -> None:
+    planes = Planes(np.zeros((48, 64)), "YX")
+    assert planes.box([slice(None)]) == planes.box([slice(0, None), slice(None)]) == []
+    with pytest.raises(ImageError, match="1 ranges for 0 axes"):
+        planes.box([slice(0, 2)])
+    stack = Planes(np.zeros((3, 48, 64)), "ZYX")
+    assert stack.box([slice(None), slice(1, None)]) == [range(1, 3)]
