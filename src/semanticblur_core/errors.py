@@ -1,6 +1,7 @@
 """Errors whose message is for the person: which file or setting, what is wrong, what would do."""
 
 import logging
+import warnings
 
 
 class SemanticBlurError(Exception):
@@ -34,3 +35,5 @@ def quieten_readers() -> None:
     """
     for library in ("tifffile", "PIL"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
+        # Of headers that make no sense, such as tiles without rows, which they refuse then.
+        warnings.filterwarnings("ignore", module=rf"{library}\b")

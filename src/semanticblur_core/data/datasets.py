@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from semanticblur_core import io
 from semanticblur_core.data.labels import BLURRED, LabelledImage
-from semanticblur_core.errors import DataError
+from semanticblur_core.errors import DataError, SemanticBlurError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,6 +180,11 @@ class DecodedPairs:
     mask_polarity
         What white in the masks means.
 
+    Raises
+    ------
+    SemanticBlurError
+        If a pair cannot be used; of several the first is named.
+
     Attributes
     ----------
     pairs
@@ -197,14 +202,26 @@ class DecodedPairs:
         self.pairs = list(pairs)
         self.names = [pair.name for pair in pairs]
         self._tensors: list[tuple[Tensor, Tensor]] = []
+        unusable: list[SemanticBlurError] = []
         for pair in pairs:
-            image, mask = read_pair(pair)
+            try:
+                image, mask = read_pair(pair)
+            except SemanticBlurError as error:
+                unusable.append(error)
+                continue
             mask = mask == (mask_polarity == "blur")
             self._tensors.append(
                 (
                     torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
                     torch.from_numpy(mask[None].astype(np.uint8) * 255),
                 )
+            )
+        if len(unusable) == 1:
+            raise unusable[0]
+        if unusable:
+            raise DataError(
+                f"{unusable[0]}; {len(unusable)} of {len(pairs)} pairs cannot be used, which "
+                "`semanticblur-core data check` lists"
             )
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from semanticblur_core.config import TrainConfig
 from semanticblur_core.data.datasets import (
+    DecodedPairs,
     find_pairs,
     list_images,
     note_subfolders,
@@ -18,7 +19,7 @@ from semanticblur_core.data.datasets import (
     select,
 )
 from semanticblur_core.data.transforms import augment
-from semanticblur_core.errors import DataError
+from semanticblur_core.errors import DataError, ImageError
 
 
 def test_pairs_are_found_by_stem(pair_folders: tuple[Path, Path]) -> None:
@@ -146,3 +147,14 @@ def test_images_below_a_folder_are_told_of(pair_folders: tuple[Path, Path]) -> N
     assert f"{images}: 1 image in folders below it not read, first more" in (
         note_subfolders(images) or ""
     )
+
+
+def test_all_pairs_that_cannot_be_used_are_counted(pair_folders: tuple[Path, Path]) -> None:
+    images, masks = pair_folders
+    pairs = find_pairs(images, masks)
+    (masks / "photo2.png").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"photo2\.png: [^;]*$"):
+        DecodedPairs(pairs)
+    (images / "photo5.png").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"photo2\.png: .*; 2 of 8 pairs cannot be used, which"):
+        DecodedPairs(pairs)
