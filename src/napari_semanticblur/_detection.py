@@ -330,25 +330,19 @@ class Detection:
         self, indices: list[tuple[int, ...]]
     ) -> Generator[Announcement | None, None, Limits | None]:
         """Range of some planes, without those that cannot be read."""
+        n_planes, n_read = len(indices), -1
+        estimate = self.planes.iter_range(indices, most_pixels=QUICK_RANGE_PIXELS)
         while True:
-            n_read, estimate = -1, self.planes.iter_range(indices, most_pixels=QUICK_RANGE_PIXELS)
+            before = n_read
             try:
-                while True:
-                    before, n_read = n_read, next(estimate)
-                    n_planes = len(indices)
-                    if before < n_read < n_planes and n_planes > 1:
-                        yield Announcement(
-                            f"Measuring intensities, plane {n_read + 1} of {n_planes} ..."
-                        )
-                    else:
-                        yield None
+                n_read = next(estimate)
             except StopIteration as end:
                 limits: Limits | None = end.value
                 return limits
-            except ImageError:
-                if n_read == len(indices) or len(indices) == 1:
-                    raise
-                indices = [*indices[:n_read], *indices[n_read + 1 :]]
+            if before < n_read < n_planes and n_planes > 1:
+                yield Announcement(f"Measuring intensities, plane {n_read + 1} of {n_planes} ...")
+            else:
+                yield None
 
     def _write(self, update: DetectUpdate) -> None:
         assert self.pixels is not None

@@ -310,7 +310,7 @@ def command(
         upsampling=upsampling,
         scales=scales,
     )
-    results, n_failed, n_skipped, lacks_planes = [], 0, 0, False
+    results, n_failed, n_skipped, lacks_parts = [], 0, 0, False
     detector: Any = SimpleNamespace(name=model, reason="no worker answered")
     if method != "network" or alone:
         detector = make()
@@ -345,7 +345,7 @@ def command(
             for found in stop.each(coming):
                 result = _unless_of_another(found, claims)
                 n_failed += result.error is not None
-                lacks_planes |= result.unreadable_planes is not None
+                lacks_parts |= result.unreadable_part is not None
                 n_skipped += result.skipped
                 if table is not None:
                     try:
@@ -378,7 +378,7 @@ def command(
     if len(jobs) > 1:
         kept = f", {n_skipped} of them before" if n_skipped else ""
         echo(f"{len(jobs) - n_failed} of {len(jobs)} images done{kept} ({detector.reason})")
-    if n_failed or lacks_planes or problems:
+    if n_failed or lacks_parts or problems:
         raise SystemExit(2)
 
 
@@ -415,8 +415,8 @@ def _make_detector(method: str, model: str, **how: Any) -> Detector | ClassicalD
 
 
 def _report(result: FileResult, progress: Progress, *, quiet: bool) -> None:
-    if result.unreadable_planes is not None:
-        say(progress, f"semanticblur-core: {result.unreadable_planes}", err=True)
+    if result.unreadable_part is not None:
+        say(progress, f"semanticblur-core: {result.unreadable_part}", err=True)
     if result.error is not None:
         say(progress, f"semanticblur-core: {result.error}", err=True)
     elif result.skipped:
@@ -559,9 +559,9 @@ def _image(result: FileResult, detector: Any, options: DetectOptions) -> dict[st
 
 
 def _plane(plane: PlaneResult) -> dict[str, Any]:
-    if plane.error is not None:
-        return {"index": plane.index, "error": plane.error}
-    return {name: value for name, value in asdict(plane).items() if name != "error"}
+    # JSON has no NaN.
+    told = asdict(plane).items()
+    return {name: value for name, value in told if value is not None and value == value}
 
 
 def _without(image: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -273,6 +274,8 @@ def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileR
             try:
                 limits = _stack_limits(planes, options)
                 measured = _append_planes(maps, planes, box, limits, detector, options)
+                if has_pictures and measured[0].error is not None:
+                    raise ImageError(measured[0].error)  # they show all of the plane
             except SemanticBlurError as error:
                 raise ImageError(f"{path}: {error}") from error
             where: dict[str, Any] = {
@@ -311,24 +314,28 @@ def _append_planes(
     detector: MapMaker,
     options: DetectOptions,
 ) -> list[PlaneResult]:
-    """Detect planes in order and append their maps; those that cannot be read are NaN.
+    """Detect planes in order and append their maps; what cannot be read is NaN.
+
+    At native size that is single tiles, otherwise whole planes.
 
     Raises
     ------
     ImageError
-        If none can be read, or they are too large to be squashed.
+        If nothing can be read, or planes are too large to be squashed.
     """
     measured: list[PlaneResult] = []
     indices = list(itertools.product(*box))
 
-    def append(index: tuple[int, ...], strips: Iterable[NDArray[np.float32]]) -> None:
-        n_blurred, total = 0, 0.0
+    def append(index: tuple[int, ...], strips: Iterable[NDArray[np.float32]]) -> PlaneResult:
+        n_blurred, total, n_pixels = 0, 0.0, 0
         for strip in strips:
             maps.append(strip)
             n_blurred += int(np.count_nonzero(strip > options.threshold))
-            total += float(strip.sum(dtype=np.float64))
-        n_pixels = math.prod(planes.plane_shape)
-        measured.append(PlaneResult(index, n_blurred / n_pixels, total / n_pixels))
+            total += float(np.nansum(strip, dtype=np.float64))
+            n_pixels += strip.size - int(np.count_nonzero(np.isnan(strip)))
+        if not n_pixels:
+            return PlaneResult(index)
+        return PlaneResult(index, n_blurred / n_pixels, total / n_pixels)
 
     def leave_out(index: tuple[int, ...], error: ImageError) -> None:
         maps.leave_out_plane()
@@ -340,14 +347,10 @@ def _append_planes(
         network = cast("Detector", detector)
         for index in indices:
             # In strips, so that a plane is never held whole.
-            read = _banded(functools.partial(planes.view(index).read_unit, limits=limits))
-            try:
-                append(index, (strip for _, strip in network.iter_strips(read, grid)))
-            except ImageError as error:
-                if len(indices) == 1:
-                    raise
-                leave_out(index, error)
-        if all(plane.error is not None for plane in measured):
+            tiles = _Tiles(functools.partial(planes.view(index).read_unit, limits=limits))
+            strips = itertools.starmap(tiles.without_lost, network.iter_strips(tiles.read, grid))
+            measured.append(replace(append(index, strips), error=tiles.problem(len(grid))))
+        if all(math.isnan(plane.mean_blur) for plane in measured):
             raise ImageError(measured[-1].error)
         return measured
     n_pixels = math.prod(planes.plane_shape)
@@ -365,7 +368,7 @@ def _append_planes(
         )  # fmt: skip
 
     for update in iter_readable(detect, indices, leave_out):
-        append(update.index, [update.blur])
+        measured.append(append(update.index, [update.blur]))
     return measured
 
 
@@ -378,19 +381,51 @@ def _stack_limits(planes: Planes, options: DetectOptions) -> _Limits:
     return planes.estimate_range()
 
 
-def _banded(
-    read: Callable[[slice, slice], NDArray[Any]],
-) -> Callable[[slice, slice], NDArray[Any]]:
-    """Read whole rows once and cut the tiles of a row from them: files are often kept in rows."""
-    held: tuple[slice, NDArray[Any]] | None = None
+class _Tiles:
+    """Tiles of one plane; those that cannot be read are black, and NaN in the map.
 
-    def read_cut(rows: slice, columns: slice) -> NDArray[Any]:
-        nonlocal held
-        if held is None or held[0] != rows:
-            held = rows, read(rows, slice(None))
-        return held[1][:, columns]
+    Whole rows are read once and the tiles of a row cut from them: files are often kept in rows.
+    """
 
-    return read_cut
+    def __init__(self, read: Callable[[slice, slice], NDArray[Any]]) -> None:
+        self._read = read
+        self._rows: slice | None = None
+        self._band: NDArray[Any] | None = None
+        self._lost: list[tuple[slice, slice]] = []
+        self._error: ImageError | None = None
+
+    def read(self, rows: slice, columns: slice) -> NDArray[Any]:
+        """Pixels of one tile; those of a row come one after the other."""
+        if self._rows != rows:
+            self._rows, self._band = rows, None
+            with suppress(ImageError):
+                self._band = self._read(rows, slice(None))
+        if self._band is not None:
+            return self._band[:, columns]
+        try:
+            return self._read(rows, columns)
+        except ImageError as error:
+            self._error = self._error or error
+            self._lost.append((rows, columns))
+            return np.zeros((rows.stop - rows.start, columns.stop - columns.start), np.uint8)
+
+    def without_lost(self, rows: slice, strip: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Finished rows of the map, NaN where a tile was lost."""
+        for lost_rows, columns in self._lost:
+            start, stop = max(rows.start, lost_rows.start), min(rows.stop, lost_rows.stop)
+            if start < stop:
+                strip[start - rows.start : stop - rows.start, columns] = np.nan
+        return strip
+
+    def problem(self, n_tiles: int) -> str | None:
+        """Why tiles were lost, how many of how many, and where the first of them is."""
+        if self._error is None:
+            return None
+        rows, columns = self._lost[0]
+        return (
+            f"{self._error} ({len(self._lost)} of {n_tiles} tiles, the first in rows {rows.start}:"
+            f"{rows.stop}, columns {columns.start}:{columns.stop})"
+        )
 
 
 def _is_streamed(path: Path, options: DetectOptions) -> bool:

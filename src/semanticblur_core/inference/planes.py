@@ -288,24 +288,26 @@ class Planes:
         samples, sampled, failure = [], [], None
         for n_read, index in enumerate(chosen):
             pixels = []
-            try:
-                for rows, columns in some:
-                    yield n_read
+            for rows, columns in some:
+                yield n_read
+                try:
                     pixels.append(self._flat(self.view(index).read(rows, columns)))
-            except ImageError as error:
-                # A plane that cannot be read is reported where it is asked for, and spoils no
-                # others.
-                failure = error
-                continue
-            samples.append(np.concatenate(pixels, axis=-1))
-            sampled.append(index)
+                except ImageError as error:
+                    # What cannot be read is reported where it is asked for, and spoils no other.
+                    failure = error
+            if pixels:
+                samples.append(np.concatenate(pixels, axis=-1))
+                sampled.append(index)
         yield len(chosen)
         if failure is not None and not samples:
             raise failure
         if others and not any(np.isfinite(sample).any() for sample in samples):
             for index, (rows, columns) in itertools.product(sampled, others):
-                sample = self._flat(self.view(index).read(rows, columns))
                 yield len(chosen)
+                try:
+                    sample = self._flat(self.view(index).read(rows, columns))
+                except ImageError:
+                    continue
                 if np.isfinite(sample).any():
                     samples, sampled = [sample], [index]
                     break

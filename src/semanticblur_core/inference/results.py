@@ -15,8 +15,7 @@ class FileResult:
     ``elapsed_s`` covers reading, analysis (of several at once its share) and writing. ``planes``
     are those of a stack, ``value_range`` its intensities that counted as 0 and 1, by channel (None:
     those of the type), ``n_frames`` the analysed frames of a video. ``skipped`` says that all of it
-    was there before. Of a stack some of whose planes could not be read the means are those of the
-    others.
+    was there before. Where a part of a stack could not be read the means are those of the rest.
     """
 
     source: str
@@ -33,20 +32,23 @@ class FileResult:
     value_range: list[tuple[float, float]] | None = None
 
     @property
-    def unreadable_planes(self) -> str | None:
-        """One line about the planes of a stack that have no map, though others have."""
+    def unreadable_part(self) -> str | None:
+        """One line about what could not be read of a stack or slide, of which the rest was done."""
         errors = [plane.error for plane in self.planes if plane.error is not None]
         if not errors:
             return None
+        if self.planes[0].index == ():
+            return f"{self.source}: NaN where it {errors[0]}"
         which = errors[0] if len(errors) == 1 else f"the first of them {errors[0]}"
-        return f"{self.source}: NaN for {len(errors)} of {len(self.planes)} planes, {which}"
+        return f"{self.source}: NaN in {len(errors)} of {len(self.planes)} planes, {which}"
 
 
 @dataclass(frozen=True)
 class PlaneResult:
     """One plane of a stack: its index along the walked axes, and what was measured on it.
 
-    ``error`` says why it could not be read; then its map and what was measured are NaN.
+    ``error`` says why it, or tiles of it, could not be read; its map is NaN there, and what was
+    measured is of the rest.
     """
 
     index: tuple[int, ...]

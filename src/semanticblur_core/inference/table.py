@@ -373,5 +373,5 @@ def _row(result: FileResult) -> dict[str, Any]:
             "mean_blur": result.mean_blur,
             "blurred_fraction": result.blurred_fraction,
         }
-        row["error"] = result.unreadable_planes
+        row["error"] = result.unreadable_part
     return row

@@ -20,6 +20,7 @@ from semanticblur_core.inference.batch import detect_files
 from semanticblur_core.inference.jobs import DetectOptions, Job, find_jobs
 from semanticblur_core.inference.overlay import draw_overlay
 from semanticblur_core.inference.planes import ALL, DetectUpdate
+from semanticblur_core.inference.tiling import TileGrid
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.scale import Scale
 
@@ -141,6 +142,36 @@ def test_stacks_that_cannot_be_done_as_asked_are_one_line(
         assert not list((tmp_path / "out").glob("**/*"))
 
 
+def test_tiles_that_cannot_be_read_cost_no_others(
+    tmp_path: Path, rng: np.random.Generator, detector: Detector
+) -> None:
+    slide, sound = rng.integers(0, 60000, (700, 1200), dtype=np.uint16), tmp_path / "sound.tif"
+    tifffile.imwrite(sound, slide, tile=(64, 64), compression="zlib")
+    with tifffile.TiffFile(sound) as tiff:
+        at, n_bytes = tiff.pages[0].dataoffsets[-1], tiff.pages[0].databytecounts[-1]
+    data = bytearray(sound.read_bytes())
+    data[at : at + n_bytes] = bytes(n_bytes)
+    damaged = tmp_path / "damaged.tif"
+    damaged.write_bytes(data)
+    options = DetectOptions(tmp_path / "out", "native", formats=("tif",), axes="YX")
+    whole, lacking = detect_files(
+        [Job(str(path), path.stem) for path in (sound, damaged)], detector, options
+    )
+    lost = list(TileGrid(*slide.shape))[-1]
+    assert lacking.error is None
+    assert lacking.unreadable_part is not None
+    assert lacking.unreadable_part.startswith(f"{damaged}: NaN where it cannot be read: ")
+    where = f"rows {lost.rows.start}:700, columns {lost.columns.start}:1200"
+    assert lacking.unreadable_part.endswith(f" (1 of 6 tiles, the first in {where})")
+    made = tifffile.imread(lacking.outputs[0])
+    nan = np.isnan(made)
+    assert nan[lost.rows, lost.columns].all()
+    assert np.count_nonzero(nan) == 512 * 512
+    assert lacking.mean_blur == pytest.approx(made[~nan].mean(), abs=1e-6)
+    # The range is that of what can be read, which differs a little.
+    np.testing.assert_allclose(made[~nan], tifffile.imread(whole.outputs[0])[~nan], atol=0.05)
+
+
 @pytest.mark.parametrize("size", [64, "native"])
 def test_planes_that_cannot_be_read_cost_no_others(
     tmp_path: Path, rng: np.random.Generator, detector: Detector, size: Any
@@ -168,10 +199,10 @@ def test_planes_that_cannot_be_read_cost_no_others(
     whole, lacking = detect_files(
         [Job(str(path), path.stem) for path in (sound, damaged)], detector, options
     )
-    assert (whole.unreadable_planes, lacking.error) == (None, None)
-    line = f"{damaged}: NaN for 2 of 6 planes, the first of them plane T=0, Z=1: cannot be read: "
-    assert lacking.unreadable_planes is not None
-    assert lacking.unreadable_planes.startswith(line)
+    assert (whole.unreadable_part, lacking.error) == (None, None)
+    line = f"{damaged}: NaN in 2 of 6 planes, the first of them plane T=0, Z=1: cannot be read: "
+    assert lacking.unreadable_part is not None
+    assert lacking.unreadable_part.startswith(line)
     expected = tifffile.imread(whole.outputs[0]).reshape(6, 48, 64)
     expected[[1, 5]] = np.nan
     for output in lacking.outputs:
