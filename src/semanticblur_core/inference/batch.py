@@ -303,7 +303,18 @@ def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileR
         mean_blur=float(np.nanmean([plane.mean_blur for plane in measured])),
         planes=measured,
         value_range=limits,
+        unreadable_part=_unreadable_part(job, measured),
     )
+
+
+def _unreadable_part(job: Job, planes: list[PlaneResult]) -> str | None:
+    errors = [plane.error for plane in planes if plane.error is not None]
+    if not errors:
+        return None
+    if planes[0].index == ():
+        return f"{job.source}: NaN where it {errors[0]}"
+    which = errors[0] if len(errors) == 1 else f"the first of them {errors[0]}"
+    return f"{job.source}: NaN in {len(errors)} of {len(planes)} planes, {which}"
 
 
 def _append_planes(

@@ -402,11 +402,20 @@ def _as_asked(
 ) -> FileResult:
     """With the paths as they were given."""
     outputs = [options.output / path.relative_to(distant.output) for path in result.outputs]
-    error = result.error
-    if error is not None:
-        error = error.replace(task.distant.source, task.job.source)
-        error = error.replace(str(distant.output), str(options.output))
-    return replace(result, source=task.job.source, outputs=outputs, error=error)
+
+    def named(told: str | None) -> str | None:
+        if told is None:
+            return None
+        told = told.replace(task.distant.source, task.job.source)
+        return told.replace(str(distant.output), str(options.output))
+
+    return replace(
+        result,
+        source=task.job.source,
+        outputs=outputs,
+        error=named(result.error),
+        unreadable_part=named(result.unreadable_part),
+    )
 
 
 def _killed(job: Job) -> FileResult:

@@ -15,7 +15,8 @@ class FileResult:
     ``elapsed_s`` covers reading, analysis (of several at once its share) and writing. ``planes``
     are those of a stack, ``value_range`` its intensities that counted as 0 and 1, by channel (None:
     those of the type), ``n_frames`` the analysed frames of a video. ``skipped`` says that all of it
-    was there before. Where a part of a stack could not be read the means are those of the rest.
+    was there before. ``unreadable_part`` says in one line what of a stack or video could not be
+    read where the rest was done; the means are those of the rest.
     """
 
     source: str
@@ -30,17 +31,7 @@ class FileResult:
     skipped: bool = False
     n_frames: int = 0
     value_range: list[tuple[float, float]] | None = None
-
-    @property
-    def unreadable_part(self) -> str | None:
-        """One line about what could not be read of a stack or slide, of which the rest was done."""
-        errors = [plane.error for plane in self.planes if plane.error is not None]
-        if not errors:
-            return None
-        if self.planes[0].index == ():
-            return f"{self.source}: NaN where it {errors[0]}"
-        which = errors[0] if len(errors) == 1 else f"the first of them {errors[0]}"
-        return f"{self.source}: NaN in {len(errors)} of {len(self.planes)} planes, {which}"
+    unreadable_part: str | None = None
 
 
 @dataclass(frozen=True)
