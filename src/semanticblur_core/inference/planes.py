@@ -367,6 +367,11 @@ class Planes:
         return indices, sampling_step(height * width)
 
 
+def plane_name(axes: str, index: Sequence[int]) -> str:
+    """For people: ``plane T=0, Z=3``."""
+    return f"plane {', '.join(f'{axis}={i}' for axis, i in zip(axes, index, strict=True))}"
+
+
 @dataclass(frozen=True)
 class PlaneView:
     """One plane of `Planes`: ``(H, W)``, ``(H, W, 3)``, or ``(C, H, W)`` where a mean is taken."""
@@ -401,7 +406,8 @@ class PlaneView:
             raise
         except Exception as error:  # whatever reads lazily: codecs, networks, a user's function
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ImageError(f"{self._where()}cannot be read: {reason}") from error
+            where = f"{plane_name(planes.walked_axes, self.index)}: " if self.index else ""
+            raise ImageError(f"{where}cannot be read: {reason}") from error
         left = [
             axis
             for axis, part in zip(planes.axes, key, strict=True)
@@ -410,10 +416,6 @@ class PlaneView:
         wanted = [axis for axis in "CYXS" if axis in left]
         pixels = pixels.transpose([left.index(axis) for axis in wanted])
         return pixels[..., :3] if "S" in wanted else pixels
-
-    def _where(self) -> str:
-        at = zip(self.planes.walked_axes, self.index, strict=True)
-        return f"plane {', '.join(f'{axis}={i}' for axis, i in at)}: " if self.index else ""
 
     def read_unit(
         self,
