@@ -183,7 +183,7 @@ def read_mask(path: str | Path) -> NDArray[np.bool_]:
         # Wholly sharp.
         return np.zeros(array.shape, np.bool_)
     # Edges that were smoothed have many values in between, each of few pixels.
-    between = counts[1:_NEARLY_WHITE].max()
+    between = counts[_JPEG_NOISE + 1 if is_jpeg else 1 : _NEARLY_WHITE].max()
     if values[-1] > 127 and len(values) <= _FEW_VALUES and between >= many:
         raise DataError(
             f"{path}: its values are {', '.join(map(str, values))}, but a mask is 0 = sharp and "

@@ -335,6 +335,11 @@ def test_masks_with_smoothed_edges_and_noise_of_jpeg_are_masks(tmp_path: Path) -
     assert np.mean(io.read_mask(tmp_path / "disc.jpg") != disc) < 0.01
     assert not io.read_mask(tmp_path / "sharp.jpg").any()
     assert not io.read_mask(tmp_path / "nearly.jpg").any()
+    straight = np.zeros((320, 320), np.uint8)
+    straight[56:312, 65:162] = 255
+    for quality in (50, 70, 90):  # black that becomes 1 or 3 in whole blocks
+        Image.fromarray(straight).save(tmp_path / "straight.jpg", quality=quality)
+        assert np.mean(io.read_mask(tmp_path / "straight.jpg") != (straight > 127)) < 0.02
     for quality in (75, 90, 95, 100):
         Image.fromarray(disc + np.uint8(1)).save(tmp_path / "labels.jpg", quality=quality)
         with pytest.raises(DataError, match="largest value is"):
