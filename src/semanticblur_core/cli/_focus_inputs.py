@@ -93,7 +93,10 @@ class Part:
     @property
     def is_of_stacks(self) -> bool:
         """Whether what was said is of stacks and pyramids alone."""
-        return bool(self.to_dict().keys() - {"fields"})
+        from semanticblur_core.inference.planes import takes_all
+
+        of_all = {"fields", "planes"} if takes_all(self.wanted) else {"fields"}
+        return bool(self.to_dict().keys() - of_all)
 
     def to_dict(self) -> dict[str, Any]:
         """What was said of it, as JSON values."""

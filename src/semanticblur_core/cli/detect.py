@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector
     from semanticblur_core.inference.jobs import DetectOptions
     from semanticblur_core.inference.results import FileResult, PlaneResult
-    from semanticblur_core.inference.table import Owners
+    from semanticblur_core.inference.table import Owners, SummaryTable
 
 
 @click.command(name="detect")
@@ -344,6 +344,10 @@ def command(
                 coming = resources.enter_context(closing(cluster.detect_files(jobs, options)))
             for found in stop.each(coming):
                 result = _unless_of_another(found, claims)
+                if result.skipped:
+                    result = replace(
+                        result, unreadable_part=_unreadable_before(result, table, earlier)
+                    )
                 n_failed += result.error is not None
                 lacks_parts |= result.unreadable_part is not None
                 n_skipped += result.skipped
@@ -428,6 +432,16 @@ def _report(result: FileResult, progress: Progress, *, quiet: bool) -> None:
             f"{result.mean_blur:.3f}, {result.elapsed_s:.2f} s -> "
             f"{', '.join(str(path) for path in result.outputs)}",
         )
+
+
+def _unreadable_before(
+    result: FileResult, table: SummaryTable | None, earlier: dict[str, dict[str, Any]]
+) -> str | None:
+    """What was missing, as the reports of the run say that made a result."""
+    from semanticblur_core.inference.table import place
+
+    told = None if table is None else table.unreadable_part(result.source)
+    return told or earlier.get(place(result.source), {}).get("unreadable_part")
 
 
 def _unless_of_another(result: FileResult, claims: Owners) -> FileResult:
@@ -554,14 +568,16 @@ def _image(result: FileResult, detector: Any, options: DetectOptions) -> dict[st
         "model": detector.name,
         "elapsed_s": result.elapsed_s,
         **({"value_range": result.value_range} if result.value_range else {}),
+        **({"unreadable_part": result.unreadable_part} if result.unreadable_part else {}),
         **({"planes": list(map(_plane, result.planes))} if result.planes else {}),
     }
 
 
 def _plane(plane: PlaneResult) -> dict[str, Any]:
-    # JSON has no NaN.
-    told = asdict(plane).items()
-    return {name: value for name, value in told if value is not None and value == value}
+    if not plane.n_pixels:
+        return {"index": plane.index, "error": plane.error}
+    of_part = ("n_pixels", "error") if plane.error is None else ()
+    return {name: value for name, value in asdict(plane).items() if name not in of_part}
 
 
 def _without(image: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

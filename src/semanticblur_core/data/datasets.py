@@ -220,8 +220,8 @@ class DecodedPairs:
             raise unusable[0]
         if unusable:
             raise DataError(
-                f"{unusable[0]}; {len(unusable)} of {len(pairs)} pairs cannot be used, which "
-                "`semanticblur-core data check` lists"
+                f"{unusable[0]}; {len(unusable)} of {len(pairs)} pairs cannot be used, all of "
+                "which `semanticblur-core data check FOLDER` lists"
             )
 
     def __len__(self) -> int:

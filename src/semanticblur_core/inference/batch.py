@@ -26,7 +26,7 @@ from semanticblur_core.inference.map_maker import (
     iter_readable,
 )
 from semanticblur_core.inference.overlay import draw_overlay
-from semanticblur_core.inference.planes import DetectUpdate, Planes
+from semanticblur_core.inference.planes import DetectUpdate, Planes, takes_all
 from semanticblur_core.inference.results import FileResult, PlaneResult
 from semanticblur_core.inference.tiling import TileGrid
 from semanticblur_core.scale import Scale
@@ -143,7 +143,7 @@ def _stack_options(options: DetectOptions) -> list[str]:
     """Those that were given and are of stacks only."""
     given = {
         "--axes": options.axes is not None,
-        "--planes": options.planes is not None,
+        "--planes": not takes_all(options.planes),
         "--channels": options.channels != "each",
         "--level": options.level != 0,
         "--series": options.series is not None,
@@ -299,12 +299,18 @@ def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileR
         outputs=outputs,
         height=shape[-2],
         width=shape[-1],
-        blurred_fraction=float(np.nanmean([plane.blurred_fraction for plane in measured])),
-        mean_blur=float(np.nanmean([plane.mean_blur for plane in measured])),
+        blurred_fraction=_mean([(p.blurred_fraction, p.n_pixels) for p in measured]),
+        mean_blur=_mean([(p.mean_blur, p.n_pixels) for p in measured]),
         planes=measured,
         value_range=limits,
         unreadable_part=_unreadable_part(job, measured),
     )
+
+
+def _mean(values: list[tuple[float, int]]) -> float:
+    """Mean of those that are of any pixels, weighted by how many."""
+    n_pixels = sum(n for _, n in values)
+    return math.fsum(value * n for value, n in values if n) / n_pixels
 
 
 def _unreadable_part(job: Job, planes: list[PlaneResult]) -> str | None:
@@ -345,10 +351,12 @@ def _append_planes(
             total += float(np.nansum(strip, dtype=np.float64))
             n_pixels += strip.size - int(np.count_nonzero(np.isnan(strip)))
         if not n_pixels:
-            return PlaneResult(index)
-        return PlaneResult(index, n_blurred / n_pixels, total / n_pixels)
+            raise ImageError("the map that was made has no numbers")
+        return PlaneResult(index, n_blurred / n_pixels, total / n_pixels, n_pixels)
 
     def leave_out(index: tuple[int, ...], error: ImageError) -> None:
+        if isinstance(error.__cause__, OSError):  # not the file's contents: a disk, a network
+            raise error
         maps.leave_out_plane()
         measured.append(PlaneResult(index, error=str(error)))
 
@@ -360,8 +368,13 @@ def _append_planes(
             # In strips, so that a plane is never held whole.
             tiles = _Tiles(functools.partial(planes.view(index).read_unit, limits=limits))
             strips = itertools.starmap(tiles.without_lost, network.iter_strips(tiles.read, grid))
-            measured.append(replace(append(index, strips), error=tiles.problem(len(grid))))
-        if all(math.isnan(plane.mean_blur) for plane in measured):
+            try:
+                plane = append(index, strips)
+            except ImageError as error:
+                leave_out(index, error)
+            else:
+                measured.append(replace(plane, error=tiles.problem(len(grid))))
+        if not any(plane.n_pixels for plane in measured):
             raise ImageError(measured[-1].error)
         return measured
     n_pixels = math.prod(planes.plane_shape)
@@ -402,26 +415,39 @@ class _Tiles:
         self._read = read
         self._rows: slice | None = None
         self._band: NDArray[Any] | None = None
+        self._is_any_read = False
         self._lost: list[tuple[slice, slice]] = []
         self._error: ImageError | None = None
 
     def read(self, rows: slice, columns: slice) -> NDArray[Any]:
-        """Pixels of one tile; those of a row come one after the other."""
+        """Pixels of one tile; those of a row come one after the other.
+
+        Raises
+        ------
+        ImageError
+            If it is not the file's contents that are damaged, or no tile of the first row was read.
+        """
         if self._rows != rows:
+            if self._error is not None and not self._is_any_read:
+                raise self._error
             self._rows, self._band = rows, None
             with suppress(ImageError):
                 self._band = self._read(rows, slice(None))
-        if self._band is not None:
-            return self._band[:, columns]
         try:
-            return self._read(rows, columns)
+            tile = self._read(rows, columns) if self._band is None else self._band[:, columns]
         except ImageError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
             self._error = self._error or error
             self._lost.append((rows, columns))
             return np.zeros((rows.stop - rows.start, columns.stop - columns.start), np.uint8)
+        self._is_any_read = True
+        return tile
 
     def without_lost(self, rows: slice, strip: NDArray[np.float32]) -> NDArray[np.float32]:
         """Finished rows of the map, NaN where a tile was lost."""
+        if not self._is_any_read and self._error is not None:
+            raise self._error
         for lost_rows, columns in self._lost:
             start, stop = max(rows.start, lost_rows.start), min(rows.stop, lost_rows.stop)
             if start < stop:

@@ -414,6 +414,7 @@ def _as_asked(
         source=task.job.source,
         outputs=outputs,
         error=named(result.error),
+        planes=[replace(plane, error=named(plane.error)) for plane in result.planes],
         unreadable_part=named(result.unreadable_part),
     )
 

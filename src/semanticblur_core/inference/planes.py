@@ -157,8 +157,8 @@ class Planes:
             If a slice is of no axis or names no plane.
         """
         chosen = tuple(wanted or ())
-        while len(chosen) > len(self.lengths) and chosen[0] in (slice(None), slice(0, None)):
-            chosen = chosen[1:]  # all planes of what is one
+        while len(chosen) > len(self.lengths) and takes_all(chosen[:1]):
+            chosen = chosen[1:]
         if len(chosen) > len(self.lengths):
             raise ImageError(
                 f"planes: {len(chosen)} ranges for {len(self.lengths)} axes "
@@ -299,18 +299,24 @@ class Planes:
                 samples.append(np.concatenate(pixels, axis=-1))
                 sampled.append(index)
         yield len(chosen)
-        if failure is not None and not samples:
-            raise failure
-        if others and not any(np.isfinite(sample).any() for sample in samples):
-            for index, (rows, columns) in itertools.product(sampled, others):
+        if not any(np.isfinite(sample).any() for sample in samples):
+            more: Iterator[tuple[Sequence[int], Region]]
+            more = itertools.product(sampled or chosen, others)
+            if indices is None and not samples:  # any other plane is better than none
+                left = (index for index in self.indices() if index not in chosen)
+                more = itertools.chain(more, itertools.product(left, some))
+            for index, (rows, columns) in more:
                 yield len(chosen)
                 try:
                     sample = self._flat(self.view(index).read(rows, columns))
-                except ImageError:
+                except ImageError as error:
+                    failure = error
                     continue
                 if np.isfinite(sample).any():
                     samples, sampled = [sample], [index]
                     break
+        if failure is not None and not samples:
+            raise failure
         channels = [self.channel(index) for index in sampled]
         return range_of_samples(
             samples, channels, n_ranges=self.n_ranges, is_mean=self.channels == "mean"
@@ -365,6 +371,11 @@ class Planes:
             ]
         height, width = self.plane_shape
         return indices, sampling_step(height * width)
+
+
+def takes_all(wanted: Sequence[slice] | None) -> bool:
+    """Whether these slices of planes are of all planes, whatever they are of."""
+    return all(part in (slice(None), slice(0, None)) for part in wanted or ())
 
 
 def plane_name(axes: str, index: Sequence[int]) -> str:
@@ -489,13 +500,16 @@ def range_of_samples(
         How many there are, and whether the mean is taken.
     """
     if is_mean:
-        return [_percentiles(channel) for channel in np.stack(samples, axis=-1)]
+        flat = [sample.reshape(len(sample), -1) for sample in samples]
+        return [_percentiles(channel) for channel in np.concatenate(flat, axis=-1)]
     groups: list[list[NDArray[Any]]] = [[] for _ in range(n_ranges)]
     for sample, channel in zip(samples, channels, strict=True):
         groups[channel].append(sample)
+    # Of planes that are damaged in part there are fewer pixels.
     return [
-        _percentiles(np.stack(own if any(np.isfinite(s).any() for s in own) else samples))
+        _percentiles(np.concatenate([sample.ravel() for sample in chosen]))
         for own in groups
+        for chosen in [own if any(np.isfinite(s).any() for s in own) else samples]
     ]
 
 

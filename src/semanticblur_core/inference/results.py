@@ -39,10 +39,11 @@ class PlaneResult:
     """One plane of a stack: its index along the walked axes, and what was measured on it.
 
     ``error`` says why it, or tiles of it, could not be read; its map is NaN there, and what was
-    measured is of the rest.
+    measured is of the rest, ``n_pixels``.
     """
 
     index: tuple[int, ...]
     blurred_fraction: float = math.nan
     mean_blur: float = math.nan
+    n_pixels: int = 0
     error: str | None = None

@@ -38,6 +38,10 @@ _NEEDED = {"input", "outputs", "mean_blur"}
 Owners = dict[str, dict[str, str]]
 
 
+# Done, but for a part that could not be read, of which ``error`` tells.
+_PARTIAL = "partial"
+
+
 class SummaryTable:
     """What `summary_table` gives.
 
@@ -97,6 +101,11 @@ class SummaryTable:
             for output in result.outputs:
                 for other in self.claims.get(place(output), {}):
                     self._earlier.pop(other, None)
+
+    def unreadable_part(self, source: str) -> str | None:
+        """What an earlier run could not read of a file that it did otherwise."""
+        before = self._earlier.get(place(source), {})
+        return before["error"] if before.get("status") == _PARTIAL else None
 
     def add_unreached(self) -> None:
         """Add the earlier rows of files that this run did not come to, or was not asked for."""
@@ -191,7 +200,7 @@ def summary_table(
 ) -> Iterator[SummaryTable]:
     """A table on disk that takes its place when the block ends, by an exception too.
 
-    Columns: ``input``, ``status`` (done, skipped, failed), ``outputs`` (separated by ``;``),
+    Columns: ``input``, ``status`` (done, partial, skipped, failed), ``outputs`` (separated by ``;``),
     ``height`` and ``width`` in pixels, ``n_planes``, ``mean_blur`` and ``blurred_fraction`` in
     0..1, ``elapsed_s``, ``model``, ``size``, ``threshold`` and, of stacks, ``planes`` (axes,
     channels, planes, level, series, step) that it was measured with, as rows of earlier runs may
@@ -359,7 +368,11 @@ def _printable(value: Any) -> Any:
 
 
 def _row(result: FileResult) -> dict[str, Any]:
-    status = "failed" if result.error is not None else "skipped" if result.skipped else "done"
+    status = "skipped" if result.skipped else "done"
+    if result.error is not None:
+        status = "failed"
+    elif result.unreadable_part is not None:
+        status = _PARTIAL
     row: dict[str, Any] = dict.fromkeys(_COLUMNS)
     row |= {"input": result.source, "status": status, "elapsed_s": result.elapsed_s}
     if result.error is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -123,10 +123,9 @@ def detect_video(job: Job, detector: MapMaker, options: DetectOptions) -> FileRe
     Raises
     ------
     ImageError
-        If no frame can be read, or the results cannot be written; then there are none.
+        If it cannot be read to its end, or the results cannot be written; then there are none.
     """
     path = Path(job.source)
-    problems: list[ImageError] = []
     targets = result_paths(job, options, "csv", FORMATS)
     if options.overlay:
         raise ImageError(f"{path}: --overlay is for photographs; --format=mp4 gives the maps")
@@ -137,7 +136,7 @@ def detect_video(job: Job, detector: MapMaker, options: DetectOptions) -> FileRe
         writers = [
             resources.enter_context(_WRITERS[name](target)) for name, target in targets.items()
         ]
-        for frame, rate, blur in _iter_maps(path, detector, options, problems.append):
+        for frame, rate, blur in _iter_maps(path, detector, options):
             mean = float(blur.mean(dtype=np.float64))
             fraction = float((blur > options.threshold).mean())
             row = (frame.number, round(frame.time_s, 6), mean, fraction)
@@ -153,21 +152,15 @@ def detect_video(job: Job, detector: MapMaker, options: DetectOptions) -> FileRe
         blurred_fraction=blurred / n_frames,
         mean_blur=total / n_frames,
         n_frames=n_frames,
-        unreadable_part=f"{problems[0]}; the frames before that were done" if problems else None,
     )
 
 
 def _iter_maps(
-    path: Path,
-    detector: MapMaker,
-    options: DetectOptions,
-    on_damage: Callable[[ImageError], None],
+    path: Path, detector: MapMaker, options: DetectOptions
 ) -> Iterator[tuple[Frame, Fraction, NDArray[np.float32]]]:
-    """Frames with their rate and map, as many at once as the detector takes, up to any damage."""
+    """Frames with their rate and map, as many at once as the detector takes."""
     how: Any = {"size": options.size, "value_range": options.value_range}
-    frames = _undamaged(
-        iter_frames(path, every=options.every, max_pixels=options.max_pixels), on_damage
-    )
+    frames = iter_frames(path, every=options.every, max_pixels=options.max_pixels)
     for some in batched(frames, images_at_once(detector, options), _frame_pixels):
         pixels = [frame.pixels for frame, _ in some]
         try:
@@ -179,21 +172,6 @@ def _iter_maps(
             raise ImageError(f"{path}: frame {some[0][0].number}: {error}") from error
         for (frame, rate), blur in zip(some, maps, strict=True):
             yield frame, rate, blur
-
-
-def _undamaged(
-    frames: Iterator[tuple[Frame, Fraction]], on_damage: Callable[[ImageError], None]
-) -> Iterator[tuple[Frame, Fraction]]:
-    """Frames up to where a video is damaged, if there are any."""
-    is_any_read = False
-    try:
-        for frame in frames:
-            yield frame
-            is_any_read = True
-    except ImageError as error:
-        if not is_any_read:
-            raise
-        on_damage(error)
 
 
 def _frame_pixels(item: tuple[Frame, Fraction]) -> float:

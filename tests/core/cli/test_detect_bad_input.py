@@ -260,3 +260,64 @@ def test_what_is_too_long_to_be_squashed_is_told(tmp_path: Path, folder: Path) -
     assert done.stderr.count("\n") == 1
     native = detect("--input=in/long.png", "--output=o2", "--size=native", cwd=tmp_path)
     assert (native.returncode, native.stderr) == (0, "")
+
+
+def test_a_stack_that_is_damaged_in_part_is_told_of_everywhere(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    stack = rng.integers(0, 60000, (4, 48, 64), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", stack, photometric="minisblack", compression="zlib")
+    with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
+        at, n_bytes = tiff.pages[2].dataoffsets[0], tiff.pages[2].databytecounts[0]
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    data[at : at + n_bytes] = bytes(n_bytes)
+    (tmp_path / "a.tif").write_bytes(data)
+    Image.fromarray(stack[0].astype(np.uint8)).save(tmp_path / "b.png")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    said = "a.tif: NaN in 1 of 4 planes, plane Z=2: cannot be read: "
+    flags = ["--input=*.tif", "--input=b.png", "--method=lbp", "--json=r.json", "--table=t.csv"]
+    for case in ([], ["--resume"], ["--workers=2", "--overwrite"]):
+        done = run("detect", *flags, "--output=out", *case, cwd=tmp_path)
+        assert done.returncode == 2
+        lines = [line for line in done.stderr.splitlines() if "a.tif" in line]
+        assert [line.startswith(f"semanticblur-core: {said}") for line in lines] == [True]
+        document = json.loads((tmp_path / "r.json").read_text(), parse_constant=refuse)
+        [image] = [image for image in document["images"] if image["input"] == "a.tif"]
+        assert image["unreadable_part"].startswith(said)
+        assert [sorted(plane) for plane in image["planes"]] == [
+            ["blurred_fraction", "index", "mean_blur"],
+            ["blurred_fraction", "index", "mean_blur"],
+            ["error", "index"],
+            ["blurred_fraction", "index", "mean_blur"],
+        ]
+        assert str(tmp_path) not in image["planes"][2]["error"]
+        with (tmp_path / "t.csv").open(newline="") as file:
+            rows = {row["input"]: row for row in csv.DictReader(file)}
+        assert rows["a.tif"]["status"] == "partial"
+        assert rows["a.tif"]["error"].startswith(said)
+        assert rows["b.png"]["status"] == ("skipped" if case == ["--resume"] else "done")
+    kept = (tmp_path / "out" / "a_blur.tif").read_bytes()
+    single = [*flags[2:3], "--input=a.tif", "--planes=2", "--format=png,tif"]
+    done = run("detect", *single, "--output=out2", cwd=tmp_path)
+    assert (done.returncode, list((tmp_path / "out2").iterdir())) == (2, [])
+    assert (tmp_path / "out" / "a_blur.tif").read_bytes() == kept
+
+
+def test_all_planes_may_be_said_of_what_is_one(tmp_path: Path, rng: np.random.Generator) -> None:
+    (tmp_path / "in").mkdir()
+    image = rng.integers(0, 255, (48, 64), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "in" / "a.png")
+    tifffile.imwrite(tmp_path / "in" / "b.tif", image)
+    tifffile.imwrite(tmp_path / "in" / "c.tif", np.stack([image] * 3), photometric="minisblack")
+    done = run("detect", "--input=in", "--output=out", "--method=lbp", "--planes=:", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = run("focus", "--input=in", "--method=lbp", "--planes=:", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "5 images, 0 unreadable" in done.stdout
+    done = run(
+        "detect", "--input=in/a.png", "--output=o", "--method=lbp", "--planes=0", cwd=tmp_path
+    )
+    assert "--planes: of stacks and pyramids, which it is not" in done.stderr

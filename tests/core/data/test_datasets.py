@@ -156,5 +156,5 @@ def test_all_pairs_that_cannot_be_used_are_counted(pair_folders: tuple[Path, Pat
     with pytest.raises(ImageError, match=r"photo2\.png: [^;]*$"):
         DecodedPairs(pairs)
     (images / "photo5.png").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"photo2\.png: .*; 2 of 8 pairs cannot be used, which"):
+    with pytest.raises(DataError, match=r"photo2\.png: .*; 2 of 8 pairs cannot be used, all"):
         DecodedPairs(pairs)

@@ -168,8 +168,83 @@ def test_tiles_that_cannot_be_read_cost_no_others(
     assert nan[lost.rows, lost.columns].all()
     assert np.count_nonzero(nan) == 512 * 512
     assert lacking.mean_blur == pytest.approx(made[~nan].mean(), abs=1e-6)
+    [one] = lacking.planes
+    assert one.n_pixels == np.count_nonzero(~nan)
     # The range is that of what can be read, which differs a little.
     np.testing.assert_allclose(made[~nan], tifffile.imread(whole.outputs[0])[~nan], atol=0.05)
+
+
+class MeanIsBlur:
+    """A map of the mean of each tile or plane, without a network's time."""
+
+    name = "mean"
+
+    def detect(self, image: np.ndarray, **keywords: object) -> np.ndarray:
+        return np.full(image.shape[:2], image.mean(), np.float32)
+
+    def iter_strips(self, read: Any, grid: TileGrid) -> Iterator[tuple[slice, np.ndarray]]:
+        """With tiles of the row after read before a row is given, as on a GPU."""
+        tiles = list(grid)
+        means = [float(read(tile.rows, tile.columns).mean()) for tile in tiles]
+        ends = [*grid.row_starts[1:], grid.height]
+        for row, (top, end) in enumerate(zip(grid.row_starts, ends, strict=True)):
+            strip = np.zeros((end - top, grid.width), np.float32)
+            for tile, mean in zip(tiles, means, strict=True):
+                if tile.row == row:
+                    strip[:, tile.columns] = mean
+            yield slice(top, end), strip
+
+
+def damaged_stack(path: Path, stack: np.ndarray, *places: tuple[int, int], side: int) -> Path:
+    """A TIFF in tiles, of some of which (plane, number) the data mean nothing."""
+    tifffile.imwrite(path, stack, tile=(side, side), compression="zlib", photometric="minisblack")
+    data = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as tiff:
+        for plane, tile in places:
+            page = tiff.pages[plane]
+            at, n_bytes = page.dataoffsets[tile], page.databytecounts[tile]
+            data[at : at + n_bytes] = bytes(n_bytes)
+    path.write_bytes(data)
+    return path
+
+
+def test_means_are_of_the_pixels_that_could_be_read(tmp_path: Path) -> None:
+    stack = np.zeros((3, 1024, 1024), np.uint8)
+    stack[1] = 200
+    # Of plane 1 all tiles but those of the upper left, of plane 2 all of the first row.
+    others = [(1, tile) for tile in range(16) if tile not in (0, 1, 4, 5)]
+    path = damaged_stack(tmp_path / "a.tif", stack, *others, *((2, i) for i in range(4)), side=256)
+    options = DetectOptions(tmp_path, "native", formats=("npy",))
+    [result] = detect_files([Job(str(path), "a")], MeanIsBlur(), options)  # type: ignore[arg-type]
+    assert result.error is None
+    made = np.load(result.outputs[0])
+    assert np.isnan(made[2]).all()  # though one row of tiles could be read
+    assert np.isfinite(made[0]).all()
+    assert 0 < np.isfinite(made[1]).sum() < made[1].size
+    assert result.mean_blur == pytest.approx(np.nanmean(made), rel=1e-5)
+    measured = [plane.n_pixels for plane in result.planes]
+    assert measured == np.isfinite(made).sum(axis=(1, 2)).tolist()
+
+
+def test_a_disk_that_fails_costs_the_file_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = damaged_stack(tmp_path / "a.tif", np.zeros((3, 1024, 1024), np.uint8), side=256)
+    read = batch.Planes.view
+
+    def view(planes: Any, index: Any) -> Any:
+        if index == (1,):
+            raise ImageError("plane Z=1: cannot be read: stale handle") from OSError("stale handle")
+        return read(planes, index)
+
+    monkeypatch.setattr(batch.Planes, "view", view)
+    monkeypatch.setattr(batch.Planes, "estimate_range", lambda planes: None)
+    for size in ("native", 320):
+        options = DetectOptions(tmp_path / "out", size, formats=("npy",))  # type: ignore[arg-type]
+        detector = Detector(SemanticBlur(ModelConfig(backbone="resnet34")), device="cpu")
+        [result] = detect_files([Job(str(path), "a")], detector, options)
+        assert "stale handle" in str(result.error)
+        assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("size", [64, "native"])
@@ -192,7 +267,7 @@ def test_planes_that_cannot_be_read_cost_no_others(
             data[at : at + n_bytes] = bytes(n_bytes)
         damaged.write_bytes(data)
 
-    damage((1, 0), (5, 1))  # the second strip's rows come when those of the first are written
+    damage((1, 0), (5, 1))
     options = DetectOptions(
         tmp_path / "out", size, formats=("tif", "zarr"), axes="TZYX", value_range=(0, 60000)
     )

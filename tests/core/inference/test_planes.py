@@ -323,3 +323,39 @@ def test_all_planes_of_a_single_image_are_that_one() -> None:
         planes.box([slice(0, 2)])
     stack = Planes(np.zeros((3, 48, 64)), "ZYX")
     assert stack.box([slice(None), slice(1, None)]) == [range(1, 3)]
+
+
+@pytest.mark.parametrize("axes", ["ZYX", "CZYX"])
+def test_the_range_is_that_of_the_pieces_that_can_be_read(axes: str) -> None:
+    rng = np.random.default_rng(0)
+    shape = (2, 3, 512, 512)[-len(axes) :]
+    values = rng.integers(100, 5000, shape, dtype=np.uint16)
+
+    def piece(part: np.ndarray, block_info: Any = None) -> np.ndarray:
+        if block_info[0]["chunk-location"][-3:] == (1, 1, 0):
+            raise ValueError("codec broke")
+        return part
+
+    lazy = da.from_array(values, chunks=(1,) * (len(shape) - 2) + (256, 256)).map_blocks(
+        piece, dtype=np.uint16, meta=np.empty((0,) * len(shape), np.uint16)
+    )
+    channels = "mean" if "C" in axes else "each"
+    found = Planes(lazy, axes, channels).estimate_range()
+    whole = Planes(values, axes, channels).estimate_range()
+    np.testing.assert_allclose(found, whole, rtol=0.05)
+
+
+def test_a_range_is_found_though_all_planes_that_are_looked_at_first_are_damaged() -> None:
+    def plane(block_info: Any = None) -> np.ndarray:
+        z = block_info[None]["chunk-location"][0]
+        if z % 2 == 0:
+            raise ValueError("codec broke")
+        return np.linspace(0, 1000, 64 * 64, dtype=np.uint16).reshape(1, 64, 64)
+
+    lazy = da.map_blocks(plane, chunks=((1,) * 31, (64,), (64,)), dtype=np.uint16)
+    planes = Planes(lazy, "ZYX")
+    assert all(index[0] % 2 == 0 for index in planes.range_samples()[0])
+    [[low, high]] = planes.estimate_range() or []
+    assert (low, high) == pytest.approx((0, 1000), abs=3)
+    with pytest.raises(ImageError, match="plane Z=30: cannot be read: codec broke"):
+        planes.estimate_range([(0,), (30,)])

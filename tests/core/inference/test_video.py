@@ -130,31 +130,17 @@ def test_frames_are_computed_as_many_at_once_as_the_detector_takes(tmp_path: Pat
         ("clip.avi", "truncated: ends after"),
     ],
 )
-def test_of_a_truncated_video_the_frames_that_are_there_are_done(
+def test_a_truncated_video_is_one_line_and_no_table(
     tmp_path: Path, name: str, message: str
 ) -> None:
     flags = {"options": {"movflags": "faststart"}} if name == "fast.mp4" else {}
     path = make_clip(tmp_path / name, noise=True, **flags)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
-    whole = make_clip(tmp_path / f"whole{path.suffix}", noise=True)
-    expected = run(whole).outputs[0].read_text().splitlines()
     result = run(path, formats=("csv", "json", "mp4"))
-    said = result.error or result.unreadable_part
-    assert said is not None
-    assert message in said
-    assert name in said
-    assert "\n" not in said
-    made = set((tmp_path / "out").iterdir()) - {tmp_path / "out" / "whole_blur.csv"}
-    assert made == set(result.outputs)
-    if name == "plain.mp4":  # it has its list of frames at its end
-        assert (result.unreadable_part, result.outputs) == (None, [])
-        return
-    assert result.error is None
-    assert 0 < result.n_frames < N_FRAMES
-    rows = result.outputs[0].read_text().splitlines()
-    assert len(rows) == result.n_frames + 1
-    assert rows[:-1] == expected[: len(rows) - 1]  # the last one may be half there
-    assert len(json.loads(result.outputs[1].read_text())) == result.n_frames
+    assert message in str(result.error)
+    assert name in str(result.error)
+    assert "\n" not in str(result.error)
+    assert not list((tmp_path / "out").glob("**/*"))
 
 
 def test_a_title_that_is_not_utf8_is_no_reason_to_refuse_a_video(tmp_path: Path) -> None:
