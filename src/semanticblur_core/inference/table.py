@@ -200,11 +200,11 @@ def summary_table(
 ) -> Iterator[SummaryTable]:
     """A table on disk that takes its place when the block ends, by an exception too.
 
-    Columns: ``input``, ``status`` (done, partial, skipped, failed), ``outputs`` (separated by ``;``),
-    ``height`` and ``width`` in pixels, ``n_planes``, ``mean_blur`` and ``blurred_fraction`` in
-    0..1, ``elapsed_s``, ``model``, ``size``, ``threshold`` and, of stacks, ``planes`` (axes,
-    channels, planes, level, series, step) that it was measured with, as rows of earlier runs may
-    have others, and ``error``. What was not measured is empty. Rows are in the
+    Columns: ``input``, ``status`` (done, partial, skipped, failed), ``outputs`` (separated by
+    ``;``), ``height`` and ``width`` in pixels, ``n_planes``, ``mean_blur`` and
+    ``blurred_fraction`` in 0..1, ``elapsed_s``, ``model``, ``size``, ``threshold`` and, of stacks,
+    ``planes`` (axes, channels, planes, level, series, step) that it was measured with, as rows of
+    earlier runs may have others, and ``error``. What was not measured is empty. Rows are in the
     order in which files were finished; none is held in memory, but those of earlier runs with
     ``resume``.
 
