@@ -355,7 +355,8 @@ def _append_planes(
         return PlaneResult(index, n_blurred / n_pixels, total / n_pixels, n_pixels)
 
     def leave_out(index: tuple[int, ...], error: ImageError) -> None:
-        if isinstance(error.__cause__, OSError):  # not the file's contents: a disk, a network
+        # An OSError is not the file's contents: a disk, a network.
+        if len(indices) == 1 or isinstance(error.__cause__, OSError):
             raise error
         maps.leave_out_plane()
         measured.append(PlaneResult(index, error=str(error)))
