@@ -81,6 +81,7 @@ def bench_backends(
     for i, name in enumerate(BACKENDS):
         try:
             backend = Detector(model, device="cpu", backend=name).engine
+            backend.run(photographs[0][None])  # which compiles, where that is to be done
         except SemanticBlurError as error:
             found[name] = {"error": str(error)}
             continue

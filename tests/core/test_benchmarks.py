@@ -16,6 +16,7 @@ from semanticblur_core import benchmarks, benchmarks_inference
 from semanticblur_core.config import TrainConfig
 from semanticblur_core.data.datasets import DecodedPairs, find_pairs
 from semanticblur_core.device import DeviceChoice
+from semanticblur_core.errors import SemanticBlurError
 from semanticblur_core.inference.inputs import sample_photographs
 
 
@@ -36,19 +37,22 @@ def test_back_ends_are_compared_on_photographs(monkeypatch: pytest.MonkeyPatch) 
             self.precision = precision
 
         def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+            if self.precision == "compile":
+                raise SemanticBlurError("torch.compile failed")
             seen[self.precision].append(images[0])
             return images.mean(axis=3) + (0.25 if self.precision == "auto" else 0)
 
-    def make(model: str, *, precision: str = "auto", **_: object) -> SimpleNamespace:
-        return SimpleNamespace(engine=Engine(precision))
+    def make(model: str, *, backend: str, precision: str = "auto", **_: object) -> SimpleNamespace:
+        return SimpleNamespace(engine=Engine("compile" if backend == "compile" else precision))
 
     monkeypatch.setattr(benchmarks_inference, "Detector", make)
-    monkeypatch.setattr(benchmarks_inference, "BACKENDS", ("torch",))
+    monkeypatch.setattr(benchmarks_inference, "BACKENDS", ("torch", "compile"))
     found = result_of(benchmarks_inference.bench_backends(size_px=64, n_rounds=3))
     photographs = sample_photographs(64, 64)
     assert photographs.shape == (3, 64, 64, 3)
-    for images in seen.values():
-        np.testing.assert_array_equal(images[:3], photographs)
+    np.testing.assert_array_equal(seen["float32"], photographs)
+    np.testing.assert_array_equal(seen["auto"][:4], photographs[[0, 0, 1, 2]])
+    assert found["backends"]["compile"] == {"error": "torch.compile failed"}
     assert found["backends"]["torch"]["mean_difference"] == pytest.approx(0.25, abs=1e-6)
     assert found["backends"]["torch"]["largest_difference"] == pytest.approx(0.25, abs=1e-6)
 

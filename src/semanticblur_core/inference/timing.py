@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 
+from semanticblur_core.errors import SemanticBlurError
 from semanticblur_core.inference.detector import Detector
 
 
@@ -35,4 +36,7 @@ def measure(backend: str, model: str, device: str, size_px: int, n_rounds: int) 
 
 
 if __name__ == "__main__":
-    measure(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    try:
+        measure(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    except SemanticBlurError as error:
+        sys.exit(str(error))  # the last line of what is said, which is shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -124,7 +125,12 @@ class TorchBackend:
             batch = _fill_up(batch)
         # Whatever precision the program computes in around this.
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            logits = forward(normalise(batch.permute(0, 3, 1, 2)).to(dtype))
+            try:
+                logits = forward(normalise(batch.permute(0, 3, 1, 2)).to(dtype))
+            except RuntimeError as error:
+                if not is_out_of_memory(error) and _is_of_compiler(error):
+                    raise _uncompiled(error) from error
+                raise
             return torch.sigmoid(logits.float())[: len(images), 0]
 
     def _fits_on(self, where: torch.device) -> bool:
@@ -151,6 +157,20 @@ class TorchBackend:
             if held.type == "cuda":
                 torch.cuda.empty_cache()
         warnings.warn(f"{was} ran out of memory; going on with the CPU", stacklevel=2)
+
+
+def _is_of_compiler(error: RuntimeError) -> bool:
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
+def _uncompiled(error: RuntimeError) -> SemanticBlurError:
+    """No compiler, say, or a kept library that a full disk cut off."""
+    reason = str(error).strip().splitlines()[0]
+    kept = re.search(r"\S*[/\\]torchinductor_\w+", reason)
+    deleted = f", and what torch keeps in {kept[0]} can be deleted" if kept else ""
+    return SemanticBlurError(
+        f"torch.compile failed: {reason}; --backend=torch does without{deleted}"
+    )
 
 
 def _fill_up(images: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch._dynamo.exc import TorchDynamoException
 
 from semanticblur_core import Detector, SemanticBlur
 from semanticblur_core.device import DeviceChoice
@@ -253,3 +254,24 @@ os._exit(process.exitcode if process.exitcode is not None else 9)
         [sys.executable, "-c", code], env=environment, timeout=150, check=False, capture_output=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_what_cannot_be_compiled_is_one_line_that_says_what_would_do(
+    network: SemanticBlur, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a compiler is missing, or a full disk cut off a library that torch keeps."""
+
+    def compile_(module: SemanticBlur, **_: object) -> object:
+        def forward(images: torch.Tensor) -> torch.Tensor:
+            raise TorchDynamoException("ImportError: /tmp/torchinductor_me/a.so: file too short\n?")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    compiled = TorchBackend(network, device="cpu", precision="float32", compiled=True)
+    with pytest.raises(SemanticBlurError) as caught:
+        compiled.run(np.zeros((1, 64, 64, 3), np.float32))
+    assert str(caught.value) == (
+        "torch.compile failed: ImportError: /tmp/torchinductor_me/a.so: file too short; "
+        "--backend=torch does without, and what torch keeps in /tmp/torchinductor_me can be deleted"
+    )
