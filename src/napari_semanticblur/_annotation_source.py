@@ -24,7 +24,7 @@ from semanticblur_core.data.autosave import JOURNALS
 from semanticblur_core.data.journal import read_leftover
 from semanticblur_core.data.store import AnnotationStore, read_array, same_pixels
 from semanticblur_core.errors import ImageError, SemanticBlurError
-from semanticblur_core.inference.planes import plane_name
+from semanticblur_core.inference.planes import why_unreadable
 from semanticblur_core.io import without_alpha
 
 if TYPE_CHECKING:
@@ -224,9 +224,8 @@ def read_pixels(source: Source, index: Plane = ()) -> NDArray[Any]:
     except MemoryError:
         raise
     except Exception as error:  # whatever reads lazily: codecs, networks, a user's function
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        where = f"{plane_name(source.axes[: len(index)], index)}: " if index else ""
-        raise ImageError(f"{source.layer.name}: {where}cannot be read: {reason}") from error
+        why = why_unreadable(source.axes[: len(index)], index, error)
+        raise ImageError(f"{source.layer.name}: {why}") from error
 
 
 def is_of(image: Image, shape: tuple[int, ...], known_as: str | None) -> bool:

@@ -576,8 +576,8 @@ def _image(result: FileResult, detector: Any, options: DetectOptions) -> dict[st
 def _plane(plane: PlaneResult) -> dict[str, Any]:
     if not plane.n_pixels:
         return {"index": plane.index, "error": plane.error}
-    of_part = ("n_pixels", "error") if plane.error is None else ()
-    return {name: value for name, value in asdict(plane).items() if name not in of_part}
+    untold = ("n_pixels", "error") if plane.error is None else ()
+    return {name: value for name, value in asdict(plane).items() if name not in untold}
 
 
 def _without(image: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

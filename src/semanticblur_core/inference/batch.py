@@ -339,6 +339,8 @@ def _append_planes(
     ------
     ImageError
         If nothing can be read, or planes are too large to be squashed.
+    SemanticBlurError
+        If a map is NaN all over.
     """
     measured: list[PlaneResult] = []
     indices = list(itertools.product(*box))
@@ -350,8 +352,8 @@ def _append_planes(
             n_blurred += int(np.count_nonzero(strip > options.threshold))
             total += float(np.nansum(strip, dtype=np.float64))
             n_pixels += strip.size - int(np.count_nonzero(np.isnan(strip)))
-        if not n_pixels:
-            raise ImageError("the map that was made has no numbers")
+        if not n_pixels:  # of the network, not of what is read
+            raise SemanticBlurError("the map that was made has no numbers")
         return PlaneResult(index, n_blurred / n_pixels, total / n_pixels, n_pixels)
 
     def leave_out(index: tuple[int, ...], error: ImageError) -> None:

@@ -378,9 +378,11 @@ def takes_all(wanted: Sequence[slice] | None) -> bool:
     return all(part in (slice(None), slice(0, None)) for part in wanted or ())
 
 
-def plane_name(axes: str, index: Sequence[int]) -> str:
-    """For people: ``plane T=0, Z=3``."""
-    return f"plane {', '.join(f'{axis}={i}' for axis, i in zip(axes, index, strict=True))}"
+def why_unreadable(axes: str, index: Sequence[int], error: Exception) -> str:
+    """For people: ``plane T=0, Z=3: cannot be read: reason``; of what has one plane, without it."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    at = ", ".join(f"{axis}={i}" for axis, i in zip(axes, index, strict=True))
+    return f"plane {at}: cannot be read: {reason}" if at else f"cannot be read: {reason}"
 
 
 @dataclass(frozen=True)
@@ -416,9 +418,7 @@ class PlaneView:
         except MemoryError:
             raise
         except Exception as error:  # whatever reads lazily: codecs, networks, a user's function
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            where = f"{plane_name(planes.walked_axes, self.index)}: " if self.index else ""
-            raise ImageError(f"{where}cannot be read: {reason}") from error
+            raise ImageError(why_unreadable(planes.walked_axes, self.index, error)) from error
         left = [
             axis
             for axis, part in zip(planes.axes, key, strict=True)

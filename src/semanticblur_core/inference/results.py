@@ -15,7 +15,7 @@ class FileResult:
     ``elapsed_s`` covers reading, analysis (of several at once its share) and writing. ``planes``
     are those of a stack, ``value_range`` its intensities that counted as 0 and 1, by channel (None:
     those of the type), ``n_frames`` the analysed frames of a video. ``skipped`` says that all of it
-    was there before. ``unreadable_part`` says in one line what of a stack or video could not be
+    was there before. ``unreadable_part`` says in one line what of a stack could not be
     read where the rest was done; the means are those of the rest.
     """
 

@@ -19,7 +19,7 @@ from semanticblur_core.inference import batch, map_maker, overlay
 from semanticblur_core.inference.batch import detect_files
 from semanticblur_core.inference.jobs import DetectOptions, Job, find_jobs
 from semanticblur_core.inference.overlay import draw_overlay
-from semanticblur_core.inference.planes import ALL, DetectUpdate
+from semanticblur_core.inference.planes import ALL, DetectUpdate, PlaneView
 from semanticblur_core.inference.tiling import TileGrid
 from semanticblur_core.network import SemanticBlur
 from semanticblur_core.scale import Scale
@@ -226,25 +226,38 @@ def test_means_are_of_the_pixels_that_could_be_read(tmp_path: Path) -> None:
     assert measured == np.isfinite(made).sum(axis=(1, 2)).tolist()
 
 
+@pytest.mark.parametrize("size", [64, "native"])
 def test_a_disk_that_fails_costs_the_file_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, detector: Detector, size: Any
 ) -> None:
-    path = damaged_stack(tmp_path / "a.tif", np.zeros((3, 1024, 1024), np.uint8), side=256)
-    read = batch.Planes.view
+    path = damaged_stack(tmp_path / "a.tif", np.zeros((3, 600, 600), np.uint8), side=256)
+    read = PlaneView.read
 
-    def view(planes: Any, index: Any) -> Any:
-        if index == (1,):
+    def failing(view: PlaneView, *region: slice) -> np.ndarray:
+        if view.index == (1,):
             raise ImageError("plane Z=1: cannot be read: stale handle") from OSError("stale handle")
-        return read(planes, index)
+        return read(view, *region)
 
-    monkeypatch.setattr(batch.Planes, "view", view)
-    monkeypatch.setattr(batch.Planes, "estimate_range", lambda planes: None)
-    for size in ("native", 320):
-        options = DetectOptions(tmp_path / "out", size, formats=("npy",))  # type: ignore[arg-type]
-        detector = Detector(SemanticBlur(ModelConfig(backbone="resnet34")), device="cpu")
-        [result] = detect_files([Job(str(path), "a")], detector, options)
-        assert "stale handle" in str(result.error)
-        assert not list((tmp_path / "out").iterdir())
+    monkeypatch.setattr(PlaneView, "read", failing)
+    options = DetectOptions(tmp_path / "out", size, formats=("npy",))
+    [result] = detect_files([Job(str(path), "a")], detector, options)
+    assert "stale handle" in str(result.error)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_map_without_numbers_is_no_plane_that_cannot_be_read(tmp_path: Path) -> None:
+    class Overflows(MeanIsBlur):
+        def iter_strips(self, read: Any, grid: TileGrid) -> Iterator[tuple[slice, np.ndarray]]:
+            for rows, strip in super().iter_strips(read, grid):
+                yield rows, np.where(strip > 100, np.nan, strip)
+
+    stack = np.zeros((3, 600, 600), np.uint8)
+    stack[1] = 200
+    path = damaged_stack(tmp_path / "a.tif", stack, side=256)
+    options = DetectOptions(tmp_path / "out", "native", formats=("npy",))
+    [result] = detect_files([Job(str(path), "a")], Overflows(), options)  # type: ignore[arg-type]
+    assert result.error == f"{path}: the map that was made has no numbers"
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("size", [64, "native"])
