@@ -13,6 +13,7 @@ from napari_semanticblur._colors import BLURRED, MAP_COLORMAP, SHARP, UNLABELLED
 from napari_semanticblur._layers import axis_letters
 from semanticblur_core import io, stacks
 from semanticblur_core.errors import DataError, ImageError
+from semanticblur_core.maps import new_map
 from semanticblur_core.scale import Scale
 
 LayerData = tuple[Any, dict[str, Any], str]
@@ -130,7 +131,7 @@ def write_map(path: str, data: Any, attributes: dict[str, Any]) -> list[str]:
     else:
         labels = attributes.get("axis_labels") or [""] * blur.ndim
         axes = axis_letters(tuple(labels), rgb=False)
-        with stacks.new_map(target, blur.shape) as maps:
+        with new_map(target, blur.shape) as maps:
             maps.append(blur)
             stacks.write_tiff(target, maps, axes=axes, scale=_scale_of_layer(axes, attributes))
     return [path]

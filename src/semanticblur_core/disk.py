@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from semanticblur_core.errors import ImageError
 
@@ -83,15 +84,15 @@ def shortened(name: str) -> str:
 
 
 @contextmanager
-def held(temporary: Path) -> Iterator[None]:
+def held(temporary: Path, *, shared: bool = False) -> Iterator[None]:
     """Lock a temporary file or folder, made if it is not there, for as long as it is written.
 
-    The lock goes with its process, however that ends. Without effect where the system or the disk
-    has no such locks.
+    The lock goes with its process, however that ends; several may hold a shared one. Without
+    effect where the system or the disk has no such locks.
     """
     if not temporary.is_dir():
         temporary.touch()
-    descriptor = _lock(temporary)
+    descriptor = _lock(temporary, shared=shared)
     try:
         yield
     finally:
@@ -122,7 +123,15 @@ def remove_if_stale(temporary: Path) -> None:
         os.close(descriptor)
 
 
-def _lock(path: Path) -> int | None:
+def lock(stream: BinaryIO) -> None:
+    """As `held`, for as long as a file is open."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _lock(path: Path, *, shared: bool = False) -> int | None:
     """A descriptor that holds the lock; None where another has it or it cannot be had."""
     try:
         import fcntl
@@ -133,7 +142,7 @@ def _lock(path: Path) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
         return None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from semanticblur_core import disk, io
 from semanticblur_core.errors import ImageError
+from semanticblur_core.maps import MapFile
 from semanticblur_core.scale import Channels, Scale, of_ngff, of_tiff
 
 STACK_SUFFIXES = (*io.TIFF_SUFFIXES, ".npy", ".zarr")
@@ -260,75 +261,6 @@ def plane_pixels(path: Path) -> int:
             return int(lengths["Y"]) * int(lengths["X"])
     except Exception:  # whatever is wrong with it is reported by the reader of images
         return 0
-
-
-class MapFile:
-    """A float32 map on disk, written from its first row to its last; made by `new_map`.
-
-    Plain reading and writing, no memory map, whose pages would count as memory in use.
-
-    Attributes
-    ----------
-    shape
-        Walked axes, then rows and columns.
-    """
-
-    def __init__(self, stream: BinaryIO, shape: tuple[int, ...]) -> None:
-        self._stream = stream
-        self.shape = shape
-
-    def append(self, rows: NDArray[np.float32]) -> None:
-        """Add the next rows, ``(n, W)``; a plane follows the one before."""
-        self._stream.write(np.ascontiguousarray(rows, dtype=np.float32).data)
-
-    def leave_out_plane(self) -> None:
-        """Make the plane that is due, or begun, NaN."""
-        height, width = self.shape[-2:]
-        n_bytes = height * width * 4
-        self._stream.seek(self._stream.tell() // n_bytes * n_bytes)
-        row = np.full((1, width), np.nan, np.float32)
-        for _ in range(height):
-            self.append(row)
-
-    def read(self, index: Sequence[int], rows: slice) -> NDArray[np.float32]:
-        """Rows of one plane, ``(n, W)``."""
-        height, width = self.shape[-2:]
-        start, stop, _ = rows.indices(height)
-        plane = int(np.ravel_multi_index(tuple(index), self.shape[:-2])) if len(index) else 0
-        self._stream.seek((plane * height + start) * width * 4)
-        n_bytes = (stop - start) * width * 4
-        return np.frombuffer(self._stream.read(n_bytes), np.float32).reshape(-1, width)
-
-    def copy_to(self, stream: BinaryIO) -> None:
-        """All values, as bytes."""
-        self._stream.seek(0)
-        shutil.copyfileobj(self._stream, stream, 2**22)
-
-
-@contextmanager
-def new_map(path: Path, shape: tuple[int, ...]) -> Iterator[MapFile]:
-    """A map on disk beside ``path``, gone when the block ends.
-
-    Raises
-    ------
-    ImageError
-        If there is no room for it.
-    """
-    temporary = disk.temporary_name(path, "map.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free, needed = shutil.disk_usage(path.parent).free, math.prod(shape) * 4
-        if needed > free:
-            raise ImageError(
-                f"{path}: a map of {needed / 2**20:,.1f} MiB does not fit on the disk, "
-                f"{free / 2**20:,.1f} MiB are free"
-            )
-        with disk.held(temporary), temporary.open("w+b") as stream:
-            yield MapFile(stream, shape)
-    except OSError as error:
-        raise disk.unwritable(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_npy(path: Path, maps: MapFile) -> None:

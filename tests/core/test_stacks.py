@@ -18,6 +18,7 @@ from semanticblur_core import disk, io, stacks
 from semanticblur_core.errors import ImageError
 from semanticblur_core.inference.jobs import find_jobs
 from semanticblur_core.inference.planes import Planes
+from semanticblur_core.maps import new_map
 from semanticblur_core.scale import Scale
 
 SIZES = {"Z": 2.0, "Y": 0.5, "X": 0.25}
@@ -25,7 +26,7 @@ SCALE = Scale(SIZES, 1.5)
 
 
 def written(path: Path, maps: np.ndarray, axes: str, scale: Scale = SCALE) -> None:
-    with stacks.new_map(path, maps.shape) as file:
+    with new_map(path, maps.shape) as file:
         for plane in maps.reshape(-1, *maps.shape[-2:]):
             file.append(plane[:7])
             file.append(plane[7:])
@@ -310,10 +311,10 @@ def test_a_map_without_room_is_refused_and_leaves_nothing(
 ) -> None:
     with (
         pytest.raises(ImageError, match="does not fit on the disk"),
-        stacks.new_map(tmp_path / "m.tif", (10**9, 10**6)),
+        new_map(tmp_path / "m.tif", (10**9, 10**6)),
     ):
         pass
-    with stacks.new_map(tmp_path / "m.tif", (3, 4)) as file:
+    with new_map(tmp_path / "m.tif", (3, 4)) as file:
         file.append(np.ones((3, 4), np.float32))
         assert list(tmp_path.iterdir())
     assert not list(tmp_path.iterdir())

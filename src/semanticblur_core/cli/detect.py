@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from contextlib import ExitStack, closing
+import threading
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from semanticblur_core.cli._echo import echo
+from semanticblur_core.cli._echo import echo, readable
 from semanticblur_core.cli._options import (
     ChannelsType,
     ListType,
@@ -41,7 +42,7 @@ from semanticblur_core.cli._stop import Stop
 from semanticblur_core.config import MAX_SIZE_PX
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     from semanticblur_core.focus.classical import ClassicalDetector
     from semanticblur_core.inference.cluster import DetectionCluster
@@ -214,11 +215,12 @@ def command(
     """
     from semanticblur_core.errors import SemanticBlurError
     from semanticblur_core.inference.backends import is_exported
-    from semanticblur_core.inference.batch import detect_files
+    from semanticblur_core.inference.batch import detect_files, divide
     from semanticblur_core.inference.inputs import is_video
     from semanticblur_core.inference.jobs import (
         DetectOptions,
         find_jobs,
+        find_kept,
         is_result_name,
         possible_outputs,
         remove_stale_parts,
@@ -286,9 +288,11 @@ def command(
         )
 
     if scheduler is None and workers > len(jobs):
-        n = max(1, len(jobs))
-        echo(f"{n} file{'s' * (n != 1)}: {n} worker{'s' * (n != 1)}, one does whole files")
-        workers = n
+        n = sum(len(divide(job, options, workers)) or 1 for job in jobs)
+        if n < workers:
+            n = max(1, n)
+            echo(f"workers needed: {n} of {workers}")
+            workers = n
     if scheduler is not None and Path(model).is_file():
         model = str(Path(model).absolute())  # workers are in folders of their own
     alone = scheduler is None and workers == 1
@@ -334,14 +338,17 @@ def command(
         for output_place, named in (table.claims if table is not None else {}).items():
             claims.setdefault(output_place, {}).update(named)
         task = progress.add_task("Detecting", total=len(jobs))
+        bars = _FileBars(progress)
         cluster, is_begun, is_whole = None, True, False
         try:
             if alone:
-                remove_stale_parts(jobs, options)
-                coming = detect_files(jobs, detector, options)
+                remove_stale_parts(jobs, options, keep_maps=resume)
+                coming = detect_files(jobs, detector, options, on_progress=bars.advance)
             else:
                 cluster = resources.enter_context(_open_cluster(make, workers, scheduler))
-                coming = resources.enter_context(closing(cluster.detect_files(jobs, options)))
+                coming = resources.enter_context(
+                    closing(cluster.detect_files(jobs, options, on_progress=bars.advance))
+                )
             for found in stop.each(coming):
                 result = _unless_of_another(found, claims)
                 if result.skipped:
@@ -361,6 +368,7 @@ def command(
                 if json_path is not None:
                     results.append(result)
                 progress.advance(task)
+                bars.remove(result.source)
                 _report(result, progress, quiet=progress.console.is_terminal and len(jobs) > 1)
                 if method == "network" and isinstance(size, int):
                     warn_of_squashing(progress, result.source, result.width, result.height)
@@ -371,6 +379,8 @@ def command(
         finally:
             if cluster is not None and cluster.detector is not None and method == "network":
                 detector = cluster.detector
+            if n_failed or not is_whole:
+                _tell_of_kept(find_kept(jobs, options), progress)
             # Written after an interruption too: it tells what was done.
             if json_path is not None and is_begun:
                 _write_json(json_path, results, detector, options, earlier, is_whole=is_whole)
@@ -416,6 +426,51 @@ def _make_detector(method: str, model: str, **how: Any) -> Detector | ClassicalD
 
         keep_freed_memory()
     return detector
+
+
+class _FileBars:
+    """Bars of the files that take long, below that of all; told of by any thread."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._bars: dict[str, TaskID] = {}
+        self._over: set[str] = set()
+        self._lock = threading.Lock()
+
+    def advance(self, source: str, n_done: int, n_all: int) -> None:
+        """Of a file so much is done, of so much."""
+        from rich.markup import escape
+
+        with self._lock:
+            if source in self._over:  # a worker's word that came late
+                return
+            if source not in self._bars:
+                name = escape(readable(Path(source).name))
+                self._bars[source] = self._progress.add_task(f"  {name}, %", total=100)
+            percent = 100 * n_done // max(1, n_all)
+            self._progress.update(self._bars[source], completed=percent)
+
+    def remove(self, source: str) -> None:
+        """A file is over."""
+        with self._lock:
+            if source in self._bars:
+                self._progress.remove_task(self._bars.pop(source))
+                self._over.add(source)
+
+
+def _tell_of_kept(kept: list[Path], progress: Progress) -> None:
+    if not kept:
+        return
+    n_bytes = 0
+    with suppress(OSError):  # another run goes on with it
+        n_bytes = sum(path.stat().st_size for folder in kept for path in folder.glob("*.rows"))
+    which = f"{kept[0]}{f' and {len(kept) - 1} more' if len(kept) > 1 else ''}"
+    say(
+        progress,
+        f"semanticblur-core: what is made of a map so far is kept, {n_bytes / 2**20:,.1f} MiB in "
+        f"{which}: --resume goes on with it, a run without --resume deletes it",
+        err=True,
+    )
 
 
 def _report(result: FileResult, progress: Progress, *, quiet: bool) -> None:

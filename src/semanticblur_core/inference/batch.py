@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -19,16 +18,12 @@ from semanticblur_core import io, stacks
 from semanticblur_core.errors import ImageError, SemanticBlurError
 from semanticblur_core.inference.inputs import is_sample, is_video, load
 from semanticblur_core.inference.jobs import DetectOptions, Job, is_done, result_paths
-from semanticblur_core.inference.map_maker import (
-    MapMaker,
-    batched,
-    images_at_once,
-    iter_readable,
-)
+from semanticblur_core.inference.map_maker import MapMaker, batched, images_at_once
 from semanticblur_core.inference.overlay import draw_overlay
-from semanticblur_core.inference.planes import DetectUpdate, Planes, takes_all
+from semanticblur_core.inference.planes import Planes, takes_all
 from semanticblur_core.inference.results import FileResult, PlaneResult
-from semanticblur_core.inference.tiling import TileGrid
+from semanticblur_core.inference.rows import Limits, OnPart, RowMaker, map_key
+from semanticblur_core.maps import MapFile, kept_map, new_map
 from semanticblur_core.scale import Scale
 
 if TYPE_CHECKING:
@@ -36,16 +31,22 @@ if TYPE_CHECKING:
 
 _IMAGE_FORMATS = ("png", "tif", "npy", "zarr")
 STREAMED_PIXELS = 64_000_000
-_Limits = list[tuple[float, float]] | None
+OnProgress = Callable[[str, int, int], None]
 _T = TypeVar("_T")
 
 
 def detect_files(
-    jobs: Iterable[Job], detector: MapMaker, options: DetectOptions
+    jobs: Iterable[Job],
+    detector: MapMaker,
+    options: DetectOptions,
+    *,
+    on_progress: OnProgress | None = None,
 ) -> Generator[FileResult]:
     """Detect and write; yields a result per job, failed ones included. Close it to stop.
 
     Where the detector takes several images at once (on a GPU), as many photographs are read ahead.
+    ``on_progress`` is called while a stack, a slide or a video is done, with its job's source, how
+    much is done and of how much.
     """
     begun = (_begin(job, options) for job in jobs)
     for some in batched(begun, images_at_once(detector, options), _Begun.n_pixels):
@@ -54,7 +55,9 @@ def detect_files(
             start = time.perf_counter()
             result = item.result
             if result is None:
-                result = _attempt(item.job, functools.partial(_finish, item, detector, options))
+                on_part = on_progress and functools.partial(on_progress, item.job.source)
+                finish = functools.partial(_finish, item, detector, options, on_part)
+                result = _attempt(item.job, finish)
             item.image = item.blur = None  # not in memory beside the next
             yield replace(result, elapsed_s=item.elapsed_s + time.perf_counter() - start)
 
@@ -181,7 +184,9 @@ def _picture_outputs(
     return result_paths(job, options, default, _IMAGE_FORMATS), overlay
 
 
-def _finish(begun: _Begun, detector: MapMaker, options: DetectOptions) -> FileResult:
+def _finish(
+    begun: _Begun, detector: MapMaker, options: DetectOptions, on_part: OnPart | None
+) -> FileResult:
     """Detect what is not detected yet, and write."""
     job, image, blur = begun.job, begun.image, begun.blur
     if image is None and is_video(job.source):
@@ -189,12 +194,15 @@ def _finish(begun: _Begun, detector: MapMaker, options: DetectOptions) -> FileRe
 
         _require_one_range(job, options)
         _refuse_stack_options(job, options)
-        return detect_video(job, detector, options)
+        return detect_video(job, detector, options, on_part)
     if image is None:
-        return _detect_stack(job, detector, options)
+        return _detect_stack(job, detector, options, on_part)
     if blur is None:
+        how: Any = {"size": options.size, "value_range": options.value_range}
+        if options.size == "native" and on_part is not None:
+            how["on_tile"] = on_part
         try:
-            blur = detector.detect(image, size=options.size, value_range=options.value_range)
+            blur = detector.detect(image, **how)
         except SemanticBlurError as error:
             raise ImageError(f"{job.source}: {error}") from error
     targets, overlay = _picture_outputs(job, options, "png")
@@ -205,7 +213,7 @@ def _finish(begun: _Begun, detector: MapMaker, options: DetectOptions) -> FileRe
         io.write_npy(targets["npy"], blur)
     described = {"tif", "zarr"} if scale.steps else {"zarr"}
     for name in sorted(described & set(targets)):
-        with stacks.new_map(targets[name], blur.shape) as maps:
+        with new_map(targets[name], blur.shape) as maps:
             maps.append(blur)
             write = stacks.write_tiff if name == "tif" else stacks.write_zarr
             write(targets[name], maps, axes="YX", scale=scale)
@@ -249,31 +257,85 @@ def _write_pictures(
         io.write_png(path, drawn)
 
 
-def _detect_stack(job: Job, detector: MapMaker, options: DetectOptions) -> FileResult:
+@contextmanager
+def _opened(job: Job, options: DetectOptions) -> Iterator[tuple[stacks.Stack, RowMaker]]:
+    """A stack, and the planes of it that are asked for."""
     path = Path(job.source)
-    targets, overlay = _picture_outputs(job, options, "tif")
-    outputs = [*targets.values(), *overlay]
-    if is_done(outputs, options):
-        return FileResult(job.source, outputs, skipped=True)
     with stacks.open_stack(
         path, axes=options.axes, level=options.level, series=options.series
     ) as stack:
         try:
             planes = Planes(stack.array, stack.axes, stack.channel(options.channels))
-            box = planes.box(options.planes)
+            maker = RowMaker(planes, planes.box(options.planes), options)
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from error
-        shape = (*(len(axis) for axis in box), *planes.plane_shape)
+        yield stack, maker
+
+
+def divide(job: Job, options: DetectOptions, n_workers: int) -> list[range]:
+    """Parts of a stack's or slide's map that several workers can make, see `detect_rows`.
+
+    None of what is done before, cannot be done, or is too small for it: less than 8 planes or 4
+    rows of tiles a part.
+    """
+    try:
+        if is_video(job.source) or job.refusal is not None or _is_photograph(job, options):
+            return []
+        targets, overlay = _picture_outputs(job, options, "tif")
+        if is_done([*targets.values(), *overlay], options):
+            return []
+        with _opened(job, options) as (_, maker):
+            return maker.divide(n_workers)
+    except Exception:  # told of where the file is done
+        return []
+
+
+def detect_rows(
+    job: Job, detector: MapMaker, options: DetectOptions, rows: range, on_part: OnPart | None = None
+) -> None:
+    """Make some rows of a stack's map, which are kept until `detect_files` does the whole.
+
+    Raises
+    ------
+    SemanticBlurError
+        If that fails, as the whole will.
+    """
+    targets, _ = _picture_outputs(job, options, "tif")
+    key = map_key(job, detector, options)
+    with (
+        _opened(job, options) as (_, maker),
+        kept_map(next(iter(targets.values())), maker.shape, key, stays=True) as maps,
+    ):
+        maker.make(maps, _limits(maps, maker), detector, wanted=rows, on_part=on_part)
+
+
+def _limits(maps: MapFile, maker: RowMaker) -> Limits:
+    """As `RowMaker.limits`, found once for all that make a map."""
+    found = maps.remembered("limits", maker.limits)
+    return None if found is None else [(low, high) for low, high in found]
+
+
+def _detect_stack(
+    job: Job, detector: MapMaker, options: DetectOptions, on_part: OnPart | None
+) -> FileResult:
+    path = Path(job.source)
+    targets, overlay = _picture_outputs(job, options, "tif")
+    outputs = [*targets.values(), *overlay]
+    if is_done(outputs, options):
+        return FileResult(job.source, outputs, skipped=True)
+    with _opened(job, options) as (stack, maker):
+        planes, box, shape = maker.planes, maker.box, maker.shape
         has_pictures = "png" in targets or bool(overlay)
         if has_pictures and (math.prod(shape[:-2]) > 1 or math.prod(shape) > STREAMED_PIXELS):
             raise ImageError(
                 f"{path}: a stack or a large image, and pictures hold one plane in memory; use "
                 "--format=tif, npy or zarr, without --overlay"
             )
-        with stacks.new_map(next(iter(targets.values())), shape) as maps:
+        key = map_key(job, detector, options)
+        with kept_map(next(iter(targets.values())), shape, key, stays=False) as maps:
             try:
-                limits = _stack_limits(planes, options)
-                measured = _append_planes(maps, planes, box, limits, detector, options)
+                limits = _limits(maps, maker)
+                measured = maker.make(maps, limits, detector, on_part=on_part)
                 if has_pictures and measured[0].error is not None:
                     raise ImageError(measured[0].error)  # they show all of the plane
             except SemanticBlurError as error:
@@ -321,151 +383,6 @@ def _unreadable_part(job: Job, planes: list[PlaneResult]) -> str | None:
         return f"{job.source}: NaN where it {errors[0]}"
     which = errors[0] if len(errors) == 1 else f"the first of them {errors[0]}"
     return f"{job.source}: NaN in {len(errors)} of {len(planes)} planes, {which}"
-
-
-def _append_planes(
-    maps: stacks.MapFile,
-    planes: Planes,
-    box: list[range],
-    limits: _Limits,
-    detector: MapMaker,
-    options: DetectOptions,
-) -> list[PlaneResult]:
-    """Detect planes in order and append their maps; what cannot be read is NaN.
-
-    At native size that is single tiles, otherwise whole planes.
-
-    Raises
-    ------
-    ImageError
-        If nothing can be read, or planes are too large to be squashed.
-    SemanticBlurError
-        If a map is NaN all over.
-    """
-    measured: list[PlaneResult] = []
-    indices = list(itertools.product(*box))
-
-    def append(index: tuple[int, ...], strips: Iterable[NDArray[np.float32]]) -> PlaneResult:
-        n_blurred, total, n_pixels = 0, 0.0, 0
-        for strip in strips:
-            maps.append(strip)
-            n_blurred += int(np.count_nonzero(strip > options.threshold))
-            total += float(np.nansum(strip, dtype=np.float64))
-            n_pixels += strip.size - int(np.count_nonzero(np.isnan(strip)))
-        if not n_pixels:  # of the network, not of what is read
-            raise SemanticBlurError("the map that was made has no numbers")
-        return PlaneResult(index, n_blurred / n_pixels, total / n_pixels, n_pixels)
-
-    def leave_out(index: tuple[int, ...], error: ImageError) -> None:
-        # An OSError is not the file's contents: a disk, a network.
-        if len(indices) == 1 or isinstance(error.__cause__, OSError):
-            raise error
-        maps.leave_out_plane()
-        measured.append(PlaneResult(index, error=str(error)))
-
-    if options.size == "native":
-        grid = TileGrid(*planes.plane_shape)
-        # Only the network has a native size: other methods always work at the image's own.
-        network = cast("Detector", detector)
-        for index in indices:
-            # In strips, so that a plane is never held whole.
-            tiles = _Tiles(functools.partial(planes.view(index).read_unit, limits=limits))
-            strips = itertools.starmap(tiles.without_lost, network.iter_strips(tiles.read, grid))
-            try:
-                plane = append(index, strips)
-            except ImageError as error:
-                leave_out(index, error)
-            else:
-                measured.append(replace(plane, error=tiles.problem(len(grid))))
-        if not any(plane.n_pixels for plane in measured):
-            raise ImageError(measured[-1].error)
-        return measured
-    n_pixels = math.prod(planes.plane_shape)
-    if n_pixels > options.max_pixels:
-        raise ImageError(
-            f"planes of {n_pixels / 1e6:.0f} million pixels are too large to be squashed; "
-            "--size=native streams them, --level takes a coarser one of a pyramid, "
-            "--max-pixels raises the limit"
-        )
-
-    def detect(some: list[tuple[int, ...]]) -> Iterator[DetectUpdate]:
-        return detector.iter_planes(
-            planes.array, planes.axes, indices=some, channels=planes.channels, size=options.size,
-            value_range=limits,
-        )  # fmt: skip
-
-    for update in iter_readable(detect, indices, leave_out):
-        measured.append(append(update.index, [update.blur]))
-    return measured
-
-
-def _stack_limits(planes: Planes, options: DetectOptions) -> _Limits:
-    """Intensities that count as black and white, by channel."""
-    if options.channel_ranges is not None:
-        return planes.as_limits(options.channel_ranges)
-    if options.value_range is not None:
-        return planes.as_limits(options.value_range)
-    return planes.estimate_range()
-
-
-class _Tiles:
-    """Tiles of one plane; those that cannot be read are black, and NaN in the map.
-
-    Whole rows are read once and the tiles of a row cut from them: files are often kept in rows.
-    """
-
-    def __init__(self, read: Callable[[slice, slice], NDArray[Any]]) -> None:
-        self._read = read
-        self._rows: slice | None = None
-        self._band: NDArray[Any] | None = None
-        self._is_any_read = False
-        self._lost: list[tuple[slice, slice]] = []
-        self._error: ImageError | None = None
-
-    def read(self, rows: slice, columns: slice) -> NDArray[Any]:
-        """Pixels of one tile; those of a row come one after the other.
-
-        Raises
-        ------
-        ImageError
-            If it is not the file's contents that are damaged, or no tile of the first row was read.
-        """
-        if self._rows != rows:
-            if self._error is not None and not self._is_any_read:
-                raise self._error
-            self._rows, self._band = rows, None
-            with suppress(ImageError):
-                self._band = self._read(rows, slice(None))
-        try:
-            tile = self._read(rows, columns) if self._band is None else self._band[:, columns]
-        except ImageError as error:
-            if isinstance(error.__cause__, OSError):
-                raise
-            self._error = self._error or error
-            self._lost.append((rows, columns))
-            return np.zeros((rows.stop - rows.start, columns.stop - columns.start), np.uint8)
-        self._is_any_read = True
-        return tile
-
-    def without_lost(self, rows: slice, strip: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Finished rows of the map, NaN where a tile was lost."""
-        if not self._is_any_read and self._error is not None:
-            raise self._error
-        for lost_rows, columns in self._lost:
-            start, stop = max(rows.start, lost_rows.start), min(rows.stop, lost_rows.stop)
-            if start < stop:
-                strip[start - rows.start : stop - rows.start, columns] = np.nan
-        return strip
-
-    def problem(self, n_tiles: int) -> str | None:
-        """Why tiles were lost, how many of how many, and where the first of them is."""
-        if self._error is None:
-            return None
-        rows, columns = self._lost[0]
-        return (
-            f"{self._error} ({len(self._lost)} of {n_tiles} tiles, the first in rows {rows.start}:"
-            f"{rows.stop}, columns {columns.start}:{columns.stop})"
-        )
 
 
 def _is_streamed(path: Path, options: DetectOptions) -> bool:

@@ -4,6 +4,10 @@ The work is cut into chunks of a few files. Only a few chunks a worker thread ar
 time, so that a million files are no burden to the scheduler. A chunk whose worker dies is done
 again by another; since results are renamed into place when they are whole, nothing is lost and
 nothing is half there.
+
+Where there are fewer files than workers, the map of a stack or a slide is made in parts: each is
+kept beside the result, and the file is then done as any other, by a worker that finds all of its
+map there.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import secrets
 import signal
 import sys
 import threading
@@ -23,14 +28,20 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
 from semanticblur_core.errors import ConfigError, SemanticBlurError, quieten_readers
-from semanticblur_core.inference.batch import detect_files, job_outputs
+from semanticblur_core.inference.batch import (
+    OnProgress,
+    detect_files,
+    detect_rows,
+    divide,
+    job_outputs,
+)
 from semanticblur_core.inference.inputs import is_sample
 from semanticblur_core.inference.jobs import (
     DetectOptions,
@@ -49,6 +60,9 @@ CHUNK_S = 1.0
 MAX_CHUNK_FILES = 64
 CHUNKS_PER_THREAD = 2
 CENSUS_S = 2.0
+TELL_S = 1.0
+# Of a cluster whose first worker is still to come.
+EXPECTED_WORKERS = 16
 DRAIN_S = 5.0
 CONNECT_S = 10
 # How often a chunk may lose its worker before its files are tried one at a time.
@@ -143,9 +157,15 @@ class DetectionCluster:
         return sum(self._client.nthreads().values())
 
     def detect_files(
-        self, jobs: Iterable[Job], options: DetectOptions
+        self,
+        jobs: Iterable[Job],
+        options: DetectOptions,
+        *,
+        on_progress: OnProgress | None = None,
     ) -> Generator[FileResult, None, None]:
         """As `semanticblur_core.detect_files`, in the order in which files are finished.
+
+        Where there are no more files than two a worker thread, several workers do a stack or slide.
 
         Files whose worker process died each time they were tried, even alone, are reported as
         failed. Close the iterator to stop: files that a worker of a running cluster has begun are
@@ -161,34 +181,54 @@ class DetectionCluster:
         if self._is_closed:
             raise ConfigError("its processes ended when it was closed or stopped; make another")
         jobs = list(jobs)
-        remove_stale_parts(jobs, options)
+        remove_stale_parts(jobs, options, keep_maps=options.resume)
         whole = False
         try:
-            yield from self._detect(jobs, options)
+            with self._hearing(on_progress) as told:
+                yield from self._detect(jobs, options, told)
             whole = True
         finally:
             is_own = self._n_threads is not None
             if is_own and not whole:
                 self.close()  # ends what is still being written
             if (is_own and not whole) or (whole and self._workers_lost):
-                remove_stale_parts(jobs, options)
+                remove_stale_parts(jobs, options, keep_maps=True)
 
-    def _detect(self, jobs: list[Job], options: DetectOptions) -> Iterator[FileResult]:
+    def _detect(
+        self, jobs: list[Job], options: DetectOptions, told: _Told | None
+    ) -> Iterator[FileResult]:
         import cloudpickle
         from distributed import KilledWorker, as_completed
 
         # As bytes: what a worker cannot unpickle in its inbox costs it the connection.
         make = cloudpickle.dumps(self._make)
         waiting, suspects = deque(jobs), deque[_Task]()
+        divided: dict[_Task, _Divided] = {}
         running: dict[Any, _Chunk] = {}
         untold = deque[tuple[_Task, FileResult]]()
         completed = as_completed(loop=self._client.loop)
         n_done, seconds = 0, 0.0
         distant = replace(options, output=options.output.absolute())
 
+        def take() -> list[_Chunk]:
+            """The next files, or parts of the next one."""
+            wanted = CHUNK_S * n_done / seconds if seconds else 1
+            share = math.ceil(len(waiting) / (self._slots * CHUNKS_PER_THREAD))
+            n_files = max(1, min(round(wanted), share, MAX_CHUNK_FILES))
+            n_files = min(n_files, len(waiting))
+            tasks = [_Task.of(waiting.popleft(), options) for _ in range(n_files)]
+            n_workers = self._slots if self._workers else EXPECTED_WORKERS
+            if n_workers < 2 or share > 1:
+                return [_Chunk(tasks)]
+            parts = divide(tasks[0].distant, distant, n_workers)
+            if parts:
+                divided[tasks[0]] = _Divided(len(parts), parts[-1].stop)
+            return [_Chunk(tasks, rows=rows) for rows in parts] or [_Chunk(tasks)]
+
         def submit(chunk: _Chunk) -> None:
+            tell = told and told.expect(chunk, divided)
             future = self._client.submit(
-                _detect_chunk, make, chunk.tasks, distant, self._n_threads, pure=False
+                _work, make, chunk, distant, self._n_threads, tell, pure=False
             )
             running[future] = chunk
             completed.add(future)
@@ -201,12 +241,8 @@ class DetectionCluster:
                         submit(_Chunk([suspects.popleft()], alone=True))
                 else:
                     while waiting and len(running) < self._slots * CHUNKS_PER_THREAD:
-                        wanted = CHUNK_S * n_done / seconds if seconds else 1
-                        share = math.ceil(len(waiting) / (self._slots * CHUNKS_PER_THREAD))
-                        n_files = max(1, min(round(wanted), share, MAX_CHUNK_FILES))
-                        n_files = min(n_files, len(waiting))
-                        taken = [_Task.of(waiting.popleft(), options) for _ in range(n_files)]
-                        submit(_Chunk(taken))
+                        for chunk in take():  # of all parts, whoever is there to make them
+                            submit(chunk)
                 future = next(completed)
                 chunk = running[future]
                 if future.status == "cancelled":
@@ -215,16 +251,34 @@ class DetectionCluster:
                     error = future.exception()
                 if error is not None:
                     del running[future]
-                if isinstance(error, KilledWorker):
-                    self._workers_lost = True
+                if error is not None and not isinstance(error, KilledWorker):
+                    raise _explained(error)
+                self._workers_lost |= error is not None
+                if chunk.rows is not None:
+                    task, of_file = chunk.tasks[0], divided[chunk.tasks[0]]
+                    if error is None:
+                        with _explaining():
+                            self.detector, elapsed_s = future.result()
+                        of_file.elapsed_s += elapsed_s
+                        del running[future]
+                    of_file.n_left -= 1
+                    of_file.is_suspect |= error is not None
+                    if not of_file.n_left and of_file.is_suspect:
+                        suspects.append(task)
+                    elif not of_file.n_left:
+                        submit(_Chunk([task]))
+                    continue
+                if error is not None:
                     if chunk.alone:
                         yield _killed(chunk.tasks[0].job)
                     else:
                         suspects.extend(chunk.tasks)
                     continue
-                if error is not None:
-                    raise _explained(error)
-                untold.extend(self._results(future, chunk, options, distant))
+                for task, result in self._results(future, chunk, options, distant):
+                    if task in divided:
+                        elapsed_s = result.elapsed_s + divided[task].elapsed_s
+                        result = replace(result, elapsed_s=elapsed_s)
+                    untold.append((task, result))
                 del running[future]
                 while untold:
                     _, result = untold.popleft()
@@ -233,7 +287,7 @@ class DetectionCluster:
             self._census(now=True)
         except KeyboardInterrupt:
             # Whose maps are there already, so that no report lacks them.
-            for future in self._drained(list(running)):
+            for future in self._drained([f for f, c in running.items() if c.rows is None]):
                 untold.extend(self._results(future, running.pop(future), options, distant))
             while untold:
                 yield untold.popleft()[1]
@@ -249,6 +303,20 @@ class DetectionCluster:
                     # One that is refused has the names of another's results, which were told of.
                     made = () if task.job.refusal else possible_outputs(task.job, options)
                     take_back(path for path in made if path.name not in task.existing)
+
+    @contextmanager
+    def _hearing(self, on_progress: OnProgress | None) -> Iterator[_Told | None]:
+        """What hears from the workers of the progress within files, if that is wanted."""
+        if on_progress is None:
+            yield None
+            return
+        told = _Told(on_progress)
+        self._client.subscribe_topic(told.topic, told.hear)
+        try:
+            yield told
+        finally:
+            with suppress(Exception):  # closed, or the scheduler is lost
+                self._client.unsubscribe_topic(told.topic)
 
     def _results(
         self, future: Any, chunk: _Chunk, options: DetectOptions, distant: DetectOptions
@@ -360,8 +428,74 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Chunk:
+    """Files for a worker, or some rows of the map of one."""
+
     tasks: list[_Task]
     alone: bool = False
+    rows: range | None = None
+
+
+@dataclass
+class _Divided:
+    """A file of which several workers make parts."""
+
+    n_left: int
+    n_rows: int
+    elapsed_s: float = 0.0
+    is_suspect: bool = False  # a worker died of it
+
+
+@dataclass(frozen=True)
+class _Tell:
+    """Tells of the progress within files that take long, from a worker, once a second."""
+
+    topic: str
+    numbers: dict[str, int]  # of the files, since names may hold what cannot be sent
+    first_row: int
+    told_at: dict[int, float] = field(default_factory=dict)
+
+    def __call__(self, source: str, n_done: int, n_all: int) -> None:
+        number, now = self.numbers[source], time.monotonic()
+        if now - self.told_at.get(number, -math.inf) >= TELL_S:
+            from distributed import get_worker
+
+            self.told_at[number] = now
+            get_worker().log_event(self.topic, (number, self.first_row, n_done, n_all))
+
+
+class _Told:
+    """Hears of the progress within files."""
+
+    def __init__(self, on_progress: OnProgress) -> None:
+        self.topic = f"semanticblur-{secrets.token_hex(4)}"
+        self._on_progress = on_progress
+        self._sources: list[str] = []
+        self._numbers: dict[str, int] = {}
+        self._n_rows: dict[int, int] = {}
+        self._parts: dict[int, dict[int, int]] = {}
+
+    def expect(self, chunk: _Chunk, divided: dict[_Task, _Divided]) -> _Tell:
+        """What a worker is given to tell of some files, or rows of one."""
+        numbers = {}
+        for task in chunk.tasks:
+            number = self._numbers.setdefault(task.job.source, len(self._sources))
+            if number == len(self._sources):
+                self._sources.append(task.job.source)
+            numbers[task.distant.source] = number
+            if chunk.rows is None:
+                self._parts.pop(number, None)
+            else:
+                self._n_rows[number] = divided[task].n_rows
+        return _Tell(self.topic, numbers, -1 if chunk.rows is None else chunk.rows.start)
+
+    def hear(self, event: tuple[float, tuple[int, int, int, int]]) -> None:
+        """What dask calls with when it was told, and what."""
+        number, first_row, n_done, n_all = event[1]
+        if first_row >= 0:
+            parts = self._parts.setdefault(number, {})
+            parts[first_row] = n_done
+            n_done, n_all = sum(parts.values()), self._n_rows[number]
+        self._on_progress(self._sources[number], n_done, n_all)
 
 
 _lock = threading.Lock()
@@ -383,18 +517,39 @@ def dask_setup(worker: Any) -> None:
     quieten_readers()  # as on the command line
 
 
-def _detect_chunk(
-    pickled_make: bytes, tasks: list[_Task], options: DetectOptions, n_threads: int | None
-) -> tuple[SimpleNamespace, list[FileResult]]:
+def _work(
+    pickled_make: bytes,
+    chunk: _Chunk,
+    options: DetectOptions,
+    n_threads: int | None,
+    tell: _Tell | None,
+) -> tuple[SimpleNamespace, Any]:
+    """In a worker: the results of files, or how long some rows of a map took."""
     detector = process_detector(pickled_make)
     if n_threads is not None and "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(n_threads)
+    start, job = time.perf_counter(), chunk.tasks[0].distant
+    made: list[FileResult] | float
+    if chunk.rows is None:
+        made = _detect_chunk(detector, chunk.tasks, options, tell)
+    else:
+        on_part = functools.partial(tell, job.source) if tell is not None else None
+        with suppress(Exception):  # the whole file will fail of the same, and tells of it
+            detect_rows(job, detector, options, chunk.rows, on_part)
+        made = time.perf_counter() - start
+    public = {name: getattr(detector, name) for name in _PUBLIC if hasattr(detector, name)}
+    return SimpleNamespace(**public), made
+
+
+def _detect_chunk(
+    detector: MapMaker, tasks: list[_Task], options: DetectOptions, tell: _Tell | None = None
+) -> list[FileResult]:
     results: list[FileResult] = []
     for fresh, some in itertools.groupby(tasks, key=lambda task: task.is_fresh(options)):
         own = replace(options, overwrite=True, resume=False) if fresh else options
-        results.extend(detect_files([task.distant for task in some], detector, own))
-    public = {name: getattr(detector, name) for name in _PUBLIC if hasattr(detector, name)}
-    return SimpleNamespace(**public), results
+        jobs = [task.distant for task in some]
+        results.extend(detect_files(jobs, detector, own, on_progress=tell))
+    return results
 
 
 def _as_asked(

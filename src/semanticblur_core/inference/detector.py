@@ -231,6 +231,7 @@ class Detector:
         size: int | Literal["native"] = PAPER_SIZE_PX,
         value_range: tuple[float, float] | None = None,
         upsampling: Upsampling | None = None,
+        on_tile: Callable[[int, int], None] | None = None,
     ) -> NDArray[np.float32]:
         """Blur map of one image.
 
@@ -246,6 +247,8 @@ class Detector:
             Intensities that count as black and white, see `semanticblur_core.io.to_unit_range`.
         upsampling
             Another way than the detector's own.
+        on_tile
+            Called at native size with the tiles that are done, and all.
 
         Returns
         -------
@@ -259,6 +262,8 @@ class Detector:
         ConfigError
             If the size or the upsampling is none.
         """
+        if size == "native":
+            return self._detect_native(image, value_range, on_tile)
         return self.detect_batch(
             [image], size=size, value_range=value_range, upsampling=upsampling
         )[0]
@@ -277,7 +282,6 @@ class Detector:
         if upsampling is not None:
             _require_upsampling(upsampling)
         if size == "native":
-            self._require_one_scale()
             return [self._detect_native(image, value_range) for image in images]
         require_size(size, self.scales)
         pixels = [_prepare(image, value_range) for image in images]
@@ -390,7 +394,12 @@ class Detector:
                 yield DetectUpdate(view.index, n_done, n_total, blur, finished, region, done)
 
     def iter_tiles(
-        self, read: Reader, grid: TileGrid, *, visible: Region | None = None
+        self,
+        read: Reader,
+        grid: TileGrid,
+        *,
+        visible: Region | None = None,
+        tile_rows: range | None = None,
     ) -> Iterator[tuple[Tile, NDArray[np.float32]]]:
         """Weighted blur maps of the tiles of a plane at native size; their sum is the map.
 
@@ -402,9 +411,11 @@ class Detector:
             Tiles to walk.
         visible
             Rows and columns whose tiles come first.
+        tile_rows
+            Rows of the grid to walk; None walks all.
         """
         _require_native(grid.height, grid.width)
-        tiles = list(grid)
+        tiles = [tile for tile in grid if tile_rows is None or tile.row in tile_rows]
         if visible is not None:
             rows, columns = visible
             tiles.sort(
@@ -416,9 +427,18 @@ class Detector:
                 yield tile, blur * grid.weights(tile)
 
     def iter_strips(
-        self, read: Reader, grid: TileGrid
+        self, read: Reader, grid: TileGrid, *, wanted: range | None = None
     ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
         """Finished rows of a plane's map at native size, from the top, in constant memory.
+
+        Parameters
+        ----------
+        read, grid
+            As of `iter_tiles`.
+        wanted
+            Strips that are wanted, of which there is one a row of the grid: from the first pixel
+            row of its tiles to that of the next. None gives all. Tiles above them that reach into
+            them are computed, too.
 
         Yields
         ------
@@ -427,26 +447,36 @@ class Detector:
         """
         height = grid.tile_shape[0]
         starts = [*grid.row_starts, grid.height]
+        wanted = range(len(grid.row_starts)) if wanted is None else wanted
+        first = next(i for i, start in enumerate(starts) if start + height > starts[wanted.start])
         pending = np.zeros((height, grid.width), np.float32)
-        for tile, part in self.iter_tiles(read, grid):
+        for tile, part in self.iter_tiles(read, grid, tile_rows=range(first, wanted.stop)):
             pending[:, tile.columns] = _summed(pending[:, tile.columns], part)
             if tile.column + 1 < len(grid.column_starts):
                 continue
             top, following = starts[tile.row], starts[tile.row + 1]
             n_finished = following - top
-            yield slice(top, following), pending[:n_finished].copy()
+            if tile.row in wanted:
+                yield slice(top, following), pending[:n_finished].copy()
             pending[: height - n_finished] = pending[n_finished:].copy()
             pending[height - n_finished :] = 0
 
     def _detect_native(
-        self, image: ArrayLike, value_range: tuple[float, float] | None
+        self,
+        image: ArrayLike,
+        value_range: tuple[float, float] | None,
+        on_tile: Callable[[int, int], None] | None = None,
     ) -> NDArray[np.float32]:
+        self._require_one_scale()
         pixels = _prepare(image, value_range)
         grid = TileGrid(*pixels.shape[:2])
         blur = np.zeros(pixels.shape[:2], np.float32)
-        for tile, part in self.iter_tiles(lambda rows, columns: pixels[rows, columns], grid):
+        tiles = self.iter_tiles(lambda rows, columns: pixels[rows, columns], grid)
+        for n_done, (tile, part) in enumerate(tiles, start=1):
             region = (tile.rows, tile.columns)
             blur[region] = _summed(blur[region], part)
+            if on_tile is not None:
+                on_tile(n_done, len(grid))
         return blur
 
     def _require_one_scale(self) -> None:

@@ -17,6 +17,7 @@ from semanticblur_core import disk, io, stacks
 from semanticblur_core.config import require_share
 from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.inference.inputs import expand_inputs, is_of_camera, is_sample
+from semanticblur_core.maps import is_kept
 
 _log = logging.getLogger(__name__)
 # Of a million files not all are opened for this: after so many that are whole, all are taken to be.
@@ -300,11 +301,27 @@ def made_of(paths: Iterable[str]) -> Callable[[str], bool]:
     return is_made
 
 
-def remove_stale_parts(jobs: Iterable[Job], options: DetectOptions) -> None:
+def remove_stale_parts(
+    jobs: Iterable[Job], options: DetectOptions, *, keep_maps: bool = False
+) -> None:
     """Delete what killed runs had begun to write under the names of these jobs' results.
 
-    What a process that lives is writing stays, and what the system cannot tell from it.
+    What a process that lives is writing stays, and what the system cannot tell from it. With
+    ``keep_maps`` so do the maps of stacks that `find_kept` finds.
     """
+    for entry in _parts(jobs, options):
+        if not (keep_maps and is_kept(Path(entry.path))):
+            disk.remove_if_stale(Path(entry.path))
+
+
+def find_kept(jobs: Iterable[Job], options: DetectOptions) -> list[Path]:
+    """Folders of maps of these jobs that are made in part, with which ``resume`` goes on."""
+    found = (Path(entry.path) for entry in _parts(jobs, options))
+    return sorted(path for path in found if is_kept(path))
+
+
+def _parts(jobs: Iterable[Job], options: DetectOptions) -> Iterator[os.DirEntry[str]]:
+    """Temporary files and folders under the names of these jobs' results."""
     by_folder: dict[Path, list[Job]] = {}
     for job in jobs:
         by_folder.setdefault((options.output / job.output_stem).parent, []).append(job)
@@ -313,13 +330,12 @@ def remove_stale_parts(jobs: Iterable[Job], options: DetectOptions) -> None:
             parts = [entry for entry in os.scandir(folder) if _part_of(entry)]
             # Names are made only where something is left behind: there may be a million.
             wanted = {
-                disk.shortened(path.name)
+                disk.shortened(name)
                 for job in (own if parts else [])
                 for path in possible_outputs(job, options)
+                for name in (path.name, path.stem)  # a map that is kept may become any format
             }
-            for entry in parts:
-                if _part_of(entry) in wanted:
-                    disk.remove_if_stale(Path(entry.path))
+            yield from (entry for entry in parts if _part_of(entry) in wanted)
 
 
 def _part_of(entry: os.DirEntry[str]) -> str:

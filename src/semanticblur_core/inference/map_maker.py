@@ -51,6 +51,8 @@ def iter_readable(
     detect: Callable[[list[tuple[int, ...]]], Iterable[DetectUpdate]],
     indices: Iterable[tuple[int, ...]],
     on_unreadable: Callable[[tuple[int, ...], ImageError], None],
+    *,
+    need_one: bool = True,
 ) -> Iterator[DetectUpdate]:
     """Maps of planes, all but of those that cannot be read.
 
@@ -62,13 +64,15 @@ def iter_readable(
         Of all planes.
     on_unreadable
         Called with each that cannot be read, and why, when it is its turn.
+    need_one
+        Whether it is an error if none can be read.
 
     Raises
     ------
     ImageError
         That of the last plane, if none can be read.
     """
-    left, one_by_one, is_any_done = list(indices), False, False
+    left, one_by_one, is_any_done = list(indices), False, not need_one
     while left:
         now, after = (left[:1], left[1:]) if one_by_one else (left, [])
         n_done = 0

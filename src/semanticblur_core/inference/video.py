@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -117,8 +117,15 @@ def count_frames(path: Path) -> tuple[int, tuple[int, int]]:
         raise disk.unreadable(path, error) from error
 
 
-def detect_video(job: Job, detector: MapMaker, options: DetectOptions) -> FileResult:
+def detect_video(
+    job: Job,
+    detector: MapMaker,
+    options: DetectOptions,
+    on_part: Callable[[int, int], None] | None = None,
+) -> FileResult:
     """Table of a video's frames, and where asked for a grey video of their maps.
+
+    ``on_part`` is called with the frames that are done, and how many there should be.
 
     Raises
     ------
@@ -132,6 +139,9 @@ def detect_video(job: Job, detector: MapMaker, options: DetectOptions) -> FileRe
     if is_done(list(targets.values()), options):
         return FileResult(job.source, list(targets.values()), skipped=True)
     n_frames, blurred, total, shape = 0, 0.0, 0.0, (0, 0)
+    n_stated = 0
+    with suppress(ImageError):  # of which its reader tells
+        n_stated = count_frames(path)[0] // options.every if on_part is not None else 0
     with ExitStack() as resources:
         writers = [
             resources.enter_context(_WRITERS[name](target)) for name, target in targets.items()
@@ -144,6 +154,8 @@ def detect_video(job: Job, detector: MapMaker, options: DetectOptions) -> FileRe
                 writer.add(dict(zip(_COLUMNS, row, strict=True)), blur, rate / options.every)
             n_frames, blurred, total = n_frames + 1, blurred + fraction, total + mean
             shape = blur.shape
+            if on_part is not None:
+                on_part(n_frames, max(n_frames, n_stated))
     return FileResult(
         source=job.source,
         outputs=list(targets.values()),

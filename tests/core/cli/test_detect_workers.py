@@ -451,4 +451,4 @@ def test_files_that_no_report_tells_of_are_told_of(tmp_path: Path, folder: Path)
 def test_there_are_no_more_workers_than_files(tmp_path: Path) -> None:
     done = detect("--input=sample:cat", "--output=out", "--method=lbp", "--workers=8", cwd=tmp_path)
     assert done.returncode == 0
-    assert done.stdout.startswith("1 file: 1 worker, one does whole files\n")
+    assert done.stdout.startswith("workers needed: 1 of 8\n")

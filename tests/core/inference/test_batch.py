@@ -11,6 +11,7 @@ import tifffile
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from worker_detectors import MeanIsBlur
 
 from semanticblur_core import Detector, io, stacks
 from semanticblur_core.config import ModelConfig
@@ -174,27 +175,6 @@ def test_tiles_that_cannot_be_read_cost_no_others(
     np.testing.assert_allclose(made[~nan], tifffile.imread(whole.outputs[0])[~nan], atol=0.05)
 
 
-class MeanIsBlur:
-    """A map of the mean of each tile or plane, without a network's time."""
-
-    name = "mean"
-
-    def detect(self, image: np.ndarray, **keywords: object) -> np.ndarray:
-        return np.full(image.shape[:2], image.mean(), np.float32)
-
-    def iter_strips(self, read: Any, grid: TileGrid) -> Iterator[tuple[slice, np.ndarray]]:
-        """With tiles of the row after read before a row is given, as on a GPU."""
-        tiles = list(grid)
-        means = [float(read(tile.rows, tile.columns).mean()) for tile in tiles]
-        ends = [*grid.row_starts[1:], grid.height]
-        for row, (top, end) in enumerate(zip(grid.row_starts, ends, strict=True)):
-            strip = np.zeros((end - top, grid.width), np.float32)
-            for tile, mean in zip(tiles, means, strict=True):
-                if tile.row == row:
-                    strip[:, tile.columns] = mean
-            yield slice(top, end), strip
-
-
 def damaged_stack(path: Path, stack: np.ndarray, *places: tuple[int, int], side: int) -> Path:
     """A TIFF in tiles, of some of which (plane, number) the data mean nothing."""
     tifffile.imwrite(path, stack, tile=(side, side), compression="zlib", photometric="minisblack")
@@ -215,7 +195,7 @@ def test_means_are_of_the_pixels_that_could_be_read(tmp_path: Path) -> None:
     others = [(1, tile) for tile in range(16) if tile not in (0, 1, 4, 5)]
     path = damaged_stack(tmp_path / "a.tif", stack, *others, *((2, i) for i in range(4)), side=256)
     options = DetectOptions(tmp_path, "native", formats=("npy",))
-    [result] = detect_files([Job(str(path), "a")], MeanIsBlur(), options)  # type: ignore[arg-type]
+    [result] = detect_files([Job(str(path), "a")], MeanIsBlur(), options)
     assert result.error is None
     made = np.load(result.outputs[0])
     assert np.isnan(made[2]).all()  # though one row of tiles could be read
@@ -247,15 +227,15 @@ def test_a_disk_that_fails_costs_the_file_and_leaves_nothing(
 
 def test_a_map_without_numbers_is_no_plane_that_cannot_be_read(tmp_path: Path) -> None:
     class Overflows(MeanIsBlur):
-        def iter_strips(self, read: Any, grid: TileGrid) -> Iterator[tuple[slice, np.ndarray]]:
-            for rows, strip in super().iter_strips(read, grid):
+        def iter_strips(self, *arguments: Any, **how: Any) -> Iterator[tuple[slice, np.ndarray]]:
+            for rows, strip in super().iter_strips(*arguments, **how):
                 yield rows, np.where(strip > 100, np.nan, strip)
 
     stack = np.zeros((3, 600, 600), np.uint8)
     stack[1] = 200
     path = damaged_stack(tmp_path / "a.tif", stack, side=256)
     options = DetectOptions(tmp_path / "out", "native", formats=("npy",))
-    [result] = detect_files([Job(str(path), "a")], Overflows(), options)  # type: ignore[arg-type]
+    [result] = detect_files([Job(str(path), "a")], Overflows(), options)
     assert result.error == f"{path}: the map that was made has no numbers"
     assert not list((tmp_path / "out").iterdir())
 

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -270,19 +269,19 @@ def test_a_result_whose_worker_died_after_writing_it_is_done_again(
     folder: Path, tmp_path: Path
 ) -> None:
     """Also where the same image has a result of another format."""
-    make = pickle.dumps(functools.partial(ClassicalDetector, "lbp"))
+    lbp = ClassicalDetector("lbp")
     job = Job(str(folder / "photo00.png"), "photo00")
     (tmp_path / "photo00_blur.tif").write_bytes(b"of an earlier run")
     for resume in (False, True):
         asked = DetectOptions(tmp_path, resume=resume)
         task = _Task.of(job, asked)
         (tmp_path / "photo00_blur.png").write_bytes(b"of the worker that died")
-        _, [result] = _detect_chunk(make, [task], asked, None)
+        [result] = _detect_chunk(lbp, [task], asked)
         assert (result.error, result.skipped, result.height) == (None, False, 60)
         (tmp_path / "photo00_blur.png").unlink()
     (tmp_path / "photo00_blur.png").write_bytes(b"of an earlier run")
     task = _Task.of(job, DetectOptions(tmp_path))
-    _, [result] = _detect_chunk(make, [task], DetectOptions(tmp_path), None)
+    [result] = _detect_chunk(lbp, [task], DetectOptions(tmp_path))
     assert "exists already" in str(result.error)
 
 

@@ -10,7 +10,7 @@ import pytest
 import zarr
 from PIL import Image
 
-from semanticblur_core import Detector, disk, stacks
+from semanticblur_core import Detector, disk
 from semanticblur_core.errors import ImageError
 from semanticblur_core.inference.batch import detect_files
 from semanticblur_core.inference.inputs import expand_input, load
@@ -21,6 +21,7 @@ from semanticblur_core.inference.jobs import (
     made_of,
     remove_stale_parts,
 )
+from semanticblur_core.maps import new_map
 
 
 def stems(jobs: list[Job]) -> list[str]:
@@ -317,7 +318,7 @@ def test_what_killed_runs_left_of_these_results_is_deleted(tmp_path: Path) -> No
     disk.temporary_name(out / f"{long.output_stem}_blur.tif").touch()
     jobs.append(long)
     options = DetectOptions(out, formats=("tif", "zarr"))
-    with stacks.new_map(out / "a_blur.tif", (40, 50)):  # of a run that lives
+    with new_map(out / "a_blur.tif", (40, 50)):  # of a run that lives
         remove_stale_parts(jobs, options)
         assert len(list(out.glob(".a_blur.tif.*.map.part"))) == 1
     left = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}

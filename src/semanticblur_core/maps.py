@@ -1,0 +1,278 @@
+"""Maps on disk while they are made, in pieces that outlive a process that is stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semanticblur_core import disk
+from semanticblur_core.errors import ImageError
+
+_KEPT = re.compile(r"^(\d+)-(\d+)\.json$")
+_COPIED_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows that are made, and what was noted of them."""
+
+    start: int
+    stop: int
+    path: Path
+    notes: Any
+
+
+@dataclass
+class MapFile:
+    """A float32 map in a folder, made of pieces of whole rows; see `new_map` and `kept_map`.
+
+    Rows are counted over all planes. Plain reading and writing, no memory map, whose pages would
+    count as memory in use.
+
+    Attributes
+    ----------
+    folder
+        Where the pieces are.
+    shape
+        Walked axes, then rows and columns.
+    """
+
+    folder: Path
+    shape: tuple[int, ...]
+    _pieces: list[_Piece] = field(default_factory=list)
+    _stream: BinaryIO | None = None
+    _start: int | None = None
+    _n_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for piece in sorted(self._found(), key=lambda piece: piece.start):
+            # Two runs may have cut it in different places.
+            if piece.start >= (self._pieces[-1].stop if self._pieces else 0):
+                self._pieces.append(piece)
+
+    @property
+    def n_rows(self) -> int:
+        """Of all planes."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def next_row(self) -> int:
+        """The row that `append` adds next."""
+        if self._start is None:
+            return next((rows.start for rows in self.missing()), self.n_rows)
+        return self._start + self._n_bytes // self._row_bytes
+
+    def missing(self, wanted: range | None = None) -> list[range]:
+        """Rows that are still to be made, of those that are wanted: of all."""
+        wanted = range(self.n_rows) if wanted is None else wanted
+        gaps, start = [], wanted.start
+        for piece in self._pieces:
+            gaps.append(range(start, min(piece.start, wanted.stop)))
+            start = max(start, piece.stop)
+        gaps.append(range(start, wanted.stop))
+        return [gap for gap in gaps if len(gap)]
+
+    def begin(self, row: int) -> None:
+        """Make `append` go on at a row."""
+        self.end()
+        self._start = row
+
+    def append(self, rows: NDArray[np.float32]) -> None:
+        """Add the next rows, ``(n, W)``; a plane follows the one before."""
+        if self._start is None:
+            self._start = self.next_row
+        if self._stream is None:
+            temporary = disk.temporary_name(self.folder / f"{self._start}.rows")
+            self._stream = temporary.open("w+b")
+            disk.lock(self._stream)
+        self._n_bytes += self._stream.write(np.ascontiguousarray(rows, dtype=np.float32).data)
+
+    def end(self, notes: Any = None, *, keep: bool = False) -> None:
+        """End a piece: what is appended next is another one.
+
+        Parameters
+        ----------
+        notes
+            Of what is in it, for `notes`; numbers, text, lists and dicts of them.
+        keep
+            It is on the disk for good, whatever becomes of this process.
+        """
+        if self._stream is None or self._start is None:
+            self._start = None
+            return
+        stream, start, stop = self._stream, self._start, self.next_row
+        path = Path(stream.name)
+        stream.flush()
+        if keep:
+            os.fsync(stream.fileno())
+        stream.close()
+        self._stream, self._start, self._n_bytes = None, None, 0
+        if keep:
+            path = path.replace(self.folder / f"{start}-{stop}.rows")
+            with disk.replacing(path.with_suffix(".json"), durable=True) as temporary:
+                temporary.write_text(json.dumps(notes), encoding="utf-8")
+        self._pieces.append(_Piece(start, stop, path, notes))
+        self._pieces.sort(key=lambda piece: piece.start)
+
+    def notes(self) -> list[Any]:
+        """Those of the pieces, in the order of their rows."""
+        return [piece.notes for piece in self._pieces]
+
+    def remembered(self, name: str, make: Callable[[], Any]) -> Any:
+        """What was found out about the map before; made, and remembered, where it was not."""
+        path = self.folder / f"{name}.json"
+        with suppress(OSError, ValueError):
+            return json.loads(path.read_text(encoding="utf-8"))
+        found = make()
+        disk.write_text(path, json.dumps(found))
+        return found
+
+    def read(self, index: Sequence[int], rows: slice) -> NDArray[np.float32]:
+        """Rows of one plane, ``(n, W)``."""
+        self.end()
+        height, width = self.shape[-2:]
+        first, stop, _ = rows.indices(height)
+        plane = int(np.ravel_multi_index(tuple(index), self.shape[:-2])) if len(index) else 0
+        first, stop = plane * height + first, plane * height + stop
+        found = np.empty((stop - first, width), np.float32)
+        for piece in self._pieces:
+            begin, end = max(first, piece.start), min(stop, piece.stop)
+            if begin < end:
+                with piece.path.open("rb") as stream:
+                    stream.seek((begin - piece.start) * self._row_bytes)
+                    stream.readinto(found[begin - first : end - first].data.cast("B"))
+        return found
+
+    def copy_to(self, stream: BinaryIO) -> None:
+        """All values, as bytes."""
+        self.end()
+        for piece in self._pieces:
+            with piece.path.open("rb") as source:
+                shutil.copyfileobj(source, stream, _COPIED_BYTES)
+
+    def close(self) -> None:
+        """Let go of a piece that is not ended."""
+        if self._stream is not None:
+            self._stream.close()
+            with suppress(OSError):
+                Path(self._stream.name).unlink()
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.shape[-1] * 4
+
+    def _found(self) -> Iterator[_Piece]:
+        """Pieces that were kept, by this process or another."""
+        for path in self.folder.iterdir():
+            match = _KEPT.match(path.name)
+            if match is None:
+                continue
+            start, stop = map(int, match.groups())
+            data = path.with_suffix(".rows")
+            with suppress(OSError, ValueError):
+                notes = json.loads(path.read_text(encoding="utf-8"))
+                is_whole = data.stat().st_size == (stop - start) * self._row_bytes
+                if is_whole and 0 <= start < stop <= self.n_rows:
+                    yield _Piece(start, stop, data, notes)
+
+
+@contextmanager
+def new_map(path: Path, shape: tuple[int, ...]) -> Iterator[MapFile]:
+    """A map on disk beside ``path``, gone when the block ends.
+
+    Raises
+    ------
+    ImageError
+        If there is no room for it.
+    """
+    folder = disk.temporary_name(path, "map.part")
+    try:
+        with _map_in(folder, path, shape) as maps:
+            yield maps
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def kept_map(path: Path, shape: tuple[int, ...], key: str, *, stays: bool) -> Iterator[MapFile]:
+    """A map on disk beside ``path``, of which pieces may be there; several may make it at once.
+
+    Parameters
+    ----------
+    path
+        Where the result is to be, of any suffix.
+    shape
+        Of the map.
+    key
+        Eight hexadecimal digits: another where the map would be another.
+    stays
+        Whether it is to be there when the block ends. Where the block fails, what was kept stays.
+
+    Raises
+    ------
+    ImageError
+        If there is no room for it.
+    """
+    folder = kept_folder(path, key)
+    is_over = False
+    try:
+        with _map_in(folder, path, shape) as maps:
+            yield maps
+            is_over = not stays
+    finally:
+        if is_over:
+            shutil.rmtree(folder, ignore_errors=True)
+            # Nor will anybody go on with one of other settings.
+            any_key = kept_folder(path, "*").name.replace("[", "[[]")
+            for other in folder.parent.glob(any_key):
+                disk.remove_if_stale(other)
+        elif not is_kept(folder):
+            with suppress(OSError):
+                disk.remove_if_stale(folder)
+
+
+def kept_folder(path: Path, key: str) -> Path:
+    """Folder of the pieces of a map that is to be ``path``, whatever its suffix."""
+    return path.with_name(f".{disk.shortened(path.stem)}.{key}.map.part")
+
+
+def is_kept(folder: Path) -> bool:
+    """Whether a folder holds pieces that were kept."""
+    with suppress(OSError):
+        return any(_KEPT.match(path.name) for path in folder.iterdir())
+    return False
+
+
+@contextmanager
+def _map_in(folder: Path, path: Path, shape: tuple[int, ...]) -> Iterator[MapFile]:
+    maps = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with disk.held(folder, shared=True):
+            for left in folder.glob(".*.part"):
+                disk.remove_if_stale(left)
+            maps = MapFile(folder, shape)
+            missing = sum(map(len, maps.missing())) * shape[-1] * 4
+            free = shutil.disk_usage(folder).free
+            if missing > free:
+                raise ImageError(
+                    f"{path}: a map of {missing / 2**20:,.1f} MiB does not fit on the disk, "
+                    f"{free / 2**20:,.1f} MiB are free"
+                )
+            yield maps
+    except OSError as error:
+        raise disk.unwritable(path, error) from error
+    finally:
+        if maps is not None:
+            maps.close()
