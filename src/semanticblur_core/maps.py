@@ -254,14 +254,19 @@ def is_kept(folder: Path) -> bool:
     return False
 
 
+def tidy(folder: Path) -> None:
+    """Delete pieces that a process was killed in."""
+    for left in folder.glob(".*.part"):
+        disk.remove_if_stale(left)
+
+
 @contextmanager
 def _map_in(folder: Path, path: Path, shape: tuple[int, ...]) -> Iterator[MapFile]:
     maps = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with disk.held(folder, shared=True):
-            for left in folder.glob(".*.part"):
-                disk.remove_if_stale(left)
+            tidy(folder)
             maps = MapFile(folder, shape)
             missing = sum(map(len, maps.missing())) * shape[-1] * 4
             free = shutil.disk_usage(folder).free

@@ -456,7 +456,7 @@ class _Tell:
 
     def __call__(self, source: str, n_done: int, n_all: int) -> None:
         number, now = self.numbers[source], time.monotonic()
-        if now - self.told_at.get(number, -math.inf) >= TELL_S:
+        if n_done >= n_all or now - self.told_at.get(number, -math.inf) >= TELL_S:
             from distributed import get_worker
 
             self.told_at[number] = now

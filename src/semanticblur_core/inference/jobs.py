@@ -17,7 +17,7 @@ from semanticblur_core import disk, io, stacks
 from semanticblur_core.config import require_share
 from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.inference.inputs import expand_inputs, is_of_camera, is_sample
-from semanticblur_core.maps import is_kept
+from semanticblur_core.maps import is_kept, tidy
 
 _log = logging.getLogger(__name__)
 # Of a million files not all are opened for this: after so many that are whole, all are taken to be.
@@ -310,7 +310,9 @@ def remove_stale_parts(
     ``keep_maps`` so do the maps of stacks that `find_kept` finds.
     """
     for entry in _parts(jobs, options):
-        if not (keep_maps and is_kept(Path(entry.path))):
+        if keep_maps and is_kept(Path(entry.path)):
+            tidy(Path(entry.path))
+        else:
             disk.remove_if_stale(Path(entry.path))
 
 

@@ -16,7 +16,11 @@ import numpy as np
 import pytest
 import tifffile
 from click.testing import CliRunner
+from command_line import run
 from PIL import Image
+from rich.progress import Progress
+from rich.text import Text
+from worker_detectors import MeanIsBlur
 
 from semanticblur_core import device
 from semanticblur_core.cli import detect as detect_module
@@ -452,3 +456,56 @@ def test_there_are_no_more_workers_than_files(tmp_path: Path) -> None:
     done = detect("--input=sample:cat", "--output=out", "--method=lbp", "--workers=8", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith("workers needed: 1 of 8\n")
+
+
+def test_a_stack_that_was_stopped_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    class Stops(MeanIsBlur):
+        n_left = 2
+
+        def made(self) -> None:
+            if not self.n_left:
+                raise KeyboardInterrupt
+            self.n_left -= 1
+
+    made: list[Stops] = []
+
+    def make(*_: object, **__: object) -> Stops:
+        made.append(Stops())
+        return made[-1]
+
+    monkeypatch.setattr(detect_module, "_make_detector", make)
+    monkeypatch.setattr("semanticblur_core.inference.rows.KEEP_S", 0.0)
+    np.save(tmp_path / "s.npy", rng.integers(0, 200, (3, 400, 500), dtype=np.uint8))
+    asked = ("detect", "--input=s.npy", "--output=out")
+    stopped = run(*asked, cwd=tmp_path)
+    assert stopped.returncode == 130
+    [folder] = (tmp_path / "out").iterdir()
+    assert (
+        f"semanticblur-core: what is made of a map so far is kept, 1.5 MiB in out/{folder.name}: "
+        "--resume goes on with it, a run without --resume deletes it\n"
+    ) in stopped.stderr
+    assert run(*asked, "--resume", cwd=tmp_path).returncode == 0
+    assert made[-1].n_left == 1  # of three planes one was left to make
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["s_blur.tif"]
+    assert run(*asked, "--overwrite", cwd=tmp_path).returncode == 130
+    made_anew = run(*asked, "--overwrite", cwd=tmp_path)
+    assert made_anew.returncode == 130  # nothing is taken over without --resume
+    assert made[-1].n_left == 0
+
+
+def test_bars_of_files_that_take_long_come_and_go() -> None:
+    with Progress(disable=True) as progress:
+        progress.add_task("Detecting", total=2)
+        bars = detect_module._FileBars(progress)
+        bars.advance("in/[red]slide.tif", 1, 3)
+        bars.advance("b.tif", 5, 5)
+        bars.advance("in/[red]slide.tif", 2, 3)
+        _, slide, other = progress.tasks
+        assert (slide.completed, slide.total, other.completed) == (66, 100, 100)
+        assert Text.from_markup(slide.description).plain == "  [red]slide.tif, %"
+        bars.remove("in/[red]slide.tif")
+        bars.remove("photo.jpg")  # too quick for one
+        bars.advance("in/[red]slide.tif", 3, 3)  # said before, heard after
+        assert [task.description for task in progress.tasks] == ["Detecting", "  b.tif, %"]

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from worker_detectors import IsSlow, KillsItsProcess, no_such_model
+from worker_detectors import IsSlow, KillsItsProcess, LeavesTracks, MeanIsBlur, no_such_model
 
 from semanticblur_core import DetectionCluster, DetectOptions, Detector, detect_files, find_jobs
 from semanticblur_core.errors import ConfigError, WeightsError
 from semanticblur_core.focus.classical import ClassicalDetector
 from semanticblur_core.inference.cluster import _detect_chunk, _Task
-from semanticblur_core.inference.jobs import Job
+from semanticblur_core.inference.jobs import Job, find_kept
 from semanticblur_core.inference.results import FileResult
 
 pytest.importorskip("distributed")
@@ -182,6 +182,98 @@ def test_a_file_that_kills_its_worker_costs_no_other_one(folder: Path, tmp_path:
     assert "killer.png: the worker process died each time" in str(failed.error)
     assert len(results) == 11
     assert len(list((tmp_path / "out").iterdir())) == 10
+
+
+def write_stack(path: Path) -> np.ndarray:
+    """Of as many planes as three workers are given."""
+    stack = np.random.default_rng(5).integers(0, 200, (24, 40, 50), dtype=np.uint8)
+    np.save(path, stack)
+    return stack
+
+
+def test_several_workers_make_one_stack_though_one_is_killed(tmp_path: Path) -> None:
+    write_stack(tmp_path / "s.npy")
+    write_stack(tmp_path / "other.npy")
+    jobs = [Job(str(tmp_path / f"{name}.npy"), name) for name in ("s", "other")]
+    asked = DetectOptions(tmp_path / "out", formats=("npy",))
+    expected = list(detect_files(jobs, MeanIsBlur(), replace(asked, output=tmp_path / "one")))
+    tracks = tmp_path / "tracks"
+    tracks.mkdir()
+    told: list[tuple[str, int, int]] = []
+    killed: list[int] = []
+
+    def hear(source: str, n_done: int, n_all: int) -> None:
+        told.append((source, n_done, n_all))
+        if not killed:
+            killed.append(int(next(tracks.iterdir()).name))
+            os.kill(killed[0], signal.SIGKILL)
+
+    with DetectionCluster(functools.partial(LeavesTracks, str(tracks)), n_workers=2) as cluster:
+        results = list(cluster.detect_files(jobs, asked, on_progress=hear))
+        assert cluster._workers_lost
+    results.sort(key=lambda result: result.source, reverse=True)
+    for result, of_one in zip(results, expected, strict=True):
+        assert result.error is None
+        assert result.planes == of_one.planes
+        np.testing.assert_array_equal(np.load(result.outputs[0]), np.load(of_one.outputs[0]))
+        assert result.elapsed_s > 2  # what all workers took for it
+    assert len(list(tracks.iterdir())) >= 3
+    assert {source for source, _, _ in told} <= {job.source for job in jobs}
+    assert {n_all for _, _, n_all in told} == {24 * 40}
+    assert 0 < max(n_done for _, n_done, _ in told) <= 24 * 40
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "other_blur.npy",
+        "s_blur.npy",
+    ]
+
+
+def test_a_plane_that_kills_its_worker_costs_the_stack_and_not_what_is_made(
+    tmp_path: Path,
+) -> None:
+    stack = write_stack(tmp_path / "s.npy")
+    stack[20, 0, 0] = 255
+    np.save(tmp_path / "s.npy", stack)
+    tracks = tmp_path / "tracks"
+    tracks.mkdir()
+    jobs = [Job(str(tmp_path / "s.npy"), "s")]
+    asked = DetectOptions(tmp_path / "out", formats=("npy",))
+    make = functools.partial(LeavesTracks, str(tracks), 255)
+    with DetectionCluster(make, n_workers=2) as cluster:
+        [result] = cluster.detect_files(jobs, asked)
+    assert "the worker process died each time" in str(result.error)
+    [kept] = find_kept(jobs, asked)
+    assert {p.name for p in kept.glob("*.rows")} == {"0-320.rows", "320-640.rows"}
+    [result] = detect_files(jobs, MeanIsBlur(), replace(asked, resume=True))
+    assert result.error is None
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_parts_that_are_made_outlive_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored after ``&``
+    monkeypatch.setattr("semanticblur_core.inference.cluster.DRAIN_S", 0.1)
+    write_stack(tmp_path / "s.npy")
+    tracks = tmp_path / "tracks"
+    tracks.mkdir()
+    jobs = [Job(str(tmp_path / "s.npy"), "s")]
+    asked = DetectOptions(tmp_path / "out", formats=("npy",))
+
+    def hear(source: str, n_done: int, n_all: int) -> None:
+        if n_done > 640:  # two of three parts are made
+            os.kill(os.getpid(), signal.SIGINT)
+
+    try:
+        with (
+            DetectionCluster(functools.partial(LeavesTracks, str(tracks)), n_workers=2) as cluster,
+            pytest.raises(KeyboardInterrupt),
+        ):
+            list(cluster.detect_files(jobs, asked, on_progress=hear))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    [kept] = find_kept(jobs, asked)
+    assert not list(kept.glob(".*"))
+    assert len(list(kept.glob("*.rows"))) == 2
 
 
 @pytest.fixture
