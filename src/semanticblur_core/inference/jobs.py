@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 _WHOLE_OF_ALL = 100
 _RESULT_FORMATS = ("png", "tif", "npy", "zarr", "csv", "json", "mp4")
 _OF_PLANE = re.compile(r"\[[A-Z]=\d+(,[A-Z]=\d+)*\]$")
+_OF_SERIES = re.compile(r"_series\d+$")
 _RESULT_NAME = re.compile(rf"_blur\.({'|'.join(_RESULT_FORMATS)})$|_overlay\.png$")
 _PART = re.compile(r"^\.(.+)\.[0-9a-f]{8}(\.map)?\.part$")
 
@@ -169,10 +170,11 @@ def find_jobs(
     places = {relative for _, relative in found.values() if not is_of_camera(relative)}
     stems = Counter(map(_stem, places))
     jobs = []
+    series = "" if options is None or options.series is None else f"_series{options.series}"
     for source, relative in found.values():
         stem = _stem(relative)
         shared = stems[stem] > 1 or is_of_camera(relative)
-        jobs.append(Job(source, str(relative) if shared else stem))
+        jobs.append(Job(source, f"{relative if shared else stem}{series}"))
     return list(_without_clashes(jobs, output, options)), left_out
 
 
@@ -279,8 +281,8 @@ def made_of(paths: Iterable[str]) -> Callable[[str], bool]:
     """Tells which of some files are named as the mask or a map of another of them.
 
     Masks are called ``NAME.EXT.png``, those of planes ``NAME.EXT[Z=3].png``, and lie anywhere.
-    Maps, ``NAME_blur.png`` or ``NAME.EXT_blur.png`` and so on, lie in the folder of the other or
-    below it: elsewhere they may be images of their own, as in collections for deblurring.
+    Maps, ``NAME_blur.png``, ``NAME.EXT_blur.png``, ``NAME_series1_blur.tif`` and so on, lie in the
+    folder of the other or below it: elsewhere they may be images of their own, as in collections for deblurring.
     """
     names, places = set[str](), set[tuple[str, str]]()
     for path in paths:
@@ -296,7 +298,8 @@ def made_of(paths: Iterable[str]) -> Callable[[str], bool]:
         if not is_result_name(name):
             return False
         origin, here = name.rpartition("_")[0], Path(folder)
-        return any((str(above), origin) in places for above in (here, *here.parents))
+        origins = (origin, _OF_SERIES.sub("", origin))
+        return any((str(above), o) in places for above in (here, *here.parents) for o in origins)
 
     return is_made
 

@@ -1234,13 +1234,16 @@ def test_one_of_several_images_of_a_file(tmp_path: Path, rng: np.random.Generato
     assert (done.returncode, "1 of 2 images passed" in done.stdout) == (1, True)
     done = run("--input=s.tif", *gate, "--series=0", "--stack", cwd=tmp_path)
     assert "best plane: s.tif[Z=1]" in done.stdout
-    made = run_command(
-        *("detect", "--input=s.tif", "--method=lbp", "--series=1", "--output=out", "--json=r.json"),
-        cwd=tmp_path,
-    )
-    assert made.returncode == 0, made.stderr
-    assert tifffile.imread(tmp_path / "out" / "s_blur.tif").shape == (100, 128)
-    assert json.loads((tmp_path / "r.json").read_text())["protocol"]["series"] == 1
+    for series, shape in enumerate([(2, 128, 128), (100, 128)]):
+        made = run_command(
+            *("detect", "--input=s.tif", "--method=lbp", f"--series={series}", "--output=out"),
+            f"--json=r{series}.json",
+            cwd=tmp_path,
+        )
+        assert made.returncode == 0, made.stderr
+        assert tifffile.imread(tmp_path / "out" / f"s_series{series}_blur.tif").shape == shape
+        document = json.loads((tmp_path / f"r{series}.json").read_text())
+        assert document["protocol"]["series"] == series
 
 
 def test_two_photographs_of_one_stem_have_no_mask_in_common(tmp_path: Path, folder: Path) -> None:

@@ -329,7 +329,7 @@ def test_what_killed_runs_left_of_these_results_is_deleted(tmp_path: Path) -> No
 def test_what_is_named_as_a_map_or_mask_of_another_is_left_out() -> None:
     photographs = ["q/a.jpg", "q/s.tif", "top.jpg", "A/0001.png"]
     made = ["q/a_blur.png", "q/maps/a.jpg_blur.tif", "masks/a.jpg.png", "m/s.tif[Z=1,C=0].png"]
-    made += ["maps/top_blur.png", "top_overlay.png"]
+    made += ["maps/top_blur.png", "top_overlay.png", "q/s_series12_blur.tif"]
     own = ["B/0001_blur.png", "r/a_blur.png", "q/b_blur.png", "q/a.png"]
     is_made = made_of([*photographs, *made, *own])
     assert [path for path in (*photographs, *made, *own) if is_made(path)] == made
