@@ -123,6 +123,23 @@ def remove_if_stale(temporary: Path) -> None:
         os.close(descriptor)
 
 
+def remove_unless_used(temporary: Path) -> None:
+    """Delete one's own temporary file or folder, unless another process is known to use it too."""
+    if os.name != "nt":
+        import fcntl
+
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:  # a disk without locks
+            pass
+        finally:
+            os.close(descriptor)
+    remove(temporary)
+
+
 def lock(stream: BinaryIO) -> None:
     """As `held`, for as long as a file is open."""
     with suppress(ImportError, OSError):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,8 +21,26 @@ from numpy.typing import NDArray
 from semanticblur_core import disk
 from semanticblur_core.errors import ImageError
 
+# What a process that is killed loses of its work, at most, and of what is in work.
+KEEP_S = 20.0
 _KEPT = re.compile(r"^(\d+)-(\d+)\.json$")
 _COPIED_BYTES = 2**22
+
+
+class KeepClock:
+    """Tells when it is time to keep what was made."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """It was kept now."""
+        self._kept_at = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time."""
+        return time.monotonic() - self._kept_at >= KEEP_S
 
 
 @dataclass(frozen=True)
@@ -198,7 +218,7 @@ def new_map(path: Path, shape: tuple[int, ...]) -> Iterator[MapFile]:
     """
     folder = disk.temporary_name(path, "map.part")
     try:
-        with _map_in(folder, path, shape) as maps:
+        with _used(folder, path), _map_in(folder, path, shape) as maps:
             yield maps
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -210,40 +230,57 @@ def kept_map(path: Path, shape: tuple[int, ...], key: str, *, stays: bool) -> It
 
     Parameters
     ----------
-    path
-        Where the result is to be, of any suffix.
+    path, key, stays
+        As of `kept`.
     shape
         Of the map.
-    key
-        Eight hexadecimal digits: another where the map would be another.
-    stays
-        Whether it is to be there when the block ends. Where the block fails, what was kept stays.
 
     Raises
     ------
     ImageError
         If there is no room for it.
     """
+    with kept(path, key, stays=stays) as folder, _map_in(folder, path, shape) as maps:
+        yield maps
+
+
+@contextmanager
+def kept(path: Path, key: str, *, stays: bool = False) -> Iterator[Path]:
+    """A hidden folder beside ``path`` for pieces of work that outlive a block that fails.
+
+    Parameters
+    ----------
+    path
+        Where the result is to be, of any suffix.
+    key
+        Eight hexadecimal digits: others where the result would be another.
+    stays
+        Whether what was kept is to be there when the block ends well, too.
+
+    Raises
+    ------
+    ImageError
+        If nothing can be written there.
+    """
     folder = kept_folder(path, key)
     is_over = False
     try:
-        with _map_in(folder, path, shape) as maps:
-            yield maps
+        with _used(folder, path):
+            yield folder
             is_over = not stays
     finally:
-        if is_over:
-            shutil.rmtree(folder, ignore_errors=True)
-            # Nor will anybody go on with one of other settings.
-            any_key = kept_folder(path, "*").name.replace("[", "[[]")
-            for other in folder.parent.glob(any_key):
-                disk.remove_if_stale(other)
-        elif not is_kept(folder):
-            with suppress(OSError):
+        with suppress(OSError):
+            if is_over:
+                disk.remove_unless_used(folder)
+                # Nor will anybody go on with one of other settings.
+                for other in folder.parent.glob(_any_key(path)):
+                    disk.remove_if_stale(other)
+            elif not is_kept(folder):
                 disk.remove_if_stale(folder)
 
 
 def kept_folder(path: Path, key: str) -> Path:
-    """Folder of the pieces of a map that is to be ``path``, whatever its suffix."""
+    """Folder of the pieces of what is to be ``path``, whatever its suffix."""
     return path.with_name(f".{disk.shortened(path.stem)}.{key}.map.part")
 
 
@@ -260,24 +297,33 @@ def tidy(folder: Path) -> None:
         disk.remove_if_stale(left)
 
 
+def _any_key(path: Path) -> str:
+    return f".{glob.escape(disk.shortened(path.stem))}.{'[0-9a-f]' * 8}.map.part"
+
+
 @contextmanager
-def _map_in(folder: Path, path: Path, shape: tuple[int, ...]) -> Iterator[MapFile]:
-    maps = None
+def _used(folder: Path, path: Path) -> Iterator[None]:
+    """A folder, made if it is not there, that nobody deletes as stale."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with disk.held(folder, shared=True):
             tidy(folder)
-            maps = MapFile(folder, shape)
-            missing = sum(map(len, maps.missing())) * shape[-1] * 4
-            free = shutil.disk_usage(folder).free
-            if missing > free:
-                raise ImageError(
-                    f"{path}: a map of {missing / 2**20:,.1f} MiB does not fit on the disk, "
-                    f"{free / 2**20:,.1f} MiB are free"
-                )
-            yield maps
+            yield
     except OSError as error:
         raise disk.unwritable(path, error) from error
+
+
+@contextmanager
+def _map_in(folder: Path, path: Path, shape: tuple[int, ...]) -> Iterator[MapFile]:
+    maps = MapFile(folder, shape)
+    missing = sum(map(len, maps.missing())) * shape[-1] * 4
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise ImageError(
+            f"{path}: a map of {missing / 2**20:,.1f} MiB does not fit on the disk, "
+            f"{free / 2**20:,.1f} MiB are free"
+        )
+    try:
+        yield maps
     finally:
-        if maps is not None:
-            maps.close()
+        maps.close()

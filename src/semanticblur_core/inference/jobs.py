@@ -282,7 +282,8 @@ def made_of(paths: Iterable[str]) -> Callable[[str], bool]:
 
     Masks are called ``NAME.EXT.png``, those of planes ``NAME.EXT[Z=3].png``, and lie anywhere.
     Maps, ``NAME_blur.png``, ``NAME.EXT_blur.png``, ``NAME_series1_blur.tif`` and so on, lie in the
-    folder of the other or below it: elsewhere they may be images of their own, as in collections for deblurring.
+    folder of the other or below it: elsewhere they may be images of their own, as in collections
+    for deblurring.
     """
     names, places = set[str](), set[tuple[str, str]]()
     for path in paths:

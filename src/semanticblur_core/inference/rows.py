@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -27,7 +26,7 @@ from semanticblur_core.inference.map_maker import MapMaker, iter_readable
 from semanticblur_core.inference.planes import DetectUpdate, Planes
 from semanticblur_core.inference.results import PlaneResult
 from semanticblur_core.inference.tiling import TileGrid
-from semanticblur_core.maps import MapFile
+from semanticblur_core.maps import KeepClock, MapFile
 from semanticblur_core.version import __version__
 
 if TYPE_CHECKING:
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 Limits = list[tuple[float, float]] | None
 OnPart = Callable[[int, int], None]
 
-# What a process that is killed loses, at most.
-KEEP_S = 20.0
 # The least that a worker is given of a map. A row of tiles is computed twice a part.
 FEWEST_PLANES = 8
 FEWEST_TILE_ROWS = 4
@@ -46,7 +43,7 @@ _USUAL_TILE_ROWS = 16
 # that is taken up again differ by is not noticed, and machines of one cluster may differ in them.
 _OF_OPTIONS = (
     "size", "threshold", "value_range", "channel_ranges", "axes", "channels", "planes", "level",
-    "series",
+    "series", "every",
 )  # fmt: skip
 _OF_DETECTOR = ("name", "sha256", "scales", "upsampling", "flip")
 
@@ -294,7 +291,7 @@ class _Rows:
         self._maps, self._threshold, self._on_rows = maps, threshold, on_rows
         self._n_added = 0
         self._notes: list[_Note] = []
-        self._kept_at = time.monotonic()
+        self._clock = KeepClock()
 
     def add(self, plane: int, strip: NDArray[np.float32]) -> int:
         """Add rows of a plane; how many of their pixels have a number."""
@@ -321,7 +318,7 @@ class _Rows:
 
     def keep_if_due(self) -> None:
         """Keep what was added, if it took long enough to make."""
-        if time.monotonic() - self._kept_at >= KEEP_S:
+        if self._clock.is_due:
             row = self._maps.next_row
             self.end(keep=True)
             self._maps.begin(row)
@@ -330,7 +327,7 @@ class _Rows:
         """End a piece of the map."""
         self._maps.end([asdict(note) for note in self._notes], keep=keep)
         self._notes = []
-        self._kept_at = time.monotonic()
+        self._clock.restart()
 
     def _append(self, strip: NDArray[np.float32]) -> None:
         self._maps.append(strip)

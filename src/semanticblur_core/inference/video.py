@@ -19,11 +19,14 @@ from semanticblur_core.errors import ImageError, SemanticBlurError
 from semanticblur_core.inference.jobs import DetectOptions, Job, is_done, result_paths
 from semanticblur_core.inference.map_maker import MapMaker, batched, images_at_once
 from semanticblur_core.inference.results import FileResult
+from semanticblur_core.inference.rows import map_key
+from semanticblur_core.maps import KeepClock, kept
 
 if TYPE_CHECKING:
     from semanticblur_core.inference.detector import Detector
 
 FORMATS = ("csv", "json", "mp4")
+_NO_MAP = np.zeros((0, 0), np.float32)
 _COLUMNS = ("frame", "time_s", "mean_blur", "blurred_fraction")
 # A last frame may end this much before the length that the file states.
 _SLACK_S, _SLACK_SHARE, _SLACK_FRAMES = 0.1, 0.01, 2
@@ -49,7 +52,7 @@ class Frame:
 
 
 def iter_frames(
-    path: Path, *, every: int = 1, max_pixels: int = io.MAX_PIXELS
+    path: Path, *, every: int = 1, first: int = 0, max_pixels: int = io.MAX_PIXELS
 ) -> Iterator[tuple[Frame, Fraction]]:
     """Frames of a video's first picture track, each with the frame rate; none is kept.
 
@@ -59,6 +62,8 @@ def iter_frames(
         Any container and codec that FFmpeg reads.
     every
         Step between frames: 10 gives frames 0, 10, 20 ...
+    first
+        Frames before it are decoded, and not given.
     max_pixels
         Rows times columns above which it is refused.
 
@@ -85,7 +90,7 @@ def iter_frames(
             number, time_s = -1, 0.0
             for number, frame in enumerate(container.decode(stream)):
                 time_s = float(number / rate) if frame.time is None else float(frame.time)
-                if number % every == 0:
+                if number % every == 0 and number >= first:
                     disk.refuse_bomb(path, frame.width * frame.height, max_pixels)
                     pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
                     yield Frame(number, time_s, np.ascontiguousarray(pixels)), rate
@@ -138,41 +143,107 @@ def detect_video(
         raise ImageError(f"{path}: --overlay is for photographs; --format=mp4 gives the maps")
     if is_done(list(targets.values()), options):
         return FileResult(job.source, list(targets.values()), skipped=True)
-    n_frames, blurred, total, shape = 0, 0.0, 0.0, (0, 0)
+    _import_av(path)
+    disk.require_file(path)
     n_stated = 0
     with suppress(ImageError):  # of which its reader tells
         n_stated = count_frames(path)[0] // options.every if on_part is not None else 0
     with ExitStack() as resources:
+        folder = None
+        if "mp4" not in targets:  # which cannot go on where it was stopped
+            key = map_key(job, detector, options)
+            folder = resources.enter_context(kept(next(iter(targets.values())), key))
+        rows = _Rows(folder)
         writers = [
             resources.enter_context(_WRITERS[name](target)) for name, target in targets.items()
         ]
-        for frame, rate, blur in _iter_maps(path, detector, options):
+        for row in rows.before():
+            for writer in writers:
+                writer.add(row, _NO_MAP, Fraction(1))
+        for frame, rate, blur in _iter_maps(path, detector, options, rows.n_made):
             mean = float(blur.mean(dtype=np.float64))
             fraction = float((blur > options.threshold).mean())
-            row = (frame.number, round(frame.time_s, 6), mean, fraction)
+            values = (frame.number, round(frame.time_s, 6), mean, fraction)
+            row = dict(zip(_COLUMNS, values, strict=True))
             for writer in writers:
-                writer.add(dict(zip(_COLUMNS, row, strict=True)), blur, rate / options.every)
-            n_frames, blurred, total = n_frames + 1, blurred + fraction, total + mean
-            shape = blur.shape
+                writer.add(row, blur, rate / options.every)
+            rows.add(row, blur.shape)
             if on_part is not None:
-                on_part(n_frames, max(n_frames, n_stated))
+                on_part(rows.n_made, max(rows.n_made, n_stated))
     return FileResult(
         source=job.source,
         outputs=list(targets.values()),
-        height=shape[0],
-        width=shape[1],
-        blurred_fraction=blurred / n_frames,
-        mean_blur=total / n_frames,
-        n_frames=n_frames,
+        height=rows.shape[0],
+        width=rows.shape[1],
+        blurred_fraction=rows.blurred / rows.n_made,
+        mean_blur=rows.total / rows.n_made,
+        n_frames=rows.n_made,
     )
 
 
+class _Rows:
+    """Counts rows of a table, and keeps them now and then, so that a run that is stopped goes on.
+
+    Attributes
+    ----------
+    n_made
+        How many there are.
+    blurred, total
+        Sums of the shares and of the means.
+    shape
+        Of the latest frame.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self.n_made, self.blurred, self.total = 0, 0.0, 0.0
+        self.shape: tuple[int, ...] = (0, 0)
+        self._unkept: list[dict[str, Any]] = []
+        self._clock = KeepClock()
+
+    def before(self) -> Iterator[dict[str, Any]]:
+        """Rows of a run that was stopped, which count as added."""
+        while self._folder is not None:
+            # More than one where two runs go on beside each other: either does.
+            following = sorted(self._folder.glob(f"{self.n_made}-*.json"))
+            try:
+                piece = json.loads(following[0].read_text(encoding="utf-8"))
+                rows = [{name: row[name] for name in _COLUMNS} for row in piece["rows"]]
+                shape = tuple(piece["shape"])
+            except (OSError, ValueError, LookupError, TypeError):
+                return
+            for row in rows:
+                self._count(row, shape)
+                yield row
+
+    def add(self, row: dict[str, Any], shape: tuple[int, ...]) -> None:
+        """Add a row, of a frame of a certain shape."""
+        self._count(row, shape)
+        if self._folder is None:
+            return
+        self._unkept.append(row)
+        if self._clock.is_due:
+            piece = {"shape": shape, "rows": self._unkept}
+            path = self._folder / f"{self.n_made - len(self._unkept)}-{self.n_made}.json"
+            with disk.replacing(path, durable=True) as temporary:
+                temporary.write_text(json.dumps(piece), encoding="utf-8")
+            self._unkept = []
+            self._clock.restart()
+
+    def _count(self, row: dict[str, Any], shape: tuple[int, ...]) -> None:
+        self.n_made += 1
+        self.blurred += row["blurred_fraction"]
+        self.total += row["mean_blur"]
+        self.shape = shape
+
+
 def _iter_maps(
-    path: Path, detector: MapMaker, options: DetectOptions
+    path: Path, detector: MapMaker, options: DetectOptions, n_before: int
 ) -> Iterator[tuple[Frame, Fraction, NDArray[np.float32]]]:
     """Frames with their rate and map, as many at once as the detector takes."""
     how: Any = {"size": options.size, "value_range": options.value_range}
-    frames = iter_frames(path, every=options.every, max_pixels=options.max_pixels)
+    first = n_before * options.every
+    frames = iter_frames(path, every=options.every, first=first, max_pixels=options.max_pixels)
     for some in batched(frames, images_at_once(detector, options), _frame_pixels):
         pixels = [frame.pixels for frame, _ in some]
         try:

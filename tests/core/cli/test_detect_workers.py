@@ -476,7 +476,7 @@ def test_a_stack_that_was_stopped_goes_on(
         return made[-1]
 
     monkeypatch.setattr(detect_module, "_make_detector", make)
-    monkeypatch.setattr("semanticblur_core.inference.rows.KEEP_S", 0.0)
+    monkeypatch.setattr("semanticblur_core.maps.KEEP_S", 0.0)
     np.save(tmp_path / "s.npy", rng.integers(0, 200, (3, 400, 500), dtype=np.uint8))
     asked = ("detect", "--input=s.npy", "--output=out")
     stopped = run(*asked, cwd=tmp_path)

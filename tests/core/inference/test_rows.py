@@ -39,7 +39,7 @@ class StopsAfter(MeanIsBlur):
 
 @pytest.fixture
 def kept_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "KEEP_S", 0.0)
+    monkeypatch.setattr("semanticblur_core.maps.KEEP_S", 0.0)
 
 
 def detect(path: Path, detector: Any, options: DetectOptions) -> FileResult:
@@ -85,7 +85,7 @@ def test_resumed_anywhere_it_is_the_same(
         assert rest.n_left == 0  # nothing was made twice
         assert [p.name for p in options.output.iterdir()] == ["s_blur.npy"]
         np.testing.assert_array_equal(np.load(result.outputs[0]), expected)
-        same = {"outputs": whole.outputs, "elapsed_s": whole.elapsed_s}
+        same: dict[str, Any] = {"outputs": whole.outputs, "elapsed_s": whole.elapsed_s}
         one, other = replace(result, **same), replace(whole, **same)
         assert one.mean_blur == pytest.approx(other.mean_blur, rel=1e-12)
         assert repr(replace(one, mean_blur=0.0, planes=[])) == repr(

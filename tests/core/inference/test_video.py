@@ -2,8 +2,10 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from semanticblur_core import Detector
 from semanticblur_core.config import ModelConfig
 from semanticblur_core.errors import ImageError
 from semanticblur_core.inference.batch import detect_files
-from semanticblur_core.inference.jobs import DetectOptions, Job
+from semanticblur_core.inference.jobs import DetectOptions, Job, find_kept
 from semanticblur_core.inference.results import FileResult
 from semanticblur_core.inference.video import iter_frames
 from semanticblur_core.network import SemanticBlur
@@ -47,9 +49,9 @@ def make_clip(path: Path, *, noise: bool = False, **keywords: object) -> Path:
     return path
 
 
-def run(path: Path, **options: object) -> FileResult:
+def run(path: Path, output: str = "out", **options: object) -> FileResult:
     jobs = [Job(str(path), path.stem)]
-    [result] = detect_files(jobs, MeanIsBlur(), DetectOptions(path.parent / "out", **options))  # type: ignore[arg-type]
+    [result] = detect_files(jobs, MeanIsBlur(), DetectOptions(path.parent / output, **options))  # type: ignore[arg-type]
     return result
 
 
@@ -190,3 +192,62 @@ def test_what_is_no_video_or_too_large_is_one_line(tmp_path: Path) -> None:
         container.mux(stream.encode())
     with pytest.raises(ImageError, match="no video track"):
         next(iter_frames(tmp_path / "sound.mp4"))
+
+
+@pytest.mark.parametrize("n", [1, 5, 11])
+def test_stopped_anywhere_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    class StopsAfter(MeanIsBlur):
+        def __init__(self, n: int) -> None:
+            self.n_left = n
+
+        def detect(self, image: np.ndarray, **keywords: object) -> np.ndarray:
+            if not self.n_left:
+                raise KeyboardInterrupt
+            self.n_left -= 1
+            return super().detect(image)
+
+    monkeypatch.setattr("semanticblur_core.maps.KEEP_S", 0.0)
+    clip = make_clip(tmp_path / "clip.mp4")
+    jobs = [Job(str(clip), "clip")]
+    whole = run(clip)
+    options = DetectOptions(tmp_path / "again", resume=True)
+    for formats in (("csv", "mp4"), ("csv",)):
+        with pytest.raises(KeyboardInterrupt):
+            list(detect_files(jobs, StopsAfter(n), replace(options, formats=formats)))
+        # A video of maps begins anew.
+        assert len(find_kept(jobs, options)) == (formats == ("csv",))
+    told: list[tuple[str, int, int]] = []
+    rest = StopsAfter(N_FRAMES - n)
+    changed = replace(options, formats=("csv", "json"))
+    [result] = detect_files(jobs, rest, changed, on_progress=lambda *at: told.append(at))
+    assert rest.n_left == 0
+    assert told[0] == (str(clip), n + 1, N_FRAMES)
+    assert [path.read_bytes() for path in result.outputs[:1]] == [whole.outputs[0].read_bytes()]
+    rows = json.loads(result.outputs[1].read_text())
+    assert [row["frame"] for row in rows] == list(range(N_FRAMES))
+    same: dict[str, Any] = {"outputs": whole.outputs, "elapsed_s": whole.elapsed_s}
+    assert replace(result, **same) == whole
+    assert len(list((tmp_path / "again").iterdir())) == 2
+
+
+def test_rows_that_are_damaged_are_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("semanticblur_core.maps.KEEP_S", 0.0)
+    clip = make_clip(tmp_path / "clip.mp4")
+    jobs, options = [Job(str(clip), "clip")], DetectOptions(tmp_path / "out", resume=True)
+    truncated = KeyboardInterrupt()
+    monkeypatch.setattr(
+        "semanticblur_core.inference.video._refuse_truncated", mock.Mock(side_effect=truncated)
+    )
+    with pytest.raises(KeyboardInterrupt):  # when all frames are done
+        list(detect_files(jobs, MeanIsBlur(), options))
+    [folder] = find_kept(jobs, options)
+    assert len(list(folder.iterdir())) == N_FRAMES
+    (folder / "3-4.json").write_text("[]")
+    monkeypatch.undo()
+    [result] = detect_files(jobs, MeanIsBlur(), options)
+    whole = run(clip, "other")
+    assert result.outputs[0].read_bytes() == whole.outputs[0].read_bytes()
