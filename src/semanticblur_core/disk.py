@@ -8,13 +8,14 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from semanticblur_core.errors import ImageError
 
+_IN_USE = "in-use"
 # In place of a home folder where there is none: nothing is found in it, and nothing can be written.
 _NO_HOME = Path(os.devnull, "no-home")
 
@@ -84,15 +85,15 @@ def shortened(name: str) -> str:
 
 
 @contextmanager
-def held(temporary: Path, *, shared: bool = False) -> Iterator[None]:
+def held(temporary: Path) -> Iterator[None]:
     """Lock a temporary file or folder, made if it is not there, for as long as it is written.
 
-    The lock goes with its process, however that ends; several may hold a shared one. Without
-    effect where the system or the disk has no such locks.
+    The lock goes with its process, however that ends. Without effect where the system or the disk
+    has no such locks.
     """
     if not temporary.is_dir():
         temporary.touch()
-    descriptor = _lock(temporary, shared=shared)
+    descriptor = _lock(temporary)
     try:
         yield
     finally:
@@ -110,6 +111,9 @@ def remove(path: Path) -> None:
 
 def remove_if_stale(temporary: Path) -> None:
     """Delete a temporary file or folder, unless a process may still be writing it."""
+    if (temporary / _IN_USE).exists():
+        remove_unused(temporary)
+        return
     if os.name == "nt":  # without such locks, but a file that is open cannot be deleted
         with suppress(OSError):
             temporary.unlink()
@@ -123,32 +127,73 @@ def remove_if_stale(temporary: Path) -> None:
         os.close(descriptor)
 
 
-def remove_unless_used(temporary: Path) -> None:
-    """Delete one's own temporary file or folder, unless another process is known to use it too."""
-    if os.name != "nt":
+@contextmanager
+def in_use(folder: Path, tidy: Callable[[Path], None]) -> Iterator[None]:
+    """Keep a folder, made if it is not there, from `remove_unused`; several processes may use it.
+
+    Parameters
+    ----------
+    folder
+        A file in it is locked: locks of folders are unknown to some shared disks.
+    tidy
+        Called first with the folder, if no other process uses it.
+
+    Raises
+    ------
+    OSError
+        If it cannot be made or written.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / _IN_USE).open("ab") as stream:
+            if _flock(stream):
+                tidy(folder)
+            _flock(stream, shared=True)  # waits for one that deletes it
+            if os.name == "nt" or _is_still_there(stream, folder / _IN_USE):
+                yield
+                return
+
+
+def remove_unused(folder: Path, *, own: bool = False) -> None:
+    """Delete a folder of `in_use`, unless a process uses it.
+
+    Where the disk has no locks, only one's ``own`` is deleted.
+    """
+    with suppress(OSError), (folder / _IN_USE).open("ab") as stream:
+        is_free = _flock(stream)
+        if os.name != "nt" and (is_free or (is_free is None and own)):
+            shutil.rmtree(folder, ignore_errors=True)
+    if os.name == "nt":
+        with suppress(OSError):
+            (folder / _IN_USE).unlink()  # not while it is open
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flock(stream: BinaryIO, *, shared: bool = False) -> bool | None:
+    """Lock an open file, shared as soon as that can be; False where it is another's.
+
+    None where the system or the disk has no locks.
+    """
+    try:
         import fcntl
-
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        except OSError:  # a disk without locks
-            pass
-        finally:
-            os.close(descriptor)
-    remove(temporary)
+    except ImportError:  # Windows
+        return None
+    try:
+        fcntl.flock(stream, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
-def lock(stream: BinaryIO) -> None:
-    """As `held`, for as long as a file is open."""
-    with suppress(ImportError, OSError):
-        import fcntl
-
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _is_still_there(stream: BinaryIO, path: Path) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    return False
 
 
-def _lock(path: Path, *, shared: bool = False) -> int | None:
+def _lock(path: Path) -> int | None:
     """A descriptor that holds the lock; None where another has it or it cannot be had."""
     try:
         import fcntl
@@ -159,7 +204,7 @@ def _lock(path: Path, *, shared: bool = False) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
         return None

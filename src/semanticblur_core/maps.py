@@ -9,8 +9,9 @@ import os
 import re
 import shutil
 import time
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +26,7 @@ from semanticblur_core.errors import ImageError
 KEEP_S = 20.0
 _KEPT = re.compile(r"^(\d+)-(\d+)\.json$")
 _COPIED_BYTES = 2**22
+_ANY_KEY = "[0-9a-f]" * 8
 
 
 class KeepClock:
@@ -76,7 +78,7 @@ class MapFile:
     _n_bytes: int = 0
 
     def __post_init__(self) -> None:
-        for piece in sorted(self._found(), key=lambda piece: piece.start):
+        for piece in sorted(self._found(), key=lambda piece: (piece.start, -piece.stop)):
             # Two runs may have cut it in different places.
             if piece.start >= (self._pieces[-1].stop if self._pieces else 0):
                 self._pieces.append(piece)
@@ -114,8 +116,7 @@ class MapFile:
             self._start = self.next_row
         if self._stream is None:
             temporary = disk.temporary_name(self.folder / f"{self._start}.rows")
-            self._stream = temporary.open("w+b")
-            disk.lock(self._stream)
+            self._stream = temporary.open("wb")
         self._n_bytes += self._stream.write(np.ascontiguousarray(rows, dtype=np.float32).data)
 
     def end(self, notes: Any = None, *, keep: bool = False) -> None:
@@ -132,14 +133,13 @@ class MapFile:
             self._start = None
             return
         stream, start, stop = self._stream, self._start, self.next_row
-        path = Path(stream.name)
         stream.flush()
         if keep:
             os.fsync(stream.fileno())
         stream.close()
         self._stream, self._start, self._n_bytes = None, None, 0
+        path = Path(stream.name).replace(self.folder / f"{start}-{stop}.rows")
         if keep:
-            path = path.replace(self.folder / f"{start}-{stop}.rows")
             with disk.replacing(path.with_suffix(".json"), durable=True) as temporary:
                 temporary.write_text(json.dumps(notes), encoding="utf-8")
         self._pieces.append(_Piece(start, stop, path, notes))
@@ -166,12 +166,16 @@ class MapFile:
         plane = int(np.ravel_multi_index(tuple(index), self.shape[:-2])) if len(index) else 0
         first, stop = plane * height + first, plane * height + stop
         found = np.empty((stop - first, width), np.float32)
-        for piece in self._pieces:
+        n_read = 0
+        for piece in self._pieces[bisect(self._pieces, first, key=lambda p: p.start) - 1 :]:
             begin, end = max(first, piece.start), min(stop, piece.stop)
-            if begin < end:
-                with piece.path.open("rb") as stream:
-                    stream.seek((begin - piece.start) * self._row_bytes)
-                    stream.readinto(found[begin - first : end - first].data.cast("B"))
+            if begin >= end:
+                break
+            with piece.path.open("rb") as stream:
+                stream.seek((begin - piece.start) * self._row_bytes)
+                n_read += stream.readinto(found[begin - first : end - first].data.cast("B"))
+        if n_read != found.nbytes:
+            raise OSError(f"{self.folder}: {found.nbytes - n_read} bytes of a map are gone")
         return found
 
     def copy_to(self, stream: BinaryIO) -> None:
@@ -182,11 +186,12 @@ class MapFile:
                 shutil.copyfileobj(source, stream, _COPIED_BYTES)
 
     def close(self) -> None:
-        """Let go of a piece that is not ended."""
+        """Delete the piece that is being made."""
         if self._stream is not None:
-            self._stream.close()
-            with suppress(OSError):
-                Path(self._stream.name).unlink()
+            with suppress(OSError):  # a full disk, of which the writer was told
+                self._stream.close()
+            Path(self._stream.name).unlink(missing_ok=True)
+            self._stream = None
 
     @property
     def _row_bytes(self) -> int:
@@ -221,16 +226,18 @@ def new_map(path: Path, shape: tuple[int, ...]) -> Iterator[MapFile]:
         with _used(folder, path), _map_in(folder, path, shape) as maps:
             yield maps
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        disk.remove_unused(folder, own=True)
 
 
 @contextmanager
-def kept_map(path: Path, shape: tuple[int, ...], key: str, *, stays: bool) -> Iterator[MapFile]:
+def kept_map(
+    path: Path, shape: tuple[int, ...], key: str, *, stays: bool = False, fresh: bool = False
+) -> Iterator[MapFile]:
     """A map on disk beside ``path``, of which pieces may be there; several may make it at once.
 
     Parameters
     ----------
-    path, key, stays
+    path, key, stays, fresh
         As of `kept`.
     shape
         Of the map.
@@ -240,12 +247,15 @@ def kept_map(path: Path, shape: tuple[int, ...], key: str, *, stays: bool) -> It
     ImageError
         If there is no room for it.
     """
-    with kept(path, key, stays=stays) as folder, _map_in(folder, path, shape) as maps:
+    with (
+        kept(path, key, stays=stays, fresh=fresh) as folder,
+        _map_in(folder, path, shape) as maps,
+    ):
         yield maps
 
 
 @contextmanager
-def kept(path: Path, key: str, *, stays: bool = False) -> Iterator[Path]:
+def kept(path: Path, key: str, *, stays: bool = False, fresh: bool = False) -> Iterator[Path]:
     """A hidden folder beside ``path`` for pieces of work that outlive a block that fails.
 
     Parameters
@@ -256,6 +266,8 @@ def kept(path: Path, key: str, *, stays: bool = False) -> Iterator[Path]:
         Eight hexadecimal digits: others where the result would be another.
     stays
         Whether what was kept is to be there when the block ends well, too.
+    fresh
+        Forget what was kept before.
 
     Raises
     ------
@@ -266,51 +278,62 @@ def kept(path: Path, key: str, *, stays: bool = False) -> Iterator[Path]:
     is_over = False
     try:
         with _used(folder, path):
+            for piece in _kept_in(folder) if fresh else ():
+                piece.unlink()
             yield folder
             is_over = not stays
     finally:
-        with suppress(OSError):
-            if is_over:
-                disk.remove_unless_used(folder)
-                # Nor will anybody go on with one of other settings.
-                for other in folder.parent.glob(_any_key(path)):
-                    disk.remove_if_stale(other)
-            elif not is_kept(folder):
-                disk.remove_if_stale(folder)
+        if is_over:
+            # Nor will anybody go on with what was kept of other settings.
+            for other in folder.parent.glob(kept_folder(path, _ANY_KEY, escaped=True).name):
+                disk.remove_unused(other, own=other.name == folder.name)
+        elif not is_kept(folder):
+            disk.remove_unused(folder, own=True)
 
 
-def kept_folder(path: Path, key: str) -> Path:
+def kept_folder(path: Path, key: str, *, escaped: bool = False) -> Path:
     """Folder of the pieces of what is to be ``path``, whatever its suffix."""
-    return path.with_name(f".{disk.shortened(path.stem)}.{key}.map.part")
+    stem = disk.shortened(path.stem)
+    return path.with_name(f".{glob.escape(stem) if escaped else stem}.{key}.map.part")
 
 
 def is_kept(folder: Path) -> bool:
     """Whether a folder holds pieces that were kept."""
-    with suppress(OSError):
-        return any(_KEPT.match(path.name) for path in folder.iterdir())
-    return False
+    return bool(_kept_in(folder))
 
 
 def tidy(folder: Path) -> None:
-    """Delete pieces that a process was killed in."""
-    for left in folder.glob(".*.part"):
-        disk.remove_if_stale(left)
+    """Delete pieces that processes were ended in, of a folder that no process uses."""
+    kept_rows = {path.with_suffix(".rows") for path in _kept_in(folder)}
+    for path in folder.iterdir():
+        if path.suffix == ".part" or (path.suffix == ".rows" and path not in kept_rows):
+            path.unlink(missing_ok=True)
 
 
-def _any_key(path: Path) -> str:
-    return f".{glob.escape(disk.shortened(path.stem))}.{'[0-9a-f]' * 8}.map.part"
+def tidy_unused(folder: Path) -> None:
+    """As `tidy`, where no process uses it."""
+    with suppress(OSError), disk.in_use(folder, tidy):
+        pass
+
+
+def _kept_in(folder: Path) -> list[Path]:
+    with suppress(OSError):
+        return [path for path in folder.iterdir() if _KEPT.match(path.name)]
+    return []
 
 
 @contextmanager
 def _used(folder: Path, path: Path) -> Iterator[None]:
-    """A folder, made if it is not there, that nobody deletes as stale."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with disk.held(folder, shared=True):
-            tidy(folder)
+    """A folder, made if it is not there, that nobody else deletes."""
+    with ExitStack() as resources:
+        try:
+            resources.enter_context(disk.in_use(folder, tidy))
+        except OSError as error:  # one that is there may be another user's
+            raise disk.unwritable(folder if folder.is_dir() else path, error) from error
+        try:
             yield
-    except OSError as error:
-        raise disk.unwritable(path, error) from error
+        except OSError as error:
+            raise disk.unwritable(path, error) from error
 
 
 @contextmanager

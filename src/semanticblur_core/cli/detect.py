@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import threading
+import time
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -339,10 +340,10 @@ def command(
             claims.setdefault(output_place, {}).update(named)
         task = progress.add_task("Detecting", total=len(jobs))
         bars = _FileBars(progress)
-        cluster, is_begun, is_whole = None, True, False
+        cluster, is_begun, is_whole, begun_at = None, True, False, time.time() - 1
         try:
             if alone:
-                remove_stale_parts(jobs, options, keep_maps=resume)
+                remove_stale_parts(jobs, options, keep=resume)
                 coming = detect_files(jobs, detector, options, on_progress=bars.advance)
             else:
                 cluster = resources.enter_context(_open_cluster(make, workers, scheduler))
@@ -380,7 +381,7 @@ def command(
             if cluster is not None and cluster.detector is not None and method == "network":
                 detector = cluster.detector
             if n_failed or not is_whole:
-                _tell_of_kept(find_kept(jobs, options), progress)
+                _tell_of_kept(find_kept(jobs, options, since=begun_at), progress)
             # Written after an interruption too: it tells what was done.
             if json_path is not None and is_begun:
                 _write_json(json_path, results, detector, options, earlier, is_whole=is_whole)
@@ -434,7 +435,6 @@ class _FileBars:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._bars: dict[str, TaskID] = {}
-        self._over: set[str] = set()
         self._lock = threading.Lock()
 
     def advance(self, source: str, n_done: int, n_all: int) -> None:
@@ -442,8 +442,6 @@ class _FileBars:
         from rich.markup import escape
 
         with self._lock:
-            if source in self._over:  # a worker's word that came late
-                return
             if source not in self._bars:
                 name = escape(readable(Path(source).name))
                 self._bars[source] = self._progress.add_task(f"  {name}, %", total=100)
@@ -455,7 +453,6 @@ class _FileBars:
         with self._lock:
             if source in self._bars:
                 self._progress.remove_task(self._bars.pop(source))
-                self._over.add(source)
 
 
 def _tell_of_kept(kept: list[Path], progress: Progress) -> None:

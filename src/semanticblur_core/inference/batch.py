@@ -22,7 +22,7 @@ from semanticblur_core.inference.map_maker import MapMaker, batched, images_at_o
 from semanticblur_core.inference.overlay import draw_overlay
 from semanticblur_core.inference.planes import Planes, takes_all
 from semanticblur_core.inference.results import FileResult, PlaneResult
-from semanticblur_core.inference.rows import Limits, OnPart, RowMaker, map_key
+from semanticblur_core.inference.rows import Limits, OnPart, RowMaker
 from semanticblur_core.maps import MapFile, kept_map, new_map
 from semanticblur_core.scale import Scale
 
@@ -46,8 +46,20 @@ def detect_files(
 
     Where the detector takes several images at once (on a GPU), as many photographs are read ahead.
     ``on_progress`` is called while a stack, a slide or a video is done, with its job's source, how
-    much is done and of how much.
+    much is done and of how much. With ``resume`` they go on where a run was stopped.
     """
+    return iter_results(jobs, detector, options, on_progress=on_progress, fresh=not options.resume)
+
+
+def iter_results(
+    jobs: Iterable[Job],
+    detector: MapMaker,
+    options: DetectOptions,
+    *,
+    on_progress: OnProgress | None,
+    fresh: bool,
+) -> Generator[FileResult]:
+    """As `detect_files`; unless ``fresh``, what was kept of a stack or a video is gone on with."""
     begun = (_begin(job, options) for job in jobs)
     for some in batched(begun, images_at_once(detector, options), _Begun.n_pixels):
         _detect_together([item for item in some if item.image is not None], detector, options)
@@ -56,7 +68,7 @@ def detect_files(
             result = item.result
             if result is None:
                 on_part = on_progress and functools.partial(on_progress, item.job.source)
-                finish = functools.partial(_finish, item, detector, options, on_part)
+                finish = functools.partial(_finish, item, detector, options, on_part, fresh)
                 result = _attempt(item.job, finish)
             item.image = item.blur = None  # not in memory beside the next
             yield replace(result, elapsed_s=item.elapsed_s + time.perf_counter() - start)
@@ -185,7 +197,7 @@ def _picture_outputs(
 
 
 def _finish(
-    begun: _Begun, detector: MapMaker, options: DetectOptions, on_part: OnPart | None
+    begun: _Begun, detector: MapMaker, options: DetectOptions, on_part: OnPart | None, fresh: bool
 ) -> FileResult:
     """Detect what is not detected yet, and write."""
     job, image, blur = begun.job, begun.image, begun.blur
@@ -194,9 +206,9 @@ def _finish(
 
         _require_one_range(job, options)
         _refuse_stack_options(job, options)
-        return detect_video(job, detector, options, on_part)
+        return detect_video(job, detector, options, on_part, fresh=fresh)
     if image is None:
-        return _detect_stack(job, detector, options, on_part)
+        return _detect_stack(job, detector, options, on_part, fresh)
     if blur is None:
         how: Any = {"size": options.size, "value_range": options.value_range}
         if options.size == "native" and on_part is not None:
@@ -301,22 +313,22 @@ def detect_rows(
         If that fails, as the whole will.
     """
     targets, _ = _picture_outputs(job, options, "tif")
-    key = map_key(job, detector, options)
+    target = next(iter(targets.values()))
     with (
         _opened(job, options) as (_, maker),
-        kept_map(next(iter(targets.values())), maker.shape, key, stays=True) as maps,
+        kept_map(target, maker.shape, maker.key(job, detector), stays=True) as maps,
     ):
         maker.make(maps, _limits(maps, maker), detector, wanted=rows, on_part=on_part)
 
 
 def _limits(maps: MapFile, maker: RowMaker) -> Limits:
-    """As `RowMaker.limits`, found once for all that make a map."""
+    """As `RowMaker.limits`, unless they are known of an earlier run or another worker."""
     found = maps.remembered("limits", maker.limits)
     return None if found is None else [(low, high) for low, high in found]
 
 
 def _detect_stack(
-    job: Job, detector: MapMaker, options: DetectOptions, on_part: OnPart | None
+    job: Job, detector: MapMaker, options: DetectOptions, on_part: OnPart | None, fresh: bool
 ) -> FileResult:
     path = Path(job.source)
     targets, overlay = _picture_outputs(job, options, "tif")
@@ -331,8 +343,8 @@ def _detect_stack(
                 f"{path}: a stack or a large image, and pictures hold one plane in memory; use "
                 "--format=tif, npy or zarr, without --overlay"
             )
-        key = map_key(job, detector, options)
-        with kept_map(next(iter(targets.values())), shape, key, stays=False) as maps:
+        target, key = next(iter(targets.values())), maker.key(job, detector)
+        with kept_map(target, shape, key, fresh=fresh) as maps:
             try:
                 limits = _limits(maps, maker)
                 measured = maker.make(maps, limits, detector, on_part=on_part)

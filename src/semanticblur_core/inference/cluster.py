@@ -37,9 +37,9 @@ from typing import Any, Self
 from semanticblur_core.errors import ConfigError, SemanticBlurError, quieten_readers
 from semanticblur_core.inference.batch import (
     OnProgress,
-    detect_files,
     detect_rows,
     divide,
+    iter_results,
     job_outputs,
 )
 from semanticblur_core.inference.inputs import is_sample
@@ -61,6 +61,7 @@ MAX_CHUNK_FILES = 64
 CHUNKS_PER_THREAD = 2
 CENSUS_S = 2.0
 TELL_S = 1.0
+TOPIC = "semanticblur"
 # Of a cluster whose first worker is still to come.
 EXPECTED_WORKERS = 16
 DRAIN_S = 5.0
@@ -181,7 +182,7 @@ class DetectionCluster:
         if self._is_closed:
             raise ConfigError("its processes ended when it was closed or stopped; make another")
         jobs = list(jobs)
-        remove_stale_parts(jobs, options, keep_maps=options.resume)
+        remove_stale_parts(jobs, options, keep=options.resume)
         whole = False
         try:
             with self._hearing(on_progress) as told:
@@ -192,7 +193,7 @@ class DetectionCluster:
             if is_own and not whole:
                 self.close()  # ends what is still being written
             if (is_own and not whole) or (whole and self._workers_lost):
-                remove_stale_parts(jobs, options, keep_maps=True)
+                remove_stale_parts(jobs, options, keep=True)
 
     def _detect(
         self, jobs: list[Job], options: DetectOptions, told: _Told | None
@@ -275,8 +276,10 @@ class DetectionCluster:
                         suspects.extend(chunk.tasks)
                     continue
                 for task, result in self._results(future, chunk, options, distant):
+                    if told is not None:
+                        told.forget(task)
                     if task in divided:
-                        elapsed_s = result.elapsed_s + divided[task].elapsed_s
+                        elapsed_s = result.elapsed_s + divided.pop(task).elapsed_s
                         result = replace(result, elapsed_s=elapsed_s)
                     untold.append((task, result))
                 del running[future]
@@ -311,12 +314,12 @@ class DetectionCluster:
             yield None
             return
         told = _Told(on_progress)
-        self._client.subscribe_topic(told.topic, told.hear)
+        self._client.subscribe_topic(TOPIC, told.hear)
         try:
             yield told
         finally:
             with suppress(Exception):  # closed, or the scheduler is lost
-                self._client.unsubscribe_topic(told.topic)
+                self._client.unsubscribe_topic(TOPIC)
 
     def _results(
         self, future: Any, chunk: _Chunk, options: DetectOptions, distant: DetectOptions
@@ -449,7 +452,7 @@ class _Divided:
 class _Tell:
     """Tells of the progress within files that take long, from a worker, once a second."""
 
-    topic: str
+    run: str
     numbers: dict[str, int]  # of the files, since names may hold what cannot be sent
     first_row: int
     told_at: dict[int, float] = field(default_factory=dict)
@@ -460,42 +463,53 @@ class _Tell:
             from distributed import get_worker
 
             self.told_at[number] = now
-            get_worker().log_event(self.topic, (number, self.first_row, n_done, n_all))
+            get_worker().log_event(TOPIC, (self.run, number, self.first_row, n_done, n_all))
 
 
 class _Told:
-    """Hears of the progress within files."""
+    """Hears of the progress within files, of those that are being done."""
 
     def __init__(self, on_progress: OnProgress) -> None:
-        self.topic = f"semanticblur-{secrets.token_hex(4)}"
         self._on_progress = on_progress
-        self._sources: list[str] = []
+        self._run = secrets.token_hex(4)
+        self._files: dict[int, _Told.File] = {}
         self._numbers: dict[str, int] = {}
-        self._n_rows: dict[int, int] = {}
-        self._parts: dict[int, dict[int, int]] = {}
+        self._n_files = 0
+
+    @dataclass
+    class File:
+        """Where it is, its rows where it is divided, and how many of each part are made."""
+
+        source: str
+        n_rows: int
+        parts: dict[int, int] = field(default_factory=dict)
 
     def expect(self, chunk: _Chunk, divided: dict[_Task, _Divided]) -> _Tell:
         """What a worker is given to tell of some files, or rows of one."""
         numbers = {}
         for task in chunk.tasks:
-            number = self._numbers.setdefault(task.job.source, len(self._sources))
-            if number == len(self._sources):
-                self._sources.append(task.job.source)
-            numbers[task.distant.source] = number
-            if chunk.rows is None:
-                self._parts.pop(number, None)
-            else:
-                self._n_rows[number] = divided[task].n_rows
-        return _Tell(self.topic, numbers, -1 if chunk.rows is None else chunk.rows.start)
+            source = task.job.source
+            if source not in self._numbers:
+                self._numbers[source] = self._n_files = self._n_files + 1
+                n_rows = divided[task].n_rows if task in divided else 0
+                self._files[self._numbers[source]] = self.File(source, n_rows)
+            numbers[task.distant.source] = self._numbers[source]
+        return _Tell(self._run, numbers, -1 if chunk.rows is None else chunk.rows.start)
 
-    def hear(self, event: tuple[float, tuple[int, int, int, int]]) -> None:
-        """What dask calls with when it was told, and what."""
-        number, first_row, n_done, n_all = event[1]
+    def forget(self, task: _Task) -> None:
+        """A file is over."""
+        self._files.pop(self._numbers.pop(task.job.source, 0), None)
+
+    def hear(self, event: tuple[float, tuple[str, int, int, int, int]]) -> None:
+        """What dask calls with when it was told, and what; other runs' too."""
+        run, number, first_row, n_done, n_all = event[1]
+        file = self._files.get(number) if run == self._run else None
+        if file is None:
+            return
         if first_row >= 0:
-            parts = self._parts.setdefault(number, {})
-            parts[first_row] = n_done
-            n_done, n_all = sum(parts.values()), self._n_rows[number]
-        self._on_progress(self._sources[number], n_done, n_all)
+            file.parts[first_row] = n_done
+            n_done, n_all = sum(file.parts.values()), file.n_rows
+        self._on_progress(file.source, n_done, n_all)
 
 
 _lock = threading.Lock()
@@ -548,7 +562,8 @@ def _detect_chunk(
     for fresh, some in itertools.groupby(tasks, key=lambda task: task.is_fresh(options)):
         own = replace(options, overwrite=True, resume=False) if fresh else options
         jobs = [task.distant for task in some]
-        results.extend(detect_files(jobs, detector, own, on_progress=tell))
+        # What another worker made of a stack is of this run: the client deleted what was before.
+        results.extend(iter_results(jobs, detector, own, on_progress=tell, fresh=False))
     return results
 
 

@@ -156,6 +156,7 @@ class Detector:
         else:
             n_images *= (1 + flip) * sum(scale**2 for scale in self.scales)
             self._load(model, device, precision, backend, n_images)
+        self._network = None if isinstance(model, str) else model
         self._batch_size = batch_size
 
     def __repr__(self) -> str:
@@ -163,6 +164,13 @@ class Detector:
             f"Detector({self.name!r}, backend={self.backend!r}, device={self.device!r}, "
             f"precision={self.precision!r})"
         )
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """sha256 of the weights, also of a network that comes from no file."""
+        if self._network is None:
+            return str(self.sha256)
+        return weights.digest({k: v.cpu() for k, v in self._network.state_dict().items()})
 
     def _load(
         self, model: str | SemanticBlur, device: str, precision: str, backend: str, n_images: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import re
 from collections import Counter
@@ -17,7 +18,7 @@ from semanticblur_core import disk, io, stacks
 from semanticblur_core.config import require_share
 from semanticblur_core.errors import ConfigError, ImageError
 from semanticblur_core.inference.inputs import expand_inputs, is_of_camera, is_sample
-from semanticblur_core.maps import is_kept, tidy
+from semanticblur_core.maps import is_kept, tidy_unused
 
 _log = logging.getLogger(__name__)
 # Of a million files not all are opened for this: after so many that are whole, all are taken to be.
@@ -305,28 +306,35 @@ def made_of(paths: Iterable[str]) -> Callable[[str], bool]:
     return is_made
 
 
-def remove_stale_parts(
-    jobs: Iterable[Job], options: DetectOptions, *, keep_maps: bool = False
-) -> None:
+def remove_stale_parts(jobs: Iterable[Job], options: DetectOptions, *, keep: bool = False) -> None:
     """Delete what killed runs had begun to write under the names of these jobs' results.
 
     What a process that lives is writing stays, and what the system cannot tell from it. With
-    ``keep_maps`` so do the maps of stacks that `find_kept` finds.
+    ``keep`` so does what `find_kept` finds, unless the results are there.
     """
-    for entry in _parts(jobs, options):
-        if keep_maps and is_kept(Path(entry.path)):
-            tidy(Path(entry.path))
+    for entry, job in _parts(jobs, options):
+        path = Path(entry.path)
+        if keep and is_kept(path) and not _has_results(job, options):
+            tidy_unused(path)
         else:
-            disk.remove_if_stale(Path(entry.path))
+            disk.remove_if_stale(path)
 
 
-def find_kept(jobs: Iterable[Job], options: DetectOptions) -> list[Path]:
-    """Folders of maps of these jobs that are made in part, with which ``resume`` goes on."""
-    found = (Path(entry.path) for entry in _parts(jobs, options))
-    return sorted(path for path in found if is_kept(path))
+def find_kept(
+    jobs: Iterable[Job], options: DetectOptions, *, since: float = -math.inf
+) -> list[Path]:
+    """Folders with what was made of these jobs since a time, with which ``resume`` goes on."""
+    found = [Path(entry.path) for entry, _ in _parts(jobs, options)]
+    return sorted(p for p in found if is_kept(p) and p.stat().st_mtime >= since)
 
 
-def _parts(jobs: Iterable[Job], options: DetectOptions) -> Iterator[os.DirEntry[str]]:
+def _has_results(job: Job, options: DetectOptions) -> bool:
+    """Whether the results are there, so far as that is known without a look at the source."""
+    there = [path.exists() for path in possible_outputs(job, options)]
+    return any(there) if options.formats is None else all(there)
+
+
+def _parts(jobs: Iterable[Job], options: DetectOptions) -> Iterator[tuple[os.DirEntry[str], Job]]:
     """Temporary files and folders under the names of these jobs' results."""
     by_folder: dict[Path, list[Job]] = {}
     for job in jobs:
@@ -336,12 +344,14 @@ def _parts(jobs: Iterable[Job], options: DetectOptions) -> Iterator[os.DirEntry[
             parts = [entry for entry in os.scandir(folder) if _part_of(entry)]
             # Names are made only where something is left behind: there may be a million.
             wanted = {
-                disk.shortened(name)
+                disk.shortened(name): job
                 for job in (own if parts else [])
                 for path in possible_outputs(job, options)
-                for name in (path.name, path.stem)  # a map that is kept may become any format
+                for name in (path.name, path.stem)  # what is kept may become any format
             }
-            yield from (entry for entry in parts if _part_of(entry) in wanted)
+            for entry in parts:
+                if _part_of(entry) in wanted:
+                    yield entry, wanted[_part_of(entry)]
 
 
 def _part_of(entry: os.DirEntry[str]) -> str:

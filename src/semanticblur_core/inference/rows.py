@@ -39,17 +39,18 @@ OnPart = Callable[[int, int], None]
 FEWEST_PLANES = 8
 FEWEST_TILE_ROWS = 4
 _USUAL_TILE_ROWS = 16
-# What a map depends on, of a detector. Not the back end nor its precision: what the maps of a run
-# that is taken up again differ by is not noticed, and machines of one cluster may differ in them.
+_NAN_ROWS = 256
+# What a map depends on. Of a detector not the back end nor its precision: maps differ little by
+# them, and machines of one cluster may differ in them.
 _OF_OPTIONS = (
     "size", "threshold", "value_range", "channel_ranges", "axes", "channels", "planes", "level",
     "series", "every",
 )  # fmt: skip
-_OF_DETECTOR = ("name", "sha256", "scales", "upsampling", "flip")
+_OF_DETECTOR = ("name", "identity", "scales", "upsampling", "flip")
 
 
-def map_key(job: Job, detector: MapMaker, options: DetectOptions) -> str:
-    """Eight digits that are others for another source, other planes, settings or models.
+def result_key(job: Job, detector: MapMaker, options: DetectOptions, *more: object) -> str:
+    """Eight digits that are others for another source, other settings or models, or ``more``.
 
     Raises
     ------
@@ -60,7 +61,7 @@ def map_key(job: Job, detector: MapMaker, options: DetectOptions) -> str:
     found = path.stat()
     asked = {name: getattr(options, name) for name in _OF_OPTIONS}
     model = [getattr(detector, name, None) for name in _OF_DETECTOR]
-    what = [__version__, str(path), found.st_size, found.st_mtime_ns, asked, model]
+    what = [__version__, str(path), found.st_size, found.st_mtime_ns, asked, model, *more]
     return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:8]
 
 
@@ -77,6 +78,12 @@ class RowMaker:
         """Of the map: walked axes, then rows and columns."""
         return (*(len(axis) for axis in self.box), *self.planes.plane_shape)
 
+    def key(self, job: Job, detector: MapMaker) -> str:
+        """As `result_key`."""
+        array, axes = self.planes.array, self.planes.axes
+        what = (axes, tuple(array.shape), str(array.dtype), self.box)
+        return result_key(job, detector, self.options, *what)
+
     def limits(self) -> Limits:
         """Intensities that count as black and white, by channel."""
         if self.options.channel_ranges is not None:
@@ -89,9 +96,9 @@ class RowMaker:
         """Parts of its rows for several workers; none where it is too small for two."""
         height = self.planes.plane_shape[0]
         n_planes = math.prod(self.shape[:-2])
-        starts = self._strip_starts
         n_parts = min(2 * n_workers, n_planes // FEWEST_PLANES)
         if n_parts < n_workers and self._is_native:
+            starts = self._grid.row_starts
             n_strips = n_planes * len(starts)
             # Twice as many as workers, to end at one time, where that costs little.
             usual = min(2 * n_workers, max(n_workers, n_strips // _USUAL_TILE_ROWS))
@@ -155,12 +162,13 @@ class RowMaker:
             if on_part is not None:
                 on_part(n_before + n_added, n_wanted)
 
+        on_rows(0)
         rows = _Rows(maps, self.options.threshold, on_rows)
         make = self._make_native if self._is_native else self._make_squashed
         for missing in maps.missing(wanted):
             maps.begin(missing.start)
             make(rows, missing, limits, detector)
-            rows.end(keep=wanted is not None)
+            rows.end(keep=wanted is not None or rows.is_due)
         measured = self._measured(maps)
         if wanted is None and not any(plane.n_pixels for plane in measured):
             raise ImageError(measured[-1].error)
@@ -173,10 +181,6 @@ class RowMaker:
     @property
     def _grid(self) -> TileGrid:
         return TileGrid(*self.planes.plane_shape)
-
-    @property
-    def _strip_starts(self) -> list[int]:
-        return self._grid.row_starts if self._is_native else [0]
 
     @functools.cached_property
     def _indices(self) -> list[tuple[int, ...]]:
@@ -311,14 +315,19 @@ class _Rows:
 
     def leave_out(self, plane: int, n_rows: int, error: ImageError) -> None:
         """Add rows of NaN."""
-        row = np.full((1, self._maps.shape[-1]), np.nan, np.float32)
-        for _ in range(n_rows):
-            self._append(row)
+        strip = np.full((min(n_rows, _NAN_ROWS), self._maps.shape[-1]), np.nan, np.float32)
+        for top in range(0, n_rows, _NAN_ROWS):
+            self._append(strip[: n_rows - top])
         self._note(plane).error = str(error)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to keep what was added."""
+        return self._clock.is_due
 
     def keep_if_due(self) -> None:
         """Keep what was added, if it took long enough to make."""
-        if self._clock.is_due:
+        if self.is_due:
             row = self._maps.next_row
             self.end(keep=True)
             self._maps.begin(row)
@@ -327,7 +336,8 @@ class _Rows:
         """End a piece of the map."""
         self._maps.end([asdict(note) for note in self._notes], keep=keep)
         self._notes = []
-        self._clock.restart()
+        if keep:
+            self._clock.restart()
 
     def _append(self, strip: NDArray[np.float32]) -> None:
         self._maps.append(strip)

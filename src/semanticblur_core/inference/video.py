@@ -19,7 +19,7 @@ from semanticblur_core.errors import ImageError, SemanticBlurError
 from semanticblur_core.inference.jobs import DetectOptions, Job, is_done, result_paths
 from semanticblur_core.inference.map_maker import MapMaker, batched, images_at_once
 from semanticblur_core.inference.results import FileResult
-from semanticblur_core.inference.rows import map_key
+from semanticblur_core.inference.rows import result_key
 from semanticblur_core.maps import KeepClock, kept
 
 if TYPE_CHECKING:
@@ -127,10 +127,13 @@ def detect_video(
     detector: MapMaker,
     options: DetectOptions,
     on_part: Callable[[int, int], None] | None = None,
+    *,
+    fresh: bool = True,
 ) -> FileResult:
     """Table of a video's frames, and where asked for a grey video of their maps.
 
-    ``on_part`` is called with the frames that are done, and how many there should be.
+    ``on_part`` is called with the frames that are done, and how many there should be. ``fresh``
+    forgets what was kept of a run that was stopped.
 
     Raises
     ------
@@ -151,8 +154,8 @@ def detect_video(
     with ExitStack() as resources:
         folder = None
         if "mp4" not in targets:  # which cannot go on where it was stopped
-            key = map_key(job, detector, options)
-            folder = resources.enter_context(kept(next(iter(targets.values())), key))
+            target, key = next(iter(targets.values())), result_key(job, detector, options)
+            folder = resources.enter_context(kept(target, key, fresh=fresh))
         rows = _Rows(folder)
         writers = [
             resources.enter_context(_WRITERS[name](target)) for name, target in targets.items()

@@ -507,5 +507,4 @@ def test_bars_of_files_that_take_long_come_and_go() -> None:
         assert Text.from_markup(slide.description).plain == "  [red]slide.tif, %"
         bars.remove("in/[red]slide.tif")
         bars.remove("photo.jpg")  # too quick for one
-        bars.advance("in/[red]slide.tif", 3, 3)  # said before, heard after
         assert [task.description for task in progress.tasks] == ["Detecting", "  b.tif, %"]

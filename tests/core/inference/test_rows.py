@@ -2,9 +2,11 @@
 
 import itertools
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -100,41 +102,116 @@ def test_resumed_anywhere_it_is_the_same(
                 assert plane.blurred_fraction == pytest.approx(of_whole.blurred_fraction)
 
 
+OTHER_OPTIONS: list[dict[str, Any]] = [
+    {"size": 96},
+    {"threshold": 0.4},
+    {"value_range": (0, 1000)},
+    {"channel_ranges": ((0, 1000),)},
+    {"axes": "TYX"},
+    {"channels": "mean"},
+    {"planes": (slice(0, 2),)},
+    {"level": 1},
+    {"series": 1},
+    {"every": 2},
+]
+
+
+def test_another_source_setting_or_model_is_another_map(tmp_path: Path) -> None:
+    path = tmp_path / "s.npy"
+    np.save(path, np.zeros((3, 40, 50), np.uint8))
+    options, job = DetectOptions(tmp_path, axes="ZYX"), Job(str(path), "s")
+    detector = mock.Mock(
+        identity="0" * 64, scales=(1.0,), upsampling="guided", flip=False, backend="torch"
+    )
+    detector.name = "default"
+
+    def key(of: Any = detector, asked: DetectOptions = options, *more: object) -> str:
+        return rows.result_key(job, of, asked, *more)
+
+    same = key()
+    assert len(same) == 8
+    keys = {same, key(detector, options, (3, 40, 50))}
+    asked = {name for each in OTHER_OPTIONS for name in each}
+    assert asked == set(rows._OF_OPTIONS)
+    keys |= {key(detector, replace(options, **each)) for each in OTHER_OPTIONS}
+    for name, other in [
+        ("name", "mine"),
+        ("identity", "1" * 64),
+        ("scales", (1.0, 1.4)),
+        ("upsampling", "bilinear"),
+        ("flip", True),
+    ]:
+        with mock.patch.object(detector, name, other):
+            keys.add(key())
+    assert len(keys) == 2 + len(OTHER_OPTIONS) + 5
+    for harmless in (
+        {"formats": ("npy",)}, {"overwrite": True}, {"resume": True}, {"output": tmp_path / "o"}
+    ):  # fmt: skip
+        assert key(detector, replace(options, **harmless)) == same
+    with mock.patch.object(detector, "backend", "openvino"):
+        assert key() == same
+    with path.open("ab") as stream:
+        stream.write(b"more")
+    larger = key()
+    os.utime(path, ns=(0, 0))
+    assert len({same, larger, key()}) == 3
+
+
+def test_an_array_of_another_shape_in_the_same_place_is_another_map(tmp_path: Path) -> None:
+    keys = set()
+    for shape, dtype in [((3, 40, 50), np.uint8), ((3, 48, 50), np.uint8), ((3, 40, 50), np.int8)]:
+        planes = Planes(np.zeros(shape, dtype), "ZYX")
+        for wanted in (None, (slice(1, 3),)):
+            maker = RowMaker(planes, planes.box(wanted), DetectOptions(tmp_path))
+            keys.add(maker.key(Job(str(tmp_path), "s"), MeanIsBlur()))
+    assert len(keys) == 6
+
+
+def test_networks_without_a_file_are_told_apart() -> None:
+    models = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        models.append(SemanticBlur())
+    one, same, other = (Detector(m, device="cpu", precision="float32").identity for m in models)
+    assert one == same != other
+
+
 @pytest.mark.usefixtures("kept_at_once")
-def test_only_the_same_of_the_same_goes_on(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_without_resume_nothing_goes_on(tmp_path: Path, rng: np.random.Generator) -> None:
     path = write_stack(tmp_path / "s.tif", rng)
     jobs = [Job(str(path), "s")]
     options = DetectOptions(tmp_path / "out", 64, formats=("npy",), axes="ZYX", resume=True)
 
-    def stop_after_two() -> None:
+    def stop_after_two(name: str = "mean") -> None:
+        stops = StopsAfter(2)
+        stops.name = name
         with pytest.raises(KeyboardInterrupt):
-            detect(path, StopsAfter(2), options)
-        assert len(find_kept(jobs, options)) == 1
+            detect(path, stops, options)
+        assert find_kept(jobs, options)
 
-    class Other(StopsAfter):
-        name = "other"
-
-    for detector, changed in [
-        (StopsAfter(1), replace(options, formats=("tif",), overlay=False)),
-        (StopsAfter(3), replace(options, threshold=0.4)),
-        (StopsAfter(3), replace(options, value_range=(0, 1000))),
-        (Other(3), options),
-    ]:
-        stop_after_two()
-        result = detect(path, detector, changed)
-        assert detector.n_left == 0
-        assert list((tmp_path / "out").iterdir()) == result.outputs
-        result.outputs[0].unlink()
     stop_after_two()
-    os.utime(path, ns=(0, 0))
-    changed_since = StopsAfter(3)
-    detect(path, changed_since, options).outputs[0].unlink()
-    assert changed_since.n_left == 0
+    rest = StopsAfter(1)
+    [result] = detect_files(jobs, rest, replace(options, formats=("tif",)))
+    assert rest.n_left == 0
+    assert list((tmp_path / "out").iterdir()) == result.outputs
     stop_after_two()
-    remove_stale_parts(jobs, options, keep_maps=True)
-    assert find_kept(jobs, options)
+    anew = StopsAfter(3)
+    detect(path, anew, replace(options, resume=False))
+    assert anew.n_left == 0
+    (tmp_path / "out" / "s_blur.npy").unlink()
+    for name in ("mean", "other"):
+        stop_after_two(name)
+    assert len(find_kept(jobs, options)) == 2
+    assert find_kept(jobs, options, since=time.time() + 5) == []
+    remove_stale_parts(jobs, options, keep=True)
+    assert len(find_kept(jobs, options)) == 2
+    (tmp_path / "out" / "s_blur.npy").touch()  # the run was killed when this was there
+    remove_stale_parts(jobs, options, keep=True)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["s_blur.npy", "s_blur.tif"]
+    (tmp_path / "out" / "s_blur.npy").unlink()
+    stop_after_two()
     remove_stale_parts(jobs, options)
-    assert not list((tmp_path / "out").iterdir())
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["s_blur.tif"]
 
 
 @pytest.mark.usefixtures("kept_at_once")
@@ -172,7 +249,8 @@ def test_parts_make_the_whole(
     monkeypatch.setattr(rows, "FEWEST_TILE_ROWS", 2)
     path = write_stack(tmp_path / "s.tif", rng, *lost)
     options = DetectOptions(tmp_path / "whole", size, formats=("npy",), axes="ZYX")
-    expected = np.load(detect(path, MeanIsBlur(), options).outputs[0])
+    one = detect(path, MeanIsBlur(), options)
+    expected = np.load(one.outputs[0])
     options, job = replace(options, output=tmp_path / "parts"), Job(str(path), "s")
     parts = divide(job, options, 4)
     assert len(parts) == (3 if size == 64 else 4)
@@ -181,12 +259,21 @@ def test_parts_make_the_whole(
     for part in reversed(parts):
         detect_rows(job, MeanIsBlur(), options, part, lambda *n: told.append(n))
         assert told[-1] == (len(part), len(part))
-    result = detect(path, StopsAfter(0), options)
-    assert (result.unreadable_part is None) == (not lost)
+    result = detect(path, StopsAfter(0), replace(options, resume=True))
     found = np.load(result.outputs[0])
-    # What is below the first rows of a plane, which cannot be read, is another part here.
-    known = np.isfinite(expected)
-    np.testing.assert_array_equal(found[known], expected[known])
+    if size == "native" and lost:
+        # What is below the first rows of a plane, which cannot be read, is another part here.
+        assert np.isnan(expected[1]).all()
+        assert np.isfinite(found[1]).any()
+        found[1] = np.nan
+        assert result.unreadable_part is not None
+    else:
+        assert result.unreadable_part == one.unreadable_part
+        assert [p.n_pixels for p in result.planes] == [p.n_pixels for p in one.planes]
+        means = np.array([[p.mean_blur for p in each.planes] for each in (result, one)])
+        np.testing.assert_allclose(means[0], means[1], rtol=1e-9)
+        assert result.blurred_fraction == one.blurred_fraction
+    np.testing.assert_array_equal(found, expected)
     assert divide(job, replace(options, resume=True), 4) == []  # done before
     assert divide(job, options, 4) == []  # in the way
     assert len(divide(job, replace(options, overwrite=True), 4)) == len(parts)
@@ -257,7 +344,7 @@ def test_progress_is_told_of_tiles_planes_and_rows(
     assert [result.error for result in results] == [None, None]
     by_source = itertools.groupby(told, key=lambda one: one[0])
     counts = {Path(source).name: [n[1:] for n in group] for source, group in by_source}
-    assert counts == {"photo.tif": [(1, 2), (2, 2)], "stack.npy": [(40, 80), (80, 80)]}
+    assert counts == {"photo.tif": [(1, 2), (2, 2)], "stack.npy": [(0, 80), (40, 80), (80, 80)]}
 
 
 def test_what_cannot_be_opened_is_not_divided(tmp_path: Path) -> None:
