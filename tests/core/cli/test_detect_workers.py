@@ -321,8 +321,8 @@ def test_a_resumed_run_that_is_stopped_keeps_the_images_it_did_not_come_to(
     assert CliRunner().invoke(command, arguments).exit_code == 0
     first = json.loads((tmp_path / "j.json").read_text())["images"]
 
-    def stopped(*arguments: Any) -> Iterator[FileResult]:
-        yield next(detect_files(*arguments))
+    def stopped(*arguments: Any, **how: Any) -> Iterator[FileResult]:
+        yield next(detect_files(*arguments, **how))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(batch, "detect_files", stopped)
