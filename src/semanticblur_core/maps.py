@@ -284,9 +284,11 @@ def kept(path: Path, key: str, *, stays: bool = False, fresh: bool = False) -> I
             is_over = not stays
     finally:
         if is_over:
-            # Nor will anybody go on with what was kept of other settings.
-            for other in folder.parent.glob(kept_folder(path, _ANY_KEY, escaped=True).name):
-                disk.remove_unused(other, own=other.name == folder.name)
+            disk.remove_unused(folder, own=True)
+            if disk.shortened(path.stem) == path.stem:  # else it may be another's
+                # Nor will anybody go on with what was kept of other settings.
+                for other in folder.parent.glob(kept_folder(path, _ANY_KEY, escaped=True).name):
+                    disk.remove_unused(other)
         elif not is_kept(folder):
             disk.remove_unused(folder, own=True)
 

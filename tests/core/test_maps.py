@@ -178,6 +178,13 @@ def test_without_locks_ones_own_is_deleted_and_no_other(
     assert [p.name for p in tmp_path.iterdir()] == [".a.00000000.map.part"]
 
 
+def test_long_names_that_begin_alike_are_others(tmp_path: Path) -> None:
+    keep(tmp_path / f"{221 * 'l'}x.tif", range(4))
+    with kept_map(tmp_path / f"{221 * 'l'}y.tif", SHAPE, "89abcdef"):
+        pass
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_names_that_look_like_patterns_or_that_begin_alike_are_others(tmp_path: Path) -> None:
     names = ["a*", "ab", "a", "a[b]", "a_blur.x", "a.tif"]
     for name in names:
