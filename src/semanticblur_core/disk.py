@@ -20,9 +20,9 @@ _IN_USE = "in-use"
 _NO_HOME = Path(os.devnull, "no-home")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text."""
-    with replacing(path) as temporary:
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write UTF-8 text; durable as of `replacing`."""
+    with replacing(path, durable=durable) as temporary:
         # Names of files that are not UTF-8 keep their bytes.
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
@@ -169,7 +169,7 @@ def remove_unused(folder: Path, *, own: bool = False) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _flock(stream: BinaryIO, *, shared: bool = False) -> bool | None:
+def _flock(file: BinaryIO | int, *, shared: bool = False) -> bool | None:
     """Lock an open file, shared as soon as that can be; False where it is another's.
 
     None where the system or the disk has no locks.
@@ -179,7 +179,7 @@ def _flock(stream: BinaryIO, *, shared: bool = False) -> bool | None:
     except ImportError:  # Windows
         return None
     try:
-        fcntl.flock(stream, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -196,19 +196,13 @@ def _is_still_there(stream: BinaryIO, path: Path) -> bool:
 def _lock(path: Path) -> int | None:
     """A descriptor that holds the lock; None where another has it or it cannot be had."""
     try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    try:
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     except OSError:
         return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    if _flock(descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def left_behind(path: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from semanticblur_core import disk
 from semanticblur_core.errors import ImageError
 
-# What a process that is killed loses of its work, at most, and of what is in work.
+# What a process that is killed loses of its work, at most, beside the strip or plane it was at.
 KEEP_S = 20.0
 _KEPT = re.compile(r"^(\d+)-(\d+)\.json$")
 _COPIED_BYTES = 2**22
@@ -140,8 +140,7 @@ class MapFile:
         self._stream, self._start, self._n_bytes = None, None, 0
         path = Path(stream.name).replace(self.folder / f"{start}-{stop}.rows")
         if keep:
-            with disk.replacing(path.with_suffix(".json"), durable=True) as temporary:
-                temporary.write_text(json.dumps(notes), encoding="utf-8")
+            disk.write_text(path.with_suffix(".json"), json.dumps(notes), durable=True)
         self._pieces.append(_Piece(start, stop, path, notes))
         self._pieces.sort(key=lambda piece: piece.start)
 

@@ -460,7 +460,7 @@ def _tell_of_kept(kept: list[Path], progress: Progress) -> None:
         return
     n_bytes = 0
     with suppress(OSError):  # another run goes on with it
-        n_bytes = sum(path.stat().st_size for folder in kept for path in folder.glob("*.rows"))
+        n_bytes = sum(path.stat().st_size for folder in kept for path in folder.iterdir())
     which = f"{kept[0]}{f' and {len(kept) - 1} more' if len(kept) > 1 else ''}"
     say(
         progress,

@@ -256,7 +256,7 @@ class Detector:
         upsampling
             Another way than the detector's own.
         on_tile
-            Called at native size with the tiles that are done, and all.
+            Called at native size with the tiles of an image that are done, and all of it.
 
         Returns
         -------
@@ -270,10 +270,8 @@ class Detector:
         ConfigError
             If the size or the upsampling is none.
         """
-        if size == "native":
-            return self._detect_native(image, value_range, on_tile)
         return self.detect_batch(
-            [image], size=size, value_range=value_range, upsampling=upsampling
+            [image], size=size, value_range=value_range, upsampling=upsampling, on_tile=on_tile
         )[0]
 
     def detect_batch(
@@ -283,6 +281,7 @@ class Detector:
         size: int | Literal["native"] = PAPER_SIZE_PX,
         value_range: tuple[float, float] | None = None,
         upsampling: Upsampling | None = None,
+        on_tile: Callable[[int, int], None] | None = None,
     ) -> list[NDArray[np.float32]]:
         """Blur maps of several images, as `detect`; one pass unless the size is native."""
         if len(images) == 0:
@@ -290,7 +289,7 @@ class Detector:
         if upsampling is not None:
             _require_upsampling(upsampling)
         if size == "native":
-            return [self._detect_native(image, value_range) for image in images]
+            return [self._detect_native(image, value_range, on_tile) for image in images]
         require_size(size, self.scales)
         pixels = [_prepare(image, value_range) for image in images]
         return self._run_squashed(pixels, size, upsampling or self.upsampling)
@@ -473,7 +472,7 @@ class Detector:
         self,
         image: ArrayLike,
         value_range: tuple[float, float] | None,
-        on_tile: Callable[[int, int], None] | None = None,
+        on_tile: Callable[[int, int], None] | None,
     ) -> NDArray[np.float32]:
         self._require_one_scale()
         pixels = _prepare(image, value_range)

@@ -228,8 +228,7 @@ class _Rows:
         if self._clock.is_due:
             piece = {"shape": shape, "rows": self._unkept}
             path = self._folder / f"{self.n_made - len(self._unkept)}-{self.n_made}.json"
-            with disk.replacing(path, durable=True) as temporary:
-                temporary.write_text(json.dumps(piece), encoding="utf-8")
+            disk.write_text(path, json.dumps(piece), durable=True)
             self._unkept = []
             self._clock.restart()
 

@@ -150,6 +150,8 @@ def test_wrong_settings_are_refused(network: SemanticBlur, detector: Detector) -
         detector.detect(np.zeros((40, 40), np.uint8), upsampling="cubic")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="upsampling 'cubic'"):
         list(detector.iter_planes(np.zeros((40, 40)), "YX", upsampling="cubic"))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="upsampling"):
+        detector.detect(np.zeros((40, 40), np.uint8), size="native", upsampling="cubic")  # type: ignore[arg-type]
     with pytest.raises(ImageError, match="expected two numbers"):
         detector.detect(np.zeros((40, 40)), value_range=(0, 1, 2))  # type: ignore[arg-type]
 
